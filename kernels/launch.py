@@ -1,0 +1,31 @@
+"""The one way a kernel is started, and the choices that all launchers share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start ``kernel`` over ``grid`` on the device of its first tensor, in that device's current stream.
+
+    Triton launches on the *current* device, which need not be the tensors' one: hence the guard.
+    """
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+    with guard:
+        kernel[grid](*arguments, **constants)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial results: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def input_precision(tensor: Tensor) -> str:
+    """How a matrix product may round its float32 operands: what torch's own setting says for this device."""
+    tf32 = tensor.dtype is torch.float32 and tensor.is_cuda and torch.version.hip is None
+    return "tf32" if tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,269 @@
+"""Linear layer, optionally with ReLU: one matrix-product kernel and one pass over the output gradient.
+
+With input ``x`` [M, K], weight ``w`` [N, K] and bias ``b`` [N]::
+
+    y  = relu(x w^T + b)                     forward:     matmul, bias and ReLU in the epilogue
+    gz = gy where not y <= 0, else 0         relu_mask_and_column_sum: gz and the partial sums of gb in one pass
+    gx = gz w,   gw = gz^T x,   gb = sum over rows of gz
+
+Both backward products are the forward's kernel again, on transposed views. Masking inside the products would read less
+but would starve the matrix units (the mask would run in the inner loop of both), so it is a pass of its own.
+
+``y <= 0`` and not ``y > 0``: torch's ReLU keeps NaN and lets its gradient through.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import MatmulConfig, matmul_config
+from .launch import accumulator_dtype, input_precision, launch
+
+
+@triton.jit
+def tile_start(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """First position, in int64, of tile number ``index`` along a dimension of ``size``.
+
+    The last tile is moved back to end at the edge, so that no load leaves the tensor and none needs a mask.
+    ``ALIGNMENT`` is a power of two that divides ``size`` and ``BLOCK``, or 0 if ``size`` < ``BLOCK``.
+    """
+    if ALIGNMENT == 0:
+        return tl.full((), 0, tl.int64)
+    return tl.multiple_of(tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64), ALIGNMENT)
+
+
+@triton.jit
+def tile_lanes(size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Positions inside a tile; those past the edge of a dimension smaller than the tile repeat its last element."""
+    lanes = tl.arange(0, BLOCK)
+    if ALIGNMENT == 0:
+        lanes = tl.minimum(lanes, size - 1)
+    return lanes
+
+
+@triton.jit
+def matmul_kernel(
+    a_ptr,  # [M, K]
+    b_ptr,  # [K, N]
+    bias_ptr,  # [N]
+    c_ptr,  # [M, N], contiguous
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT_M: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
+    ALIGNMENT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program per tile of C = relu(A B + bias). Tiles go in groups of GROUP_M rows that share columns of B in L2."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + program % (GROUP_M * tiles_n) % group_rows
+    tile_n = program % (GROUP_M * tiles_n) // group_rows
+
+    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
+    columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
+    inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
+    a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak
+    b_ptrs = b_ptr + inner[:, None] * stride_bk + columns[None, :] * stride_bn
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
+        if EVEN_K:
+            a = tl.load(a_ptrs + start * stride_ak)
+            b = tl.load(b_ptrs + start * stride_bk)
+        else:
+            # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
+            if ALIGNMENT_K == 0:
+                fresh = tl.arange(0, BLOCK_K) < K
+            else:
+                fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
+            a = tl.load(a_ptrs + start * stride_ak, mask=fresh[None, :], other=0.0)
+            b = tl.load(b_ptrs + start * stride_bk, mask=fresh[:, None], other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
+    if RELU:
+        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
+
+    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
+    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
+    c_ptrs = c_ptr + rows[:, None] * N + columns[None, :]
+    tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
+
+
+def alignment(size: int, block: int) -> int:
+    """The `tile_start` alignment of a dimension: up to 16, as Triton itself assumes of divisible arguments."""
+    if size < block:
+        return 0
+    return 16 if size % 16 == 0 else 1
+
+
+def matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False, config: MatmulConfig | None = None
+) -> Tensor:
+    """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
+
+    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table.
+    """
+    M, K = a.shape
+    N = b.shape[1]
+    c = torch.empty((M, N), dtype=a.dtype, device=a.device)
+    precision = input_precision(a)
+    config = config or matmul_config(a.device, a.dtype, precision, M, N)
+    launch(
+        matmul_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        a,
+        b,
+        c if bias is None else bias.contiguous(),
+        c,
+        M,
+        N,
+        K,
+        *a.stride(),
+        *b.stride(),
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        INPUT_PRECISION=precision,
+        ALIGNMENT_M=alignment(M, config.BLOCK_M),
+        ALIGNMENT_N=alignment(N, config.BLOCK_N),
+        ALIGNMENT_K=alignment(K, config.BLOCK_K),
+        EVEN_K=K % config.BLOCK_K == 0,
+        GROUP_M=8,
+        **config._asdict(),
+    )
+    return c
+
+
+@triton.jit
+def relu_mask_and_column_sum_kernel(
+    grad_ptr,  # [M, N]
+    output_ptr,  # [M, N], contiguous
+    masked_ptr,  # [M, N], contiguous
+    sum_ptr,  # [programs along M, N], contiguous
+    M,
+    N,
+    grad_row_stride,
+    grad_column_stride,
+    ROWS_PER_PROGRAM,
+    MASK: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per ROWS_PER_PROGRAM x BLOCK_N strip: masked = grad where not output <= 0, and its column sums."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    strip = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = columns < N
+    safe_columns = tl.where(in_columns, columns, 0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(0, ROWS_PER_PROGRAM, BLOCK_M):
+        rows = strip * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_M)
+        inside = (rows < M)[:, None] & in_columns[None, :]
+        safe_rows = tl.where(rows < M, rows, 0)[:, None]
+        grad = tl.load(
+            grad_ptr + safe_rows * grad_row_stride + safe_columns.to(tl.int64)[None, :] * grad_column_stride,
+            mask=inside,
+            other=0.0,
+        )
+        if MASK:
+            offsets = safe_rows * N + safe_columns[None, :]
+            output = tl.load(output_ptr + offsets, mask=inside, other=0.0)
+            grad = tl.where(output <= 0, 0.0, grad).to(grad_ptr.dtype.element_ty)
+            tl.store(masked_ptr + offsets, grad, mask=inside)
+        if SUM:
+            total += grad.to(ACCUMULATOR)
+    if SUM:
+        tl.store(sum_ptr + strip * N + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=in_columns)
+
+
+def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool) -> tuple[Tensor, Tensor | None]:
+    """``(gz, gb)`` of the module's formulas: [M, N] and [N]. Without ``output`` there is no ReLU and ``gz`` is ``grad``.
+
+    The sum over rows takes two stages, strips of rows and then the strips, in a fixed order: no atomics.
+    """
+    M, N = grad.shape
+    mask = output is not None
+    if not (mask or need_sum):
+        return grad, None
+    block_m, block_n = (16, 128) if grad.device.type != "cpu" else (256, 1024)
+    rows_per_program = max(4 * block_m, triton.cdiv(triton.cdiv(M, 128), block_m) * block_m)
+    strips = triton.cdiv(M, rows_per_program)
+    masked = torch.empty((M, N), dtype=grad.dtype, device=grad.device) if mask else grad
+    sum_dtype = grad.dtype if strips == 1 else accumulator_dtype(grad.dtype)
+    sums = torch.empty((strips, N), dtype=sum_dtype, device=grad.device) if need_sum else masked
+    launch(
+        relu_mask_and_column_sum_kernel,
+        (strips, triton.cdiv(N, block_n)),
+        grad,
+        grad if output is None else output.contiguous(),
+        masked,
+        sums,
+        M,
+        N,
+        *grad.stride(),
+        rows_per_program,
+        MASK=mask,
+        SUM=need_sum,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    if not need_sum:
+        return masked, None
+    if strips == 1:
+        return masked, sums[0]
+    _, total = relu_mask_and_column_sum(sums, None, True)
+    assert total is not None
+    return masked, total.to(grad.dtype)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N], no dimension empty."""
+    output = matmul(input.reshape(-1, input.shape[-1]), weight.t(), bias, relu)
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear` for input (needs ``weight``), weight (needs ``input``) and bias.
+
+    ``output`` is the forward's result if it had a ReLU, else None.
+    """
+    N = grad_output.shape[-1]
+    grad, grad_bias = relu_mask_and_column_sum(
+        grad_output.reshape(-1, N), None if output is None else output.reshape(-1, N), need_bias
+    )
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = matmul(grad, weight).view(*grad_output.shape[:-1], weight.shape[1])
+    if input is not None:
+        grad_weight = matmul(grad.t(), input.reshape(-1, input.shape[-1]))
+    return grad_input, grad_weight, grad_bias

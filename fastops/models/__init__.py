@@ -1,0 +1,8 @@
+"""Reference models: plain torch.nn code, the existing models that ``fastops.swap`` is shown on."""
+
+from fastops.models.fashion_mlp import FASHION_CLASSES, FashionMLP
+from fastops.models.lenet import LeNet
+from fastops.models.linear_regression import LinearRegression
+from fastops.models.two_layer_net import TwoLayerNet
+
+__all__ = ["FASHION_CLASSES", "FashionMLP", "LeNet", "LinearRegression", "TwoLayerNet"]

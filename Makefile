@@ -1,0 +1,54 @@
+# Every target works on a fresh checkout: what it needs goes into $(VENV), again whenever a declared version changes.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench lint docs clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/fastops demo
+
+test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
+
+bench: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest bench
+
+lint: $(VENV)/.dev-installed docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pre-commit validate-config
+
+docs: $(VENV)/.dev-installed
+	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build/html
+
+clean:
+	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
+	rm -rf build dist torch_fastops.egg-info docs/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastops kernels tests bench docs -name __pycache__ -prune -exec rm -rf {} +
+
+define install
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[$(1)]"
+	@touch $@
+endef
+
+# The demo needs less than development does, so that a first look is quick.
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.made-by-make
+	$(call install,demo)
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.made-by-make
+	$(call install,dev)
+	@touch $(VENV)/.demo-installed
+
+# The mark keeps `make` away from a virtual environment that somebody else made.
+$(VENV)/.made-by-make:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastops needs Python 3.10 or newer and $(PYTHON) \
+	is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	@if [ -e $(VENV) ]; then echo "$(VENV) was not made by make. Name another folder: make VENV=.venv-make"; exit 1; fi >&2
+	@mkdir $(VENV) && touch $@

@@ -1,0 +1,167 @@
+"""The wheel and the sdist, what they install, what an import costs, and the promises of the project's own files."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL_FILES = sorted((ROOT / "kernels").glob("*.py"))
+
+# A swapped model trains one step on plain torch tensors.
+TRAIN_ONE_STEP = """
+import torch
+from torch import nn
+import fastops
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+images, target = torch.randn(4, 7), torch.tensor([0, 2, 1, 1])
+expected = torch.nn.functional.cross_entropy(model(images), target)
+gradients = torch.autograd.grad(expected, list(model.parameters()))
+loss = fastops.swap(nn.CrossEntropyLoss())(fastops.swap(model)(images), target)
+loss.backward()
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close([p.grad for p in model.parameters()], list(gradients))
+"""
+
+
+def run_python(*arguments: str | Path, cwd: Path = ROOT, python_path: Path = ROOT) -> str:
+    """Standard output of a new interpreter, without the settings that the other tests run under."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")}
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment | {"PYTHONPATH": str(python_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the sdist, each built straight from a copy of the checkout."""
+    source = tmp_path_factory.mktemp("build") / "source"
+    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "_build")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    run_python("-m", "build", "--no-isolation", "--sdist", "--wheel", cwd=source)
+    (wheel,), (sdist,) = source.glob("dist/*.whl"), source.glob("dist/*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
+
+
+def wheel_files(wheel: Path) -> dict[str, str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def sdist_files(sdist: Path) -> set[str]:
+    """Names of the plain files, without the leading folder: a link would not count."""
+    with tarfile.open(sdist) as archive:
+        return {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+
+
+def wheel_metadata(wheel: Path) -> Message:
+    (text,) = (text for name, text in wheel_files(wheel).items() if name.endswith(".dist-info/METADATA"))
+    return message_from_string(text)
+
+
+def package_files() -> set[str]:
+    """Every file of the package that git would carry; the link to the kernels is followed."""
+    folders = [ROOT / "fastops", *(path for path in (ROOT / "fastops").iterdir() if path.is_dir())]
+    return {
+        f"{folder.relative_to(ROOT)}/{path.name}"
+        for folder in folders
+        for path in folder.iterdir()
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+
+
+def test_kernels_is_a_link() -> None:
+    assert os.readlink(ROOT / "fastops" / "kernels") == os.path.join("..", "kernels")
+
+
+def test_wheel_holds_the_package_and_nothing_else(distributions: dict[str, Path]) -> None:
+    names = {name for name in wheel_files(distributions["wheel"]) if ".dist-info/" not in name}
+    assert {"fastops/py.typed", "fastops/kernels/linear.py"} <= names
+    assert names == package_files()
+
+
+def test_sdist_holds_the_package(distributions: dict[str, Path]) -> None:
+    names = sdist_files(distributions["sdist"])
+    assert package_files() | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not {name for name in names if name.startswith("kernels/")}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installs_and_works_outside_the_checkout(distributions: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    site = tmp_path / "site"
+    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--target", site)
+    run_python(*pip, distributions[kind], cwd=tmp_path, python_path=site)
+    installed = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} - {"bin", "__pycache__"}
+    assert installed == {"fastops"}
+    where = run_python("-c", TRAIN_ONE_STEP + "print(fastops.__file__)", cwd=tmp_path, python_path=site)
+    assert Path(where.strip()).parent == site / "fastops"
+    assert "usage: fastops" in run_python("-m", "fastops", "--help", cwd=tmp_path, python_path=site)
+
+
+def test_metadata(distributions: dict[str, Path]) -> None:
+    metadata = wheel_metadata(distributions["wheel"])
+    version = run_python("-c", "import fastops; print(fastops.__version__)").strip()
+    assert (metadata["Name"], metadata["Version"]) == ("torch-fastops", version)
+    assert metadata["Requires-Python"] == ">=3.10"
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    hard = {item.name for item in requirements if item.marker is None or "extra" not in str(item.marker)}
+    assert hard == {"torch", "numpy"}
+
+
+def test_every_direct_dependency_is_pinned(distributions: dict[str, Path]) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    metadata = wheel_metadata(distributions["wheel"])
+    direct = {canonicalize_name(Requirement(text).name) for text in metadata.get_all("Requires-Dist", [])}
+    assert direct - {"torch-fastops"} == {canonicalize_name(pin.name) for pin in pins}
+
+
+def test_import_leaves_triton_out() -> None:
+    assert run_python("-c", "import sys, fastops, fastops.nn; print('triton' in sys.modules)") == "False\n"
+
+
+def test_works_without_triton() -> None:
+    run_python("-c", "import sys; sys.modules['triton'] = None\n" + TRAIN_ONE_STEP)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_named_make_targets_exist(page: str) -> None:
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)(?:`|$| +#)", (ROOT / page).read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_launchers_are_typed(path: Path) -> None:
+    """mypy cannot tell launchers from device code, which has no Python types; the decorator can."""
+    untyped = []
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, function.decorator_list):
+            arguments = function.args
+            every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+            if function.returns is None or any(one and one.arg != "self" and one.annotation is None for one in every):
+                untyped.append(function.name)
+    assert untyped == []

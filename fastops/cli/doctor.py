@@ -1,0 +1,113 @@
+"""``fastops doctor``: versions, devices, and the backend that each operation takes on this machine."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastops
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``fastops doctor`` has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what a bug report needs."""
+    print("versions")
+    _print_pairs({"python": platform.python_version(), "fastops": fastops.__version__} | _versions())
+    print("\nprocessor")
+    _print_pairs(
+        {
+            "model": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
+            "oneDNN": _yes(torch.backends.mkldnn.is_available()),
+            "MKL": _yes(torch.backends.mkl.is_available()),
+        }
+    )
+    print("\naccelerators")
+    for line in _accelerators() or ["none"]:
+        print(f"  {line}")
+    for name in ("TRITON_INTERPRET", "FASTOPS_BACKEND"):
+        print(f"\n{name}: {os.environ.get(name, 'not set')}", end="")
+    print(f"\nTriton interpreter: {'on' if _interpreting() else 'off (TRITON_INTERPRET=1 turns it on)'}")
+    for device in _devices():
+        print(f"\nbackend of each operation on {device}")
+        try:
+            for line in _choices(device):
+                print(f"  {line}")
+        except RuntimeError as error:  # the backend that FASTOPS_BACKEND asks for cannot run here
+            print(f"  {error}")
+    return 0
+
+
+def _interpreting() -> bool:
+    """CPU tensors reach a Triton kernel only through the interpreter."""
+    one = torch.zeros(1, 1)
+    with fastops.backend("auto"):
+        return fastops.explain("linear", one, one).backend == "triton"
+
+
+def _print_pairs(pairs: dict[str, str]) -> None:
+    for name, value in pairs.items():
+        print(f"  {name:<11} {value}")
+
+
+def _yes(available: bool) -> str:
+    return "yes" if available else "no"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    """Vendor and model as Linux tells them, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(reversed([line.split("\t: ", 1) for line in lines if "\t: " in line]))
+    fields = {name.strip(): value for name, value in fields.items()}
+    return f"{fields.get('vendor_id', '')} {fields.get('model name', platform.machine())}".strip()
+
+
+def _devices() -> list[torch.device]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [torch.device("cpu")] + ([accelerator] if accelerator else [])
+
+
+def _accelerators() -> list[str]:
+    if not torch.cuda.is_available():
+        return [f"{device}: {torch.accelerator.device_count()}" for device in _devices()[1:]]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index} {gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def _choices(device: torch.device) -> list[str]:
+    """One line per operation, at sizes of FashionMLP and TwoLayerNet."""
+    lines = []
+    for rows, inputs, outputs in ((64, 784, 512), (64, 512, 10), (1024, 784, 512)):
+        x = torch.zeros(rows, inputs, device=device)
+        weight, bias = torch.zeros(outputs, inputs, device=device), torch.zeros(outputs, device=device)
+        for op in ("linear", "linear_relu"):
+            choice = fastops.explain(op, x, weight, bias)
+            lines.append(f"{op} {rows}x{inputs} to {outputs}: {choice.backend}: {choice.reason}")
+    logits, labels = torch.zeros(64, 10, device=device), torch.zeros(64, dtype=torch.long, device=device)
+    for op, target in (("mse_loss", logits), ("cross_entropy", labels)):
+        choice = fastops.explain(op, logits, target)
+        lines.append(f"{op} 64x10: {choice.backend}: {choice.reason}")
+    return lines

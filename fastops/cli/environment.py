@@ -1,0 +1,66 @@
+"""What the machine offers to a command: devices, backends, folders to write to."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastops
+import fastops.functional as FF
+from fastops.cli import CommandError
+
+
+def positive_integer(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return number
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, else the accelerator if there is one, else the CPU. ``CommandError`` if it is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
+        raise CommandError(f"cannot use device {name!r}: {_first_line(error)}") from error
+    return device
+
+
+def check_backend(device: torch.device) -> None:
+    """Raise ``CommandError`` if the backend in force cannot work on this device."""
+    try:
+        FF.linear(torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device))
+    except RuntimeError as error:
+        raise CommandError(_first_line(error)) from error
+
+
+def backend_lines(model: nn.Module, rows: int, device: torch.device) -> list[str]:
+    """Say of each linear layer which backend takes a batch of ``rows`` rows, and why."""
+    lines = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            inputs = torch.zeros(rows, layer.in_features, device=device)
+            choice = fastops.explain("linear", inputs, layer.weight, layer.bias)
+            size = f"{rows}x{layer.in_features} to {layer.out_features}"
+            lines.append(f"{name} ({size}) runs on {choice.backend}: {choice.reason}")
+    return lines
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for results if it is not there. ``CommandError`` unless files can be written to it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

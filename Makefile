@@ -32,9 +32,10 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastops kernels tests bench docs -name __pycache__ -prune -exec rm -rf {} +
 
+# Compiling every module of every dependency takes longer than compiling, at first import, those that are used.
 define install
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[$(1)]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[$(1)]"
 	@touch $@
 endef
 

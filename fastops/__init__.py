@@ -1,0 +1,21 @@
+"""Triton kernels for PyTorch layers and losses, with exact torch semantics, that plug into existing models."""
+
+__version__ = "0.1.0"
+
+from . import functional, nn
+from .dispatch import backend, explain
+from .ops import FallbackWarning
+from .swap import Report, report, swap, unswap
+
+__all__ = [
+    "FallbackWarning",
+    "Report",
+    "__version__",
+    "backend",
+    "explain",
+    "functional",
+    "nn",
+    "report",
+    "swap",
+    "unswap",
+]

@@ -1,0 +1,44 @@
+"""What the Functions of all ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class Function(torch.autograd.Function):
+    """A Function whose vmap rule is derived from its own forward, backward and jvp."""
+
+    generate_vmap_rule = True
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, straight to its C entry where no transform needs the Python one.
+
+    The Python entry costs more than a small kernel launch.
+    """
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def differentiable() -> bool:
+    """Whether a backward that runs now may itself be differentiated: it then has to go through a Function."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def add(*terms: Tensor | None) -> Tensor | None:
+    """Sum of the terms that are there."""
+    total = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return total
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """[..., K] -> [M, K]. (``flatten(0, -2)`` has no batching rule and is wrong for one dimension.)"""
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -1,0 +1,280 @@
+"""Decides, for every call of `fastops.functional`, which way it goes: Triton kernels, oneDNN, or the torch expression.
+
+A decision reads devices, dtypes and shapes, never values and never a clock: the same call goes the same way in every
+run. Arguments without a kernel, and wrong ones too, take the torch expression: so every feature and every error
+message is torch's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS: Final = ("auto", "triton", "onednn", "torch")
+
+_KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DEVICES: Final = ("cuda", "xpu")
+_TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
+_INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+class Explanation(NamedTuple):
+    """Which way a call goes (``"triton"``, ``"onednn"`` or ``"torch"``) and why."""
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_selected = _checked(os.environ.get("FASTOPS_BACKEND", "auto"))
+
+
+class backend:
+    """Context manager that selects the backend of all calls inside it.
+
+    ``"auto"`` (the default, or what the environment variable ``FASTOPS_BACKEND`` says) takes the fastest way known for
+    device and shape; ``"triton"`` the kernels wherever one exists for the arguments; ``"onednn"`` the same Functions
+    with oneDNN products on the CPU; ``"torch"`` the torch expression. Process-wide, like the flags of
+    ``torch.backends``. A backward pass runs on the backend of its forward.
+
+    Raises:
+        ValueError: if ``name`` is no backend.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name)
+        self._outer: list[str] = []
+
+    def __enter__(self) -> None:
+        global _selected
+        self._outer.append(_selected)
+        _selected = self._name
+
+    def __exit__(self, *_: object) -> None:
+        global _selected
+        _selected = self._outer.pop()
+
+
+def selected_backend() -> str:
+    """The backend that `backend` or ``FASTOPS_BACKEND`` selected."""
+    return _selected
+
+
+# oneDNN against MKL on this processor ---------------------------------------------------------------------------------
+
+# Multiply-adds from which a linear layer gains from oneDNN's product, by processor (vendor, vector instructions).
+# AMD with AVX-512: MKL reaches half of oneDNN's speed; below the threshold a Python Function costs more than it saves.
+# AMD with AVX2 and Intel: MKL is as fast or faster at every shape measured, so there is no entry.
+_ONEDNN_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}
+
+
+def _cpu_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux: no entry of the table applies
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+_onednn_from = _ONEDNN_FROM_MULTIPLY_ADDS.get((_cpu_vendor(), torch.backends.cpu.get_cpu_capability()))
+
+# The rule -------------------------------------------------------------------------------------------------------------
+
+_SELECTED_TORCH = Explanation("torch", "backend 'torch' is selected")
+_TRITON = Explanation("triton", "a Triton kernel exists for these arguments")
+_ONEDNN_SELECTED = Explanation("onednn", "backend 'onednn' is selected")
+_ONEDNN_PAYS = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
+_ATEN_IS_FASTER = Explanation("torch", "on this processor ATen is at least as fast at this size")
+_NO_PRODUCT = Explanation("torch", "a loss has no matrix product that oneDNN could take")
+_NO_TRITON = Explanation("torch", "Triton is not installed")
+
+
+def _triton_applies(device: torch.device) -> Explanation | None:
+    """None if kernels can run on ``device`` under the selected backend, else the reason why not.
+
+    Raises:
+        RuntimeError: if backend ``"triton"`` is selected and Triton cannot run at all.
+    """
+    if device.type in _TRITON_DEVICES or (device.type == "cpu" and _INTERPRETER):
+        if _TRITON_INSTALLED:
+            return None
+        if _selected == "triton":
+            raise RuntimeError(
+                "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
+            )
+        return _NO_TRITON
+    if _selected == "triton" and device.type != "meta":
+        raise RuntimeError(
+            f"backend 'triton' is selected but Triton cannot run on {device.type!r} tensors"
+            + (": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if device.type == "cpu" else "")
+        )
+    return Explanation("torch", f"no kernel for device {device.type!r}")
+
+
+def _unfit(*tensors: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors together, or None."""
+    first = tensors[0]
+    assert first is not None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{type(tensor).__name__} is a tensor subclass"
+        if tensor.layout is not torch.strided:
+            return f"no kernel for layout {tensor.layout}"
+        if tensor.device != first.device:
+            return "tensors are on different devices"
+        if tensor.numel() == 0:
+            return "a tensor is empty"
+    return None
+
+
+def _unfit_dtype(*tensors: Tensor | None) -> str | None:
+    first = tensors[0]
+    assert first is not None
+    if first.dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {first.dtype}"
+    if any(tensor is not None and tensor.dtype is not first.dtype for tensor in tensors):
+        return "dtypes differ"
+    return None
+
+
+def _unfit_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    unfit = _unfit(input, weight, bias) or _unfit_dtype(input, weight, bias)
+    if unfit is not None:
+        return unfit
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return "input and weight shapes do not make a linear layer"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "bias does not have one element per output feature"
+    return None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explanation:
+    """The way of `functional.linear` and `functional.linear_relu`."""
+    if _selected == "torch":
+        return _SELECTED_TORCH
+    if _selected == "auto" and input.is_cpu and not _INTERPRETER:
+        if _onednn_from is None or input.numel() * weight.shape[0] < _onednn_from:
+            return _ATEN_IS_FASTER
+    elif _selected != "onednn":
+        no_triton = _triton_applies(input.device)
+        if no_triton is not None:
+            return no_triton
+        unfit = _unfit_linear(input, weight, bias)
+        return _TRITON if unfit is None else Explanation("torch", unfit)
+    unfit = _unfit_linear(input, weight, bias)
+    if unfit is None and (not input.is_cpu or input.dtype is not torch.float32):
+        unfit = "oneDNN products are for float32 on the CPU"
+    if unfit is not None:
+        return Explanation("torch", unfit)
+    return _ONEDNN_SELECTED if _selected == "onednn" else _ONEDNN_PAYS
+
+
+def _loss(input: Tensor, unfit: Callable[[], str | None]) -> Explanation:
+    if _selected == "torch":
+        return _SELECTED_TORCH
+    if _selected == "onednn":
+        return _NO_PRODUCT
+    if _selected == "auto" and input.is_cpu and not _INTERPRETER:
+        return _ATEN_IS_FASTER
+    no_triton = _triton_applies(input.device)
+    if no_triton is not None:
+        return no_triton
+    reason = unfit()
+    return _TRITON if reason is None else Explanation("torch", reason)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Explanation:
+    """The way of `functional.mse_loss`."""
+
+    def unfit() -> str | None:
+        if weight is not None:
+            return "no kernel for element weights"
+        if input.shape != target.shape:
+            return "input and target shapes differ"
+        if reduction not in ("none", "mean", "sum"):
+            return f"{reduction!r} is no reduction"
+        return _unfit(input, target) or _unfit_dtype(input, target)
+
+    return _loss(input, unfit)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Explanation:
+    """The way of `functional.cross_entropy`."""
+
+    def unfit() -> str | None:
+        general = _unfit(input, target, weight) or _unfit_dtype(input, weight)
+        if general is not None:
+            return general
+        if input.dim() == 0:
+            return "input has no class dimension"
+        class_dim = 0 if input.dim() == 1 else 1
+        if target.shape == input.shape:
+            if target.dtype is not input.dtype or ignore_index >= 0:
+                return "class probabilities need the dtype of the input and a negative ignore_index"
+        elif target.dtype is not torch.int64:
+            return f"no kernel for {target.dtype} class indices"
+        elif target.shape != input.shape[:class_dim] + input.shape[class_dim + 1 :]:
+            return "target shape does not match the input"
+        if weight is not None and (weight.shape != (input.shape[class_dim],) or weight.requires_grad):
+            return "weight is not one constant per class"
+        if reduction not in ("none", "mean", "sum") or not 0 <= label_smoothing <= 1:
+            return "reduction or label_smoothing is not a valid value"
+        return None
+
+    return _loss(input, unfit)
+
+
+_OPS: Final[dict[str, Callable[..., Explanation]]] = {
+    "linear": linear,
+    "linear_relu": linear,
+    "mse_loss": mse_loss,
+    "cross_entropy": cross_entropy,
+}
+
+
+def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
+    """Which way ``functional.<op>(*arguments, **keywords)`` would go now, and why. Computes nothing.
+
+    Raises:
+        ValueError: if ``op`` is no fastops function.
+        RuntimeError: where the call itself would raise one: Triton is selected and cannot run.
+
+    Example:
+        >>> fastops.explain("linear", torch.randn(2, 3), torch.randn(4, 3)).backend
+        'torch'
+    """
+    if op not in _OPS:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(map(repr, _OPS))}")
+    return _OPS[op](*arguments, **keywords)

@@ -1,0 +1,25 @@
+"""Linear layers: same parameters, same constructor and same keys as `torch.nn.Linear`; only ``forward`` differs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import functional as FF
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` on `fastops.functional.linear`: [..., in_features] -> [..., out_features]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return FF.linear(input, self.weight, self.bias)
+
+
+class LinearReLU(torch.nn.Linear):
+    """A linear layer followed by ReLU, in one kernel: [..., in_features] -> [..., out_features].
+
+    Constructed as `torch.nn.Linear`; the name is that of `torch.ao.nn.intrinsic.LinearReLU`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return FF.linear_relu(input, self.weight, self.bias)

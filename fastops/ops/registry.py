@@ -1,0 +1,75 @@
+"""How a raw op is registered, run and batched."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastops", "DEF")
+
+
+class FallbackWarning(RuntimeWarning):
+    """A kernel failed to compile or launch on a device that should run it; the torch expression ran instead."""
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> None:
+    """Define the op ``fastops::<schema>``. ``vmap`` is a `torch.library.register_vmap` rule that also takes the op."""
+    name = "fastops::" + _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,)).split("::")[-1]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=_library)
+    op = getattr(torch.ops.fastops, name.split("::")[1])
+    torch.library.register_vmap(name, functools.partial(vmap, op), lib=_library)
+
+
+def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """The vmap rule that calls ``op`` once per sample and stacks the results."""
+    results = [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    return torch.stack(results), 0
+
+
+def or_empty(like: Tensor, gradient: Tensor | None) -> Tensor:
+    """A schema has no optional results: an empty tensor stands for a gradient that nobody asked for."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+_warned: set[tuple[str, torch.device]] = set()
+
+
+def run_kernel(op: str, kernel: Callable[..., Any], torch_expression: Callable[..., Any], *arguments: Any) -> Any:
+    """Run ``kernel``; if Triton cannot compile or launch it, warn once per op and device and run ``torch_expression``.
+
+    An exhausted memory or a lost device is no failure of the kernel and is raised as it is.
+    """
+    from triton.errors import TritonError
+
+    try:
+        return kernel(*arguments)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, TritonError) as error:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        device = tensors[0].device
+        if (op, device) not in _warned:
+            _warned.add((op, device))
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            warnings.warn(
+                f"the Triton kernel of {op} failed for shapes {shapes} on {device}; torch runs instead. Reason: {error}",
+                FallbackWarning,
+                stacklevel=3,
+            )
+        return torch_expression(*arguments)

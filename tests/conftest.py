@@ -1,0 +1,34 @@
+"""All tests run with Triton's interpreter on, so that CPU tensors reach the kernels. What tests the plain CPU way says so.
+
+`TRITON_INTERPRET` counts when a kernel module is imported: hence before everything else.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastops
+from fastops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch as on a machine where nobody asked for the interpreter."""
+    monkeypatch.setattr(dispatch, "_INTERPRETER", False)
+
+
+@pytest.fixture(params=["triton", "onednn", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the three ways down in turn."""
+    with fastops.backend(request.param):
+        yield request.param

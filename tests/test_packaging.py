@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fastops.models
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_FILES = sorted((ROOT / "kernels").glob("*.py"))
 
@@ -152,6 +154,24 @@ def test_named_make_targets_exist(page: str) -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z]+)(?:`|$| +#)", (ROOT / page).read_text(), flags=re.MULTILINE))
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_reference_names_every_public_function_and_class() -> None:
+    directives = re.findall(r"^\.\. (\w+):: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    named, module = set(), ""
+    for directive, name in directives:
+        if directive == "currentmodule":
+            module = name
+        else:
+            named.add(f"{module}.{name}")
+    public = {
+        f"{home.__name__}.{name}"
+        for home in (fastops, fastops.functional, fastops.nn, fastops.models)
+        for name, value in vars(home).items()
+        if not name.startswith("_") and callable(value) and value.__module__.startswith("fastops")
+        if home is not fastops.functional or value.__module__ == home.__name__
+    }
+    assert named == public
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)

@@ -13,4 +13,5 @@ html_theme = "furo"
 # The layers say what differs from torch's; what is the same is documented there.
 autodoc_inherit_docstrings = False
 autodoc_typehints = "description"
+autodoc_typehints_format = "fully-qualified"
 autodoc_typehints_description_target = "documented"

@@ -1,0 +1,279 @@
+"""Puts fastops layers into existing models, and takes them out again.
+
+`swap` works in two steps, both in place:
+
+1. Every layer with a counterpart in `fastops.nn` changes its class. It stays the same object, so parameters, optimizer
+   state, hooks, parametrizations, tied weights and keys are untouched.
+2. The ``forward`` of each module that the user wrote is traced on its own, its children as leaves. Where the output of
+   a layer goes into a ReLU and nowhere else, the two become one call (`fastops.fuse`).
+
+Nothing is stored on the modules or beside them: what was swapped is written in their classes alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from torch import nn
+
+from . import nn as fnn
+from .fuse import (
+    COUNTERPARTS,
+    ORIGINALS,
+    Site,
+    compile_trace,
+    fused_class,
+    plain_class,
+    sites_of,
+    trace_to_fuse,
+    traced,
+    untouched,
+)
+from .trace import LeftAlone
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def swap(model: _Model, *, fuse: bool = True) -> _Model:
+    """Swap fastops layers into ``model``, in place, and fuse them with the ReLUs behind them.
+
+    Parameters, their names, hooks and results stay as they are. Whatever cannot be swapped or fused safely is left
+    alone; `report` says why. After new layers were put into the model, swap again.
+
+    Args:
+        model: any module, a loss too.
+        fuse: whether layers may run in one call with a ReLU behind them. If not, only classes of layers change.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+    _check("swap", model)
+    for module in model.modules():
+        if type(module) not in ORIGINALS:
+            _set_class(module, plain_class(type(module)))
+        with suppress(LeftAlone):
+            _set_class(module, _swapped_class(module))
+    if fuse:
+        traces = {module: tracers for module in model.modules() if (tracers := trace_to_fuse(module))}
+        for module in _children_first(model, set()):
+            if module in traces:
+                found = tuple(compile_trace(tracer, type(module)) for tracer in traces[module])
+                _set_class(module, fused_class(type(module), found))
+    return model
+
+
+def unswap(model: _Model) -> _Model:
+    """Give every module of ``model`` its plain torch class, or the user's own, back: in place, the reverse of `swap`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+    _check("unswap", model)
+    for module in model.modules():
+        _set_class(module, _original_class(type(module)))
+    return model
+
+
+def _check(verb: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} expects a torch.nn.Module, not {type(model).__name__}")
+
+
+def _set_class(module: nn.Module, new: type) -> None:
+    if new is not type(module):
+        object.__setattr__(module, "__class__", new)
+
+
+def _children_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+    if module not in seen:
+        seen.add(module)
+        for child in module.children():
+            yield from _children_first(child, seen)
+        yield module
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def _swapped_class(module: nn.Module) -> type:
+    """The class that takes the place of the class of ``module``: its own if it has no counterpart.
+
+    Raises:
+        LeftAlone: if it has a counterpart that cannot take its place.
+    """
+    found = type(module)
+    known = next((original for original in COUNTERPARTS if issubclass(found, original)), None)
+    if known is None or found.__module__.startswith(fnn.__name__):
+        return found
+    if "forward" in module.__dict__:
+        raise LeftAlone("its forward was replaced on the object")
+    if found is known:
+        return COUNTERPARTS[known]
+    if issubclass(found, nn.modules.lazy.LazyModuleMixin):
+        raise LeftAlone("it has no weights yet: run it once, then swap again")
+    base = found.__bases__[0]
+    if found.__module__ == nn.utils.parametrize.__name__ and (base is known or base in ORIGINALS):
+        return found if base in ORIGINALS else _with_bases(found, (COUNTERPARTS[known],))
+    raise LeftAlone(f"its class {found.__name__} is a subclass of {known.__name__}, which may compute something else")
+
+
+def _original_class(found: type) -> type:
+    plain = plain_class(found)
+    if plain is found and found.__module__.startswith("torch."):
+        # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
+        bases = tuple(map(plain_class, found.__bases__))
+        return found if bases == found.__bases__ else _with_bases(found, bases)
+    return plain
+
+
+def _with_bases(found: type, bases: tuple[type, ...]) -> type:
+    namespace = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
+    return type.__new__(type(found), found.__name__, bases, namespace)
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+_GROUPS: Final = {"linear layers": nn.Linear, "losses": nn.modules.loss._Loss}
+_RELUS: Final = "ReLUs"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a `Report`: where it is, what it is, what became of it, whether that is fastops, and its group."""
+
+    name: str
+    layer: str
+    outcome: str
+    done: bool
+    group: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fastops does in a model. ``str(report)`` is a table of ``rows`` with the totals below it."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def swapped(self) -> int:
+        """The number of layers and losses that are fastops layers."""
+        return sum(row.done for row in self.rows if row.group in _GROUPS)
+
+    @property
+    def fused(self) -> int:
+        """The number of ReLU calls that run in one call with the layer before them."""
+        return sum(row.done for row in self.rows if row.group == _RELUS)
+
+    def __str__(self) -> str:
+        cells = [(row.name, row.layer, row.outcome) for row in self.rows]
+        first, second = (max((len(cell[column]) for cell in cells), default=0) for column in (0, 1))
+        lines = [f"{name:{first}}  {layer:{second}}  {outcome}" for name, layer, outcome in cells]
+        totals = []
+        for group in (*_GROUPS, _RELUS):
+            done = [row.done for row in self.rows if row.group == group]
+            if done:
+                totals.append(f"{sum(done)} of {len(done)} {group} {'fused' if group == _RELUS else 'swapped'}")
+        return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows"])
+
+
+def report(model: nn.Module) -> Report:
+    """What is swapped and fused in ``model`` now, and why the rest is not. Swapped or not, ``model`` is only looked at.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+    _check("report", model)
+    modules = dict(model.named_modules())
+    containers, relus = dict[str, Row](), dict[str, list[Row]]()
+    fused_layers = set[nn.Module]()
+    for path, module in modules.items():
+        try:
+            calls = _relu_calls(module)
+        except LeftAlone as reason:
+            if any(isinstance(child, (nn.ReLU, *COUNTERPARTS)) for child in module.modules()):
+                containers[path] = Row(path or "(model)", type(module).__name__, f"not traced: {reason}", False, "")
+            continue
+        for site, outcome, done in calls:
+            # A ReLU module has its own place in the table; a ReLU function stands behind the layer it is applied to.
+            place = site.relu if site.relu is not None else site.layer
+            place = path if place is None else _join(path, place)
+            name = place if site.relu is not None else _join(path, f"relu({site.input})")
+            relus.setdefault(place, []).append(Row(name, "ReLU", outcome, done, _RELUS))
+            if done and site.layer is not None:
+                fused_layers.add(module.get_submodule(site.layer))
+    rows: list[Row] = []
+    for path, module in modules.items():
+        if path in containers:
+            rows.append(containers[path])
+        layer = _layer_row(path, module, module in fused_layers)
+        if layer is not None:
+            rows.append(layer)
+        if isinstance(module, nn.ReLU) and path not in relus:
+            rows.append(Row(path or "(model)", "ReLU", "not fused: no traced forward calls it", False, _RELUS))
+        rows += relus.get(path, [])
+    return Report(tuple(rows))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _layer_row(path: str, module: nn.Module, fused: bool) -> Row | None:
+    group = next((name for name, kind in _GROUPS.items() if isinstance(module, kind)), None)
+    if group is None or not isinstance(module, tuple(COUNTERPARTS)):
+        return None
+    found = type(module)
+    done = found.forward.__module__.startswith(fnn.__name__)
+    outcome = f"fastops.nn.{found.forward.__qualname__.partition('.')[0]}" + (" fused with its ReLU" if fused else "")
+    if not done:
+        try:
+            _swapped_class(module)
+            outcome = "not swapped"
+        except LeftAlone as reason:
+            outcome = f"not swapped: {reason}"
+    return Row(path or "(model)", plain_class(found).__name__, outcome, done, group)
+
+
+def _relu_calls(module: nn.Module) -> list[tuple[Site, str, bool]]:
+    """Every call of a ReLU in the forward of ``module``, what became of it and whether it is fused.
+
+    Raises:
+        LeftAlone: if ``module`` cannot be traced.
+    """
+    traces = getattr(type(module), "_fastops_traces", None)
+    if traces is None:
+        modes = [(_mode(tracer.reads), Counter(sites_of(tracer))) for tracer in traced(module)]
+        obstacle = "fastops.swap would fuse it"
+    else:
+        modes = [(_mode(trace.assumptions.reads), Counter(trace.sites)) for trace in traces]
+        current = any(trace.assumptions.hold(module) for trace in traces)
+        obstacle = "" if current else "the model was changed since it was swapped: swap again"
+    calls = []
+    for site in dict.fromkeys(site for _, sites in modes for site in sites):
+        where = [mode for mode, sites in modes if site in sites]
+        only = "" if len(where) == len(modes) else f" in {where[0]} mode only"
+        reason = site.reason or obstacle or _hooked(module, site)
+        outcome = f"not fused: {reason}" if reason else f"fused with {site.layer}"
+        calls += [(site, outcome + only, not reason)] * max(sites[site] for _, sites in modes)
+    return calls
+
+
+def _mode(reads: Sequence[tuple[object, str, object]]) -> str:
+    return "training" if ("training", (bool, True)) in [(name, token) for _, name, token in reads] else "evaluation"
+
+
+def _hooked(module: nn.Module, site: Site) -> str:
+    for name in (site.layer, site.relu):
+        if name is not None and not untouched(module.get_submodule(name)):
+            return f"{name} has hooks or a replaced forward"
+    return ""

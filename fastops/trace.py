@@ -356,6 +356,8 @@ class Tracer(fx.Tracer):
     def _note(self, owner: nn.Module, name: str) -> object:
         """Note that forward reads ``owner.name``, and return what it gets instead of a tensor or a container."""
         path = self._paths.get(id(owner))
+        if path is None and type(owner) is nn.ModuleList:  # a slice of one
+            return _MISSING
         if path is None:
             raise LeftAlone(f"its forward uses a {type(owner).__name__} that is not its child")
         value = _look(owner, name)

@@ -1,0 +1,488 @@
+"""Cross-entropy: one online pass over the logits forward, one read and one write backward.
+
+Per position, with logits ``x_c`` over C classes, weights ``w_c`` (1 if none), label smoothing ``s`` and ``g`` the
+gradient of the position's loss::
+
+    t_c = w_c ((1 - s) [c = target] + s / C)     class indices; t_c = 0 for all c where target = ignore_index
+    t_c = w_c ((1 - s) q_c + s / C)              class probabilities q_c
+    lse = log sum_c exp(x_c)
+    loss = sum_c t_c (lse - x_c)                 'mean' divides the sum of losses by the denominator: the sum of the
+                                                 weights of the targets that count, or the number of positions
+    gx_c = g (exp(x_c - lse) sum_k t_k - t_c)
+    gq_c = g w_c (1 - s) (lse - x_c)
+
+Forward, every lane of a tile keeps the maximum ``m`` of the logits it has seen and sums relative to it: ``exp(x - m)``
+and, where t is dense, ``t (x - m)`` and ``t``. All lanes meet after the last tile. Relative to the maximum no sum
+cancels. -inf never meets -inf in a difference, unless all logits of a position are -inf: that is NaN, as in torch.
+
+A program takes BLOCK_ROWS positions that lie side by side. Logits are seen as [outer, C, inner]: [N, C, D] as it
+is, [N, C, 1] as [1, C, N].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import accumulator_dtype, launch
+from .reduce import covering_tile, sum_of_partials, tile_alignment
+
+
+@triton.jit
+def weighted_probabilities(
+    probability_ptrs,  # [rows, columns]
+    weight_ptrs,  # [columns]
+    uniform,  # LABEL_SMOOTHING / classes, of the dtype to compute in
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+):
+    """``t`` of the module's formulas for a tile of class probabilities."""
+    t = tl.load(probability_ptrs).to(uniform.dtype) * (1.0 - LABEL_SMOOTHING) + uniform
+    if HAS_WEIGHT:
+        t *= tl.load(weight_ptrs).to(uniform.dtype)[None, :]
+    return t
+
+
+@triton.jit
+def store_total(loss_ptr, denominator_ptr, loss, weight, MEAN: tl.constexpr):
+    """The reduced loss from the sums of the losses and of the positions' weights, and what it was divided by."""
+    if MEAN:
+        tl.store(loss_ptr, (loss / weight).to(loss_ptr.dtype.element_ty))
+        tl.store(denominator_ptr, weight)
+    else:
+        tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+        tl.store(denominator_ptr, 1.0)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    input_ptr,  # [outer, classes, inner]
+    target_ptr,  # [outer, inner] class indices or [outer, classes, inner] probabilities
+    weight_ptr,  # [classes]
+    loss_ptr,  # [outer, inner], or [programs] partial sums, or the one result if there is one program
+    denominator_ptr,  # [programs] partial sums of the positions' weights
+    log_sum_exp_ptr,  # [outer, inner]
+    classes,
+    inner,
+    input_outer_stride,
+    input_class_stride,
+    input_inner_stride,
+    target_outer_stride,
+    target_class_stride,
+    target_inner_stride,
+    ignore_index,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    SUM: tl.constexpr,
+    MEAN: tl.constexpr,
+    ONE_PROGRAM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    ALIGNMENT_ROWS: tl.constexpr,
+    ALIGNMENT_CLASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """One program per BLOCK_ROWS positions, in a loop over tiles of BLOCK_CLASSES."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+    NOTHING: tl.constexpr = float("-inf")
+
+    program = tl.program_id(0).to(tl.int64)
+    row_tiles = tl.cdiv(inner, BLOCK_ROWS)
+    outer = program // row_tiles
+    rows, own_rows = covering_tile(program % row_tiles, inner, BLOCK_ROWS, ALIGNMENT_ROWS)
+    input_rows = input_ptr + outer * input_outer_stride + rows * input_inner_stride
+    target_rows = target_ptr + outer * target_outer_stride + rows * target_inner_stride
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
+
+    maximum = tl.full((BLOCK_ROWS, BLOCK_CLASSES), NOTHING, ACCUMULATOR)
+    exponentials = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of exp(x - m)
+    products = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of t (x - m)
+    mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of t
+
+    class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
+    for step in range(0, class_tiles):
+        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+        x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
+        x = tl.where(fresh[None, :], x, NOTHING)
+        reference = tl.where(maximum == NOTHING, 0.0, maximum)
+        if ONE_TILE:
+            maximum = x
+            exponentials += 1.0
+        else:
+            # One exponential serves both cases: it scales the old sum down, or is the new term.
+            scale = tl.where(x == maximum, 1.0, tl.exp(-tl.abs(x - maximum)))
+            exponentials = tl.where(x > maximum, exponentials * scale + 1.0, exponentials + scale)
+            maximum = tl.where(x > maximum, x, maximum)
+
+        if PROBABILITIES or LABEL_SMOOTHING > 0:
+            if PROBABILITIES:
+                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
+                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+            else:
+                t = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR) + uniform
+                if HAS_WEIGHT:
+                    t *= tl.load(weight_ptr + columns).to(ACCUMULATOR)[None, :]
+            new_reference = tl.where(maximum == NOTHING, 0.0, maximum)
+            if not ONE_TILE:
+                products += (reference - new_reference) * mass
+            products += tl.where(fresh[None, :], t * (x - new_reference), 0.0)
+            mass += tl.where(fresh[None, :], t, 0.0)
+
+    row_maximum = tl.max(maximum, 1)
+    shift = tl.where(row_maximum == NOTHING, 0.0, row_maximum)
+    log_sum = tl.log(tl.sum(exponentials * tl.exp(maximum - shift[:, None]), 1))
+    position = outer * inner + rows
+    tl.store(log_sum_exp_ptr + position, shift + log_sum, mask=own_rows)
+
+    loss = tl.zeros((BLOCK_ROWS,), ACCUMULATOR)
+    row_weight = tl.full((BLOCK_ROWS,), 1.0, ACCUMULATOR)
+    if PROBABILITIES or LABEL_SMOOTHING > 0:
+        reference = tl.where(maximum == NOTHING, 0.0, maximum)
+        loss = log_sum * tl.sum(mass, 1) - tl.sum(products + (reference - shift[:, None]) * mass, 1)
+    if not PROBABILITIES:
+        target = tl.load(target_rows)
+        counts = target != ignore_index
+        valid = (target >= 0) & (target < classes)
+        tl.device_assert(valid | (target == ignore_index), "Target is out of bounds.")
+        safe_target = tl.where(valid, target, 0)
+        if HAS_WEIGHT:
+            row_weight = tl.load(weight_ptr + safe_target).to(ACCUMULATOR)
+        target_x = tl.load(input_rows + safe_target * input_class_stride).to(ACCUMULATOR)
+        loss += row_weight * (1.0 - LABEL_SMOOTHING) * (log_sum - (target_x - shift))
+        loss = tl.where(counts, loss, 0.0)
+        row_weight = tl.where(counts, row_weight, 0.0)
+
+    if SUM:
+        total_loss = tl.sum(tl.where(own_rows, loss, 0.0), 0)
+        total_weight = tl.sum(tl.where(own_rows, row_weight, 0.0), 0)
+        if ONE_PROGRAM:
+            store_total(loss_ptr, denominator_ptr, total_loss, total_weight, MEAN)
+        else:
+            tl.store(loss_ptr + program, total_loss)
+            tl.store(denominator_ptr + program, total_weight)
+    else:
+        tl.store(loss_ptr + position, loss.to(loss_ptr.dtype.element_ty), mask=own_rows)
+
+
+@triton.jit
+def cross_entropy_total_kernel(
+    partial_losses_ptr,  # [programs]
+    partial_weights_ptr,  # [programs]
+    loss_ptr,
+    denominator_ptr,
+    programs,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the reduced loss and its denominator from all partial sums."""
+    loss = sum_of_partials(partial_losses_ptr, programs, BLOCK)
+    weight = sum_of_partials(partial_weights_ptr, programs, BLOCK)
+    store_total(loss_ptr, denominator_ptr, loss, weight, MEAN)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    grad_output_ptr,  # [outer, inner]
+    input_ptr,  # [outer, classes, inner]
+    target_ptr,  # [outer, inner] class indices or [outer, classes, inner] probabilities
+    weight_ptr,  # [classes]
+    weight_sum_ptr,  # the sum of the weights
+    log_sum_exp_ptr,  # [outer, inner], contiguous
+    denominator_ptr,
+    grad_input_ptr,  # [outer, classes, inner]
+    grad_target_ptr,  # [outer, classes, inner]
+    classes,
+    inner,
+    grad_output_outer_stride,
+    grad_output_inner_stride,
+    input_outer_stride,
+    input_class_stride,
+    input_inner_stride,
+    target_outer_stride,
+    target_class_stride,
+    target_inner_stride,
+    grad_input_outer_stride,
+    grad_input_class_stride,
+    grad_input_inner_stride,
+    grad_target_outer_stride,
+    grad_target_class_stride,
+    grad_target_inner_stride,
+    ignore_index,
+    NEED_INPUT: tl.constexpr,
+    NEED_TARGET: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    ALIGNMENT_ROWS: tl.constexpr,
+    ALIGNMENT_CLASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """One program per BLOCK_ROWS positions and every ``num_programs(1)``-th tile of BLOCK_CLASSES."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    row_tiles = tl.cdiv(inner, BLOCK_ROWS)
+    outer = tl.program_id(0).to(tl.int64) // row_tiles
+    rows, own_rows = covering_tile(tl.program_id(0).to(tl.int64) % row_tiles, inner, BLOCK_ROWS, ALIGNMENT_ROWS)
+    input_rows = input_ptr + outer * input_outer_stride + rows * input_inner_stride
+    target_rows = target_ptr + outer * target_outer_stride + rows * target_inner_stride
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
+    class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
+
+    log_sum_exp = tl.load(log_sum_exp_ptr + outer * inner + rows)
+    scale = tl.load(grad_output_ptr + outer * grad_output_outer_stride + rows * grad_output_inner_stride)
+    scale = scale.to(ACCUMULATOR) / tl.load(denominator_ptr)
+    if PROBABILITIES:
+        mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)
+        if NEED_INPUT:
+            for step in range(0, class_tiles):
+                columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
+                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+                mass += tl.where(fresh[None, :], t, 0.0)
+        target_sum = tl.sum(mass, 1)
+    else:
+        target = tl.load(target_rows)
+        valid = (target >= 0) & (target < classes)
+        target_sum = tl.full((BLOCK_ROWS,), 1.0, ACCUMULATOR)
+        target_share = tl.full((BLOCK_ROWS,), 1.0 - LABEL_SMOOTHING, ACCUMULATOR)
+        if HAS_WEIGHT:
+            target_share *= tl.load(weight_ptr + tl.where(valid, target, 0)).to(ACCUMULATOR)
+            target_sum = target_share
+            if LABEL_SMOOTHING > 0:
+                target_sum += uniform * tl.load(weight_sum_ptr)
+        scale = tl.where(target == ignore_index, 0.0, scale)  # and not 0 * scale: the mean of no target has scale inf
+
+    for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
+        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+        own = own_rows[:, None] & fresh[None, :]
+        x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
+        log_probability = x - log_sum_exp[:, None]
+        if ONE_TILE:
+            # The whole row is here: what rounding to log_sum_exp has lost of a large logit comes back.
+            row_sum = tl.sum(tl.where(fresh[None, :], tl.exp(log_probability), 0.0), 1)
+            log_probability -= tl.log(row_sum)[:, None]
+        if NEED_INPUT:
+            if PROBABILITIES:
+                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
+                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+            else:
+                t = tl.where(columns[None, :] == target[:, None], target_share[:, None], 0.0)
+                if LABEL_SMOOTHING > 0:
+                    if HAS_WEIGHT:
+                        t += (tl.load(weight_ptr + columns).to(ACCUMULATOR) * uniform)[None, :]
+                    else:
+                        t += uniform
+            grad = (tl.exp(log_probability) * target_sum[:, None] - t) * scale[:, None]
+            pointers = grad_input_ptr + outer * grad_input_outer_stride + rows[:, None] * grad_input_inner_stride
+            pointers += columns[None, :] * grad_input_class_stride
+            tl.store(pointers, grad.to(grad_input_ptr.dtype.element_ty), mask=own)
+        if NEED_TARGET:
+            grad = -log_probability * (1.0 - LABEL_SMOOTHING) * scale[:, None]
+            if HAS_WEIGHT:
+                grad *= tl.load(weight_ptr + columns).to(ACCUMULATOR)[None, :]
+            pointers = grad_target_ptr + outer * grad_target_outer_stride + rows[:, None] * grad_target_inner_stride
+            pointers += columns[None, :] * grad_target_class_stride
+            tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
+
+
+class CrossEntropyConfig(NamedTuple):
+    """A tile of ``BLOCK_ROWS`` positions x ``BLOCK_CLASSES`` classes."""
+
+    BLOCK_ROWS: int
+    BLOCK_CLASSES: int
+    num_warps: int
+
+
+def cross_entropy_config(classes: int, inner: int, classes_adjacent: bool, device: torch.device) -> CrossEntropyConfig:
+    """The tile for ``inner`` positions side by side.
+
+    Logits whose classes lie side by side in memory get tiles that are long in classes: all of them up to 4096, then a
+    loop. Other layouts, images for instance, get tiles that are long in positions.
+    """
+    all_classes = triton.next_power_of_2(classes)
+    all_rows = triton.next_power_of_2(inner)
+    if device.type == "cpu":  # the interpreter pays per operation, not per element
+        block_classes = min(all_classes, 1 << 16)
+        return CrossEntropyConfig(min(all_rows, (1 << 20) // block_classes), block_classes, 1)
+    if not classes_adjacent:
+        block_rows = min(all_rows, 64)
+        return CrossEntropyConfig(block_rows, min(all_classes, 1024 // block_rows), 4)
+    if classes <= 1024:
+        return CrossEntropyConfig(min(all_rows, 1024 // all_classes), all_classes, 4)
+    return CrossEntropyConfig(1, min(all_classes, 4096 if classes <= 32768 else 8192), 8)
+
+
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """torch's IndexError for a class index out of range; on a GPU the forward kernel asserts, so that nothing waits."""
+    if target.device.type == "cpu":
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if outside.any():
+            raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")
+
+
+def outer_class_inner(tensor: Tensor) -> Tensor:
+    """[N, C, D] or [N, D] with the positions that lie side by side last: transposed if D is 1."""
+    return tensor.transpose(0, -1) if tensor.shape[-1] == 1 else tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss, log_sum_exp, denominator)`` of logits [N, C, D], not empty, any strides.
+
+    ``target``: int64 class indices [N, D], or class probabilities [N, C, D] of the input's dtype. ``weight``: [C] of
+    the input's dtype. ``loss``: the input's dtype, [N, D] for 'none', else 0-d. ``log_sum_exp``, [N, D], and
+    ``denominator``, 0-d, 1 unless ``reduction`` is 'mean': float32, float64 for float64. A class index out of range
+    raises torch's IndexError on the CPU and stops the kernel on a GPU.
+    """
+    N, classes, D = input.shape
+    probabilities = target.is_floating_point()
+    if not probabilities:
+        check_targets(target, classes, ignore_index)
+    accumulator = accumulator_dtype(input.dtype)
+    log_sum_exp = input.new_empty((N, D), dtype=accumulator)
+
+    input, target = outer_class_inner(input), outer_class_inner(target)
+    outer, _, inner = input.shape
+    config = cross_entropy_config(classes, inner, input.stride(1) == 1, input.device)
+    programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
+    if reduction == "none":
+        loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
+    elif programs == 1:
+        loss, denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+    else:
+        loss, denominator = input.new_empty((2, programs), dtype=accumulator)
+    launch(
+        cross_entropy_kernel,
+        (programs,),
+        input,
+        target,
+        input if weight is None else weight.contiguous(),
+        loss,
+        denominator,
+        log_sum_exp,
+        classes,
+        inner,
+        *input.stride(),
+        *class_strides(target),
+        ignore_index,
+        SUM=reduction != "none",
+        MEAN=reduction == "mean",
+        ONE_PROGRAM=programs == 1,
+        debug=not probabilities,  # arms the assertion on the targets,
+        sanitize_overflow=False,  # and no other
+        **shared_constants(classes, inner, probabilities, weight, label_smoothing, config),
+    )
+    if reduction == "none" or programs == 1:
+        return loss, log_sum_exp, denominator
+    total, total_denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+    launch(
+        cross_entropy_total_kernel,
+        (1,),
+        loss,
+        denominator,
+        total,
+        total_denominator,
+        programs,
+        MEAN=reduction == "mean",
+        BLOCK=1024,
+    )
+    return total, log_sum_exp, total_denominator
+
+
+def cross_entropy_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    log_sum_exp: Tensor,
+    denominator: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `cross_entropy` for logits and class probabilities, those that are needed, in their own layouts.
+
+    ``grad_output`` is 0-d for 'mean' and 'sum', else [N, D] with any strides.
+    """
+    N, classes, D = input.shape
+    probabilities = target.is_floating_point()
+    accumulator = accumulator_dtype(input.dtype)
+    weight_sum = None
+    if weight is not None and label_smoothing > 0 and not probabilities:
+        weight_sum = weight.sum(dtype=accumulator)
+    if reduction != "none":
+        grad_output = grad_output.expand(N, D)
+    grad_input = torch.empty_like(input) if need_input else None
+    grad_target = torch.empty_like(target) if need_target else None
+
+    grad_output, input, target = outer_class_inner(grad_output), outer_class_inner(input), outer_class_inner(target)
+    outer, _, inner = input.shape
+    config = cross_entropy_config(classes, inner, input.stride(1) == 1, input.device)
+    class_tiles = triton.cdiv(classes, config.BLOCK_CLASSES)
+    outputs = [input if grad is None else outer_class_inner(grad) for grad in (grad_input, grad_target)]
+    launch(
+        cross_entropy_backward_kernel,
+        # Class probabilities are added up over all classes first: one program then also does all their tiles.
+        (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if probabilities else class_tiles),
+        grad_output,
+        input,
+        target,
+        input if weight is None else weight.contiguous(),
+        input if weight_sum is None else weight_sum,
+        log_sum_exp,
+        denominator,
+        *outputs,
+        classes,
+        inner,
+        *grad_output.stride(),
+        *input.stride(),
+        *class_strides(target),
+        *outputs[0].stride(),
+        *outputs[1].stride(),
+        ignore_index,
+        NEED_INPUT=need_input,
+        NEED_TARGET=need_target,
+        **shared_constants(classes, inner, probabilities, weight, label_smoothing, config),
+    )
+    return grad_input, grad_target
+
+
+def class_strides(target: Tensor) -> tuple[int, int, int]:
+    """Strides of [outer, classes, inner]; class indices [outer, inner] are the same for all classes."""
+    outer_stride, *class_stride, inner_stride = target.stride()
+    return outer_stride, sum(class_stride), inner_stride
+
+
+def shared_constants(
+    classes: int,
+    inner: int,
+    probabilities: bool,
+    weight: Tensor | None,
+    label_smoothing: float,
+    config: CrossEntropyConfig,
+) -> dict[str, bool | int | float]:
+    """The constants that both kernels take."""
+    return {
+        "PROBABILITIES": probabilities,
+        "HAS_WEIGHT": weight is not None,
+        "LABEL_SMOOTHING": label_smoothing,
+        "ONE_TILE": classes <= config.BLOCK_CLASSES,
+        "ALIGNMENT_ROWS": tile_alignment(inner, config.BLOCK_ROWS),
+        "ALIGNMENT_CLASSES": tile_alignment(classes, config.BLOCK_CLASSES),
+        **config._asdict(),
+    }

@@ -1,0 +1,180 @@
+"""Mean squared error: one pass over input and target, and for a sum or mean a second, tiny one over partial sums.
+
+With ``x`` the input, ``y`` the target, ``n`` elements and ``g`` the gradient of the loss::
+
+    loss_i = (x_i - y_i)^2                  'none'; 'sum' adds them up, 'mean' divides that by n
+    gx_i = 2 g (x_i - y_i) / divisor        divisor n for 'mean', else 1;  gy = -gx
+
+An elementwise pass needs no indices, only the order of the elements in memory: the launchers bring all tensors into one
+dense layout (a copy only where layouts differ) and the kernels run over it as over a vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import accumulator_dtype, launch
+from .reduce import covering_tile, sum_of_partials, tile_alignment
+
+
+@triton.jit
+def mse_loss_kernel(
+    input_ptr,  # [size]
+    target_ptr,  # [size]
+    loss_ptr,  # [size], or [programs] partial sums, or the one result if there is one program
+    size,
+    divisor,
+    SUM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements: their losses, or the sum of them over ``divisor``."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    program = tl.program_id(0).to(tl.int64)
+    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    input = tl.load(input_ptr + positions).to(ACCUMULATOR)
+    difference = input - tl.load(target_ptr + positions).to(ACCUMULATOR)
+    loss = difference * difference
+    if SUM:
+        total = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
+        tl.store(loss_ptr + program, total.to(loss_ptr.dtype.element_ty))
+    else:
+        tl.store(loss_ptr + positions, loss.to(loss_ptr.dtype.element_ty), mask=fresh)
+
+
+@triton.jit
+def mse_total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr):
+    """One program: the sum of all partial sums over ``divisor``."""
+    total = sum_of_partials(partials_ptr, programs, BLOCK) / divisor
+    tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def mse_loss_backward_kernel(
+    grad_output_ptr,  # [size], or one element for all
+    input_ptr,  # [size]
+    target_ptr,  # [size]
+    grad_input_ptr,  # [size]
+    grad_target_ptr,  # [size]
+    size,
+    divisor,
+    SCALAR_GRAD: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_TARGET: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements of the gradients."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    program = tl.program_id(0).to(tl.int64)
+    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    if SCALAR_GRAD:
+        grad_output = tl.load(grad_output_ptr).to(ACCUMULATOR)
+    else:
+        grad_output = tl.load(grad_output_ptr + positions).to(ACCUMULATOR)
+    input = tl.load(input_ptr + positions).to(ACCUMULATOR)
+    difference = input - tl.load(target_ptr + positions).to(ACCUMULATOR)
+    grad = 2.0 * grad_output / divisor * difference
+    if NEED_INPUT:
+        tl.store(grad_input_ptr + positions, grad.to(grad_input_ptr.dtype.element_ty), mask=fresh)
+    if NEED_TARGET:
+        tl.store(grad_target_ptr + positions, (-grad).to(grad_target_ptr.dtype.element_ty), mask=fresh)
+
+
+def mse_config(size: int, device: torch.device) -> tuple[int, int]:
+    """Elements and warps of one program; the interpreter pays per operation, not per element."""
+    block, num_warps = (1 << 20, 1) if device.type == "cpu" else (2048, 4)
+    return min(block, triton.next_power_of_2(size)), num_warps
+
+
+def elementwise_strides(input: Tensor, target: Tensor) -> tuple[int, ...]:
+    """The strides that torch gives to an elementwise result of the two, always dense."""
+    if input.is_contiguous() and target.is_contiguous():
+        return input.stride()
+    metas = (torch.empty_strided(tensor.shape, tensor.stride(), device="meta") for tensor in (input, target))
+    return torch.add(*metas).stride()
+
+
+def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` with these dense strides, copied only if it has others."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Squared error of two tensors of one shape and dtype, not empty, any strides.
+
+    ``reduction`` 'none' gives a tensor of that shape, 'mean' and 'sum' a 0-d one. Accumulates in float32 (float64 for
+    float64) and rounds once.
+    """
+    strides = elementwise_strides(input, target)
+    size = input.numel()
+    divisor = size if reduction == "mean" else 1
+    block, num_warps = mse_config(size, input.device)
+    programs = triton.cdiv(size, block)
+
+    if reduction == "none":
+        loss = torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
+    elif programs == 1:
+        loss = input.new_empty(())
+    else:
+        loss = input.new_empty(programs, dtype=accumulator_dtype(input.dtype))
+    launch(
+        mse_loss_kernel,
+        (programs,),
+        in_layout(input, strides),
+        in_layout(target, strides),
+        loss,
+        size,
+        divisor if programs == 1 else 1,
+        SUM=reduction != "none",
+        ALIGNMENT=tile_alignment(size, block),
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    if reduction == "none" or programs == 1:
+        return loss
+    total = input.new_empty(())
+    launch(mse_total_kernel, (1,), loss, total, programs, divisor, BLOCK=1024)
+    return total
+
+
+def mse_loss_backward(
+    grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, need_input: bool, need_target: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `mse_loss` for input and target, those that are needed.
+
+    ``grad_output`` is 0-d for 'mean' and 'sum'; for 'none' it has the input's shape, any strides, expanded ones too.
+    """
+    strides = elementwise_strides(input, target)
+    size = input.numel()
+    block, num_warps = mse_config(size, input.device)
+    scalar_grad = not any(grad_output.stride())
+    grad_input, grad_target = (
+        torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device) if needed else None
+        for needed in (need_input, need_target)
+    )
+    launch(
+        mse_loss_backward_kernel,
+        (triton.cdiv(size, block),),
+        grad_output if scalar_grad else in_layout(grad_output, strides),
+        in_layout(input, strides),
+        in_layout(target, strides),
+        input if grad_input is None else grad_input,
+        input if grad_target is None else grad_target,
+        size,
+        size if reduction == "mean" else 1,
+        SCALAR_GRAD=scalar_grad,
+        NEED_INPUT=need_input,
+        NEED_TARGET=need_target,
+        ALIGNMENT=tile_alignment(size, block),
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return grad_input, grad_target

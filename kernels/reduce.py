@@ -1,0 +1,43 @@
+"""What the reductions share: tiles that count every element once, and the fixed-order sum of partial sums."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Positions of tile number ``index``, all inside the dimension, and which of them are met for the first time.
+
+    The last tile is moved back to end at the edge; the lanes of a tile that is larger than its dimension, less than
+    twice as large, start over. No load needs a mask then, and all vectorize where ``ALIGNMENT`` or ``size`` allows it.
+    """
+    lanes = tl.arange(0, BLOCK)
+    if ALIGNMENT == 0:
+        fresh = lanes < size
+        positions = tl.where(fresh, lanes, lanes - BLOCK // 2).to(tl.int64)
+    else:
+        start = tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64)
+        positions = tl.multiple_of(start, ALIGNMENT) + lanes
+        fresh = positions >= index * BLOCK
+    return positions, fresh
+
+
+def tile_alignment(size: int, block: int) -> int:
+    """The ``ALIGNMENT`` of `covering_tile`: what divides the start of every tile, up to 16; 0 for a tile too large."""
+    assert block < 2 * size
+    return 0 if size < block else math.gcd(size, block, 16)
+
+
+@triton.jit
+def sum_of_partials(partials_ptr, count, BLOCK: tl.constexpr):
+    """Sum of ``count`` contiguous values, in an order that depends on ``count`` alone."""
+    total = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        inside = positions < count
+        total += tl.load(partials_ptr + tl.where(inside, positions, 0), mask=inside, other=0.0)
+    return tl.sum(total, 0)

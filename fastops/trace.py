@@ -370,7 +370,7 @@ class Tracer(fx.Tracer):
                     self._paths.setdefault(id(child), (*path, key))
         elif name == "__dict__":
             raise LeftAlone("its forward reads self.__dict__")
-        elif value is not getattr(nn.Module, name, _MISSING):
+        elif value is _MISSING or value is not getattr(nn.Module, name, _MISSING):
             self._noted.setdefault((path, name), owner)
             try:
                 _token(value)

@@ -150,7 +150,7 @@ class FlatLeNet(LeNet):
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.relu = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(inplace=True)
+        self.fc1, self.fc2, self.relu = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
         self.downsample: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 
@@ -101,6 +102,7 @@ _ONEDNN_PAYS = Explanation("onednn", "oneDNN's product is faster than MKL's on t
 _ATEN_IS_FASTER = Explanation("torch", "on this processor ATen is at least as fast at this size")
 _NO_PRODUCT = Explanation("torch", "a loss has no matrix product that oneDNN could take")
 _NO_TRITON = Explanation("torch", "Triton is not installed")
+_NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
 
 def _triton_applies(device: torch.device) -> Explanation | None:
@@ -133,7 +135,7 @@ def _unfit(*tensors: Tensor | None) -> str | None:
         if tensor is None:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"{type(tensor).__name__} is a tensor subclass"
+            return f"no kernel for arguments of type {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"no kernel for layout {tensor.layout}"
         if tensor.device != first.device:
@@ -168,8 +170,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
     """The way of `functional.linear` and `functional.linear_relu`."""
     if _selected == "torch":
         return _SELECTED_TORCH
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        return _NO_TENSOR
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
-        if _onednn_from is None or input.numel() * weight.shape[0] < _onednn_from:
+        if _onednn_from is None or input.numel() * weight.shape[:1].numel() < _onednn_from:
             return _ATEN_IS_FASTER
     elif _selected != "onednn":
         no_triton = _triton_applies(input.device)
@@ -185,9 +189,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
     return _ONEDNN_SELECTED if _selected == "onednn" else _ONEDNN_PAYS
 
 
-def _loss(input: Tensor, unfit: Callable[[], str | None]) -> Explanation:
+def _loss(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
     if _selected == "torch":
         return _SELECTED_TORCH
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        return _NO_TENSOR
     if _selected == "onednn":
         return _NO_PRODUCT
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
@@ -218,7 +224,7 @@ def mse_loss(
             return f"{reduction!r} is no reduction"
         return _unfit(input, target) or _unfit_dtype(input, target)
 
-    return _loss(input, unfit)
+    return _loss(input, target, unfit)
 
 
 def cross_entropy(
@@ -239,6 +245,8 @@ def cross_entropy(
             return general
         if input.dim() == 0:
             return "input has no class dimension"
+        if not (isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63):
+            return "ignore_index is not a 64-bit integer"
         class_dim = 0 if input.dim() == 1 else 1
         if target.shape == input.shape:
             if target.dtype is not input.dtype or ignore_index >= 0:
@@ -247,13 +255,18 @@ def cross_entropy(
             return f"no kernel for {target.dtype} class indices"
         elif target.shape != input.shape[:class_dim] + input.shape[class_dim + 1 :]:
             return "target shape does not match the input"
-        if weight is not None and (weight.shape != (input.shape[class_dim],) or weight.requires_grad):
-            return "weight is not one constant per class"
-        if reduction not in ("none", "mean", "sum") or not 0 <= label_smoothing <= 1:
-            return "reduction or label_smoothing is not a valid value"
+        if weight is not None:
+            if weight.shape != (input.shape[class_dim],):
+                return "weight does not have one element per class"
+            if weight.requires_grad or forward_ad._current_level >= 0:
+                return "weight may be differentiated"
+        if reduction not in ("none", "mean", "sum"):
+            return f"{reduction!r} is no reduction"
+        if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
+            return "label_smoothing is not a number from 0 to 1"
         return None
 
-    return _loss(input, unfit)
+    return _loss(input, target, unfit)
 
 
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {

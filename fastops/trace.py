@@ -32,7 +32,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 Path = tuple[str, ...]
 
@@ -208,9 +209,9 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if _trusted(_module_of(sys._getframe(1))):
-            return type(self)
-        raise LeftAlone("its forward asks for the class of a value")
+        if self.tracer.builtin is isinstance:  # type: ignore[attr-defined]
+            raise LeftAlone("its forward asks for the class of a value")
+        return type(self)
 
     def __getattr__(self, name: str) -> Attribute:
         if not hasattr(Tensor, name) or name in ("grad", "grad_fn", "data"):
@@ -238,11 +239,13 @@ for _name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rs
     setattr(_Proxy, f"__i{_name}__", _recorded(f"i{_name}"))
 
 
-class _NoTensors(TorchDispatchMode):
+class _NoTensors(TorchFunctionMode):
     """Ends a trace that computes on real tensors: their values would be frozen into it."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise LeftAlone(f"its forward makes a tensor of its own ({function.overloadpacket.__name__})")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            raise LeftAlone(f"its forward makes a tensor of its own ({func.__name__})")
+        return func(*args, **(kwargs or {}))
 
 
 class Tracer(fx.Tracer):
@@ -260,6 +263,7 @@ class Tracer(fx.Tracer):
         self._noted: dict[tuple[Path, str], nn.Module] = {}
         self._globals: dict[tuple[int, str], Mapping[str, object]] = {}
         self._copies: list[tuple[str, object, object]] = []
+        self.builtin: Any = None  # the built-in function that forward is calling
         self.inputs = _inputs(module)
         if sys.getprofile() is not None:
             raise LeftAlone("a Python profiler is running, which tracing would end")
@@ -347,7 +351,7 @@ class Tracer(fx.Tracer):
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         sys.setprofile(self._observe)
         try:
-            with _NoTensors():  # type: ignore[no-untyped-call]
+            with _NoTensors():
                 yield
         finally:
             sys.setprofile(None)
@@ -393,8 +397,10 @@ class Tracer(fx.Tracer):
                     self._scan(frame)
             elif module.startswith("torch") and not module.startswith(_PURE_TORCH) and _is_users(frame.f_back):
                 raise LeftAlone(f"its forward calls {module}.{frame.f_code.co_name}")
-        elif event == "c_call" and not _trusted(module) and not _is_pure(argument) and _is_users(frame):
-            raise LeftAlone(f"its forward calls {argument.__name__}")
+        elif not _trusted(module) and _is_users(frame):
+            if event == "c_call" and not _is_pure(argument):
+                raise LeftAlone(f"its forward calls {argument.__name__}")
+            self.builtin = argument if event == "c_call" else None
 
     def _scan(self, frame: FrameType) -> None:
         """Refuse code with effects that a trace drops, and note the globals that it names."""
@@ -416,7 +422,7 @@ class Tracer(fx.Tracer):
             name = str(step.argval)
             if step.opname in _EFFECTS or (step.opname == "STORE_DEREF" and name in code.co_freevars):
                 raise LeftAlone(f"its forward {_EFFECTS.get(step.opname, 'assigns')}".replace("NAME", name))
-            if name in ("__dict__", "__setattr__", "__delattr__") and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if name in _PRIVATE and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 raise LeftAlone(f"its forward uses {name}")
             if step.opname == "IS_OP" or step.opname.endswith("_NONE"):
                 for operand in before[-2:] if step.opname == "IS_OP" else before[-1:]:
@@ -435,6 +441,8 @@ class Tracer(fx.Tracer):
         value = namespace.get(name, getattr(builtins, name, _MISSING))
         if str(namespace.get("__name__", "")).partition(".")[0] in ("torch", "math", "operator"):
             return value
+        if value is type:
+            raise LeftAlone("its forward asks for the class of a value")
         if value is getattr(builtins, name, _MISSING) or isinstance(value, (ModuleType, type)):
             return value
         if isinstance(value, BuiltinFunctionType):
@@ -451,6 +459,7 @@ class Tracer(fx.Tracer):
 
 
 _GETATTR: Final = nn.Module.__getattr__.__code__
+_PRIVATE: Final = ("__class__", "__dict__", "__setattr__", "__delattr__")
 _EFFECTS: Final = {
     "STORE_ATTR": "assigns the attribute NAME",
     "DELETE_ATTR": "deletes the attribute NAME",

@@ -233,6 +233,14 @@ class Encoder(nn.Module):
         return self.encode(x)
 
 
+class Noise(Functional):
+    """Makes random numbers like a given tensor: they must be new in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(x + torch.rand(6, dtype=x.dtype)))
+        return self.fc3(F.relu(self.fc2(x * torch.rand_like(x))))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -312,6 +320,7 @@ CASES = {
     "generator as input": Case(Several, 0, lambda: (tuple(_pair()), _pair()[0])),
     "keyword-only and extra inputs": Case(Several, 0, rows(5, 6), lambda: {"scale": 2.0, "extra": _pair()[0]}),
     "helper methods": Case(Helper, 2),
+    "random numbers": Case(Noise, 2),
     "a child's result tested": Case(Attention, 0, rows(2, 5, 6)),
     "parametrized layer": Case(parametrized, 2),
     "no bias": Case(without_bias, 1),

@@ -36,8 +36,10 @@ def _autocast(function: Callable[..., Tensor], dtype: torch.dtype, *arguments: A
 
 
 def _autocast_enabled(input: Tensor) -> bool:
-    return torch._C._is_any_autocast_enabled() and input.device.type != "meta" and torch.is_autocast_enabled(
-        input.device.type
+    return (
+        torch._C._is_any_autocast_enabled()
+        and input.device.type != "meta"
+        and torch.is_autocast_enabled(input.device.type)
     )
 
 
@@ -53,7 +55,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., out_features], in the inputs' dtype (autocast's where that is on).
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)  # type: ignore[no-any-return]
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
     if _autocast_enabled(input):
         return _autocast(linear, torch.get_autocast_dtype(input.device.type), input, weight, bias)
     way = dispatch.linear(input, weight, bias).backend
@@ -78,7 +80,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         [..., out_features], in the inputs' dtype (autocast's where that is on).
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)  # type: ignore[no-any-return]
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
     if _autocast_enabled(input):
         return _autocast(linear_relu, torch.get_autocast_dtype(input.device.type), input, weight, bias)
     way = dispatch.linear(input, weight, bias).backend
@@ -112,8 +114,16 @@ def mse_loss(
         ValueError: if ``reduction`` is none of the three.
     """
     if has_torch_function_variadic(input, target, weight):
-        options = {"size_average": size_average, "reduce": reduce, "reduction": reduction, "weight": weight}
-        return handle_torch_function(mse_loss, (input, target, weight), input, target, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(
+            mse_loss,
+            (input, target, weight),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            weight=weight,
+        )
     if _autocast_enabled(input):
         return _autocast(mse_loss, torch.float32, input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
@@ -121,8 +131,9 @@ def mse_loss(
     way = dispatch.mse_loss(input, target, reduction=reduction, weight=weight).backend
     if way == "torch":
         if weight is None and input.shape == target.shape:  # what F.mse_loss comes to when nothing is broadcast
-            return torch._C._nn.mse_loss(input, target, _Reduction.get_enum(reduction))
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+            number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
+            return torch._C._nn.mse_loss(input, target, number)
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     from .autograd.function import apply
     from .autograd.mse import MSELoss
 
@@ -158,25 +169,27 @@ def cross_entropy(
         RuntimeError, ValueError: torch's own, for mismatched shapes, dtypes, devices and options.
     """
     if has_torch_function_variadic(input, target, weight):
-        options = {
-            "weight": weight,
-            "size_average": size_average,
-            "ignore_index": ignore_index,
-            "reduce": reduce,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-        }
-        return handle_torch_function(cross_entropy, (input, target, weight), input, target, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    options_only = (ignore_index, None, reduction, label_smoothing)
+    options = (ignore_index, None, reduction, label_smoothing)
     if _autocast_enabled(input):
-        return _autocast(cross_entropy, torch.float32, input, target, weight, None, *options_only)
-    way = dispatch.cross_entropy(input, target, weight, None, *options_only).backend
+        return _autocast(cross_entropy, torch.float32, input, target, weight, None, *options)
+    way = dispatch.cross_entropy(input, target, weight, None, *options).backend
     if way == "torch":
-        return torch._C._nn.cross_entropy_loss(
-            input, target, weight, _Reduction.get_enum(reduction), ignore_index, label_smoothing
-        )
+        number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
+        return torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)
     from .autograd.cross_entropy import CrossEntropy
     from .autograd.function import apply
 

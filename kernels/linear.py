@@ -69,7 +69,7 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program per tile of C = relu(A B + bias). Tiles go in groups of GROUP_M rows that share columns of B in L2."""
+    """One program per tile of C = relu(A B + bias). Groups of GROUP_M rows of tiles share columns of B in L2."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     program = tl.program_id(0)
@@ -175,8 +175,8 @@ def relu_mask_and_column_sum_kernel(
     """One program per ROWS_PER_PROGRAM x BLOCK_N strip: masked = grad where not output <= 0, and its column sums."""
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    strip = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    strip = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = columns < N
     safe_columns = tl.where(in_columns, columns, 0)
     total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
@@ -201,7 +201,7 @@ def relu_mask_and_column_sum_kernel(
 
 
 def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool) -> tuple[Tensor, Tensor | None]:
-    """``(gz, gb)`` of the module's formulas: [M, N] and [N]. Without ``output`` there is no ReLU and ``gz`` is ``grad``.
+    """``(gz, gb)`` of the module's formulas, [M, N] and [N]. Without ``output`` there is no ReLU: ``gz`` is ``grad``.
 
     The sum over rows takes two stages, strips of rows and then the strips, in a fixed order: no atomics.
     """
@@ -217,7 +217,7 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
     sums = torch.empty((strips, N), dtype=sum_dtype, device=grad.device) if need_sum else masked
     launch(
         relu_mask_and_column_sum_kernel,
-        (strips, triton.cdiv(N, block_n)),
+        (triton.cdiv(N, block_n), strips),
         grad,
         grad if output is None else output.contiguous(),
         masked,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cross_entropy import class_dim, row_scale, target_distribution, unscaled_gradients
-from .function import Function, apply, differentiable
+from .function import Function, gradients
 
 
 @torch.compiler.allow_in_graph
@@ -142,9 +142,7 @@ class CrossEntropy(Function):
         label_smoothing: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastops.cross_entropy(
-            input, target, weight, reduction, ignore_index, label_smoothing, backend
-        )
+        return torch.ops.fastops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -159,14 +157,8 @@ class CrossEntropy(Function):
         needs = ctx.needs_input_grad[:2]
         options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
         arguments = (grad_output, *ctx.saved_tensors, *options, *needs, ctx.backend)
-        if differentiable():
-            gradients = apply(CrossEntropyBackward, *arguments)
-        else:
-            gradients = torch.ops.fastops.cross_entropy_backward(*arguments)
-        grad_input, grad_target = (
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-        )
-        return grad_input, grad_target, None, None, None, None, None
+        op = torch.ops.fastops.cross_entropy_backward
+        return (*gradients(CrossEntropyBackward, op, needs, *arguments), *(None,) * 5)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> tuple[Tensor, None, None]:

@@ -30,6 +30,12 @@ def differentiable() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def gradients(function: type[Function], op: Any, needs: tuple[bool, ...], *arguments: Any) -> tuple[Tensor | None, ...]:
+    """What a backward returns: ``op``'s results, through ``function`` where they may be differentiated again."""
+    results = apply(function, *arguments) if differentiable() else op(*arguments)
+    return tuple(gradient if needed else None for gradient, needed in zip(results, needs, strict=True))
+
+
 def add(*terms: Tensor | None) -> Tensor | None:
     """Sum of the terms that are there."""
     total = None

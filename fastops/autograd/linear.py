@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Function, add, apply, differentiable, rows
+from .function import Function, add, gradients, rows
 
 
 def _mask(grad: Tensor, output: Tensor | None) -> Tensor:
@@ -85,25 +85,11 @@ class LinearBackward(Function):
         return t_grad_input, t_grad_weight, rows(t_gz).sum(0) if ctx.need_bias else absent
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    arguments = (
-        grad_output,
-        input if needs[1] else None,
-        weight if needs[0] else None,
-        output,
-        needs[2],
-        ctx.backend,
-    )
-    if differentiable():
-        gradients = apply(LinearBackward, *arguments)
-    else:
-        gradients = torch.ops.fastops.linear_backward(*arguments)
-    grad_input, grad_weight, grad_bias = (
-        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-    )
-    return grad_input, grad_weight, grad_bias, None
+    arguments = (grad_output, input if needs[1] else None, weight if needs[0] else None, output, needs[2], ctx.backend)
+    return (*gradients(LinearBackward, torch.ops.fastops.linear_backward, needs, *arguments), None)
 
 
 def _jvp(ctx: Any, t_input: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, _: None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Function, apply, differentiable
+from .function import Function, gradients
 
 
 def _slope(input: Tensor, reduction: str) -> float:
@@ -99,14 +99,7 @@ class MSELoss(Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         needs = ctx.needs_input_grad[:2]
         arguments = (grad_output, *ctx.saved_tensors, ctx.reduction, *needs, ctx.backend)
-        if differentiable():
-            gradients = apply(MSELossBackward, *arguments)
-        else:
-            gradients = torch.ops.fastops.mse_loss_backward(*arguments)
-        grad_input, grad_target = (
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-        )
-        return grad_input, grad_target, None, None
+        return (*gradients(MSELossBackward, torch.ops.fastops.mse_loss_backward, needs, *arguments), None, None)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> Tensor:

@@ -1,8 +1,8 @@
 """The raw ops: kernels behind torch's dispatcher, so that fake tensors, vmap and compilers can see them.
 
-They carry no autograd: `fastops.autograd` differentiates them. Each takes the backend as an argument, so that a backward
-pass runs where its forward did, whatever `fastops.backend` says by then. Importing this package registers them all, so
-that a saved program that names one can be loaded.
+They carry no autograd: `fastops.autograd` differentiates them. Each takes the backend as an argument, so that a
+backward pass runs where its forward did, whatever `fastops.backend` says by then. Importing this package registers them
+all, so that a saved program that names one can be loaded.
 """
 
 from . import cross_entropy, linear, mse  # noqa: F401

@@ -24,7 +24,9 @@ def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def _linear_vmap(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any) -> Any:
+def _linear_vmap(
+    op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any
+) -> Any:
     if in_dims[1] is None and in_dims[2] is None:
         assert in_dims[0] is not None
         return op(input.movedim(in_dims[0], 0), *others), 0

@@ -68,7 +68,7 @@ def run_kernel(op: str, kernel: Callable[..., Any], torch_expression: Callable[.
             _warned.add((op, device))
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             warnings.warn(
-                f"the Triton kernel of {op} failed for shapes {shapes} on {device}; torch runs instead. Reason: {error}",
+                f"the Triton kernel of {op} failed for shapes {shapes} on {device}; torch runs instead: {error}",
                 FallbackWarning,
                 stacklevel=3,
             )

@@ -1,0 +1,55 @@
+"""Linear layer on the CPU: the products through oneDNN's own primitive where it applies, else through ATen.
+
+``torch.ops.mkldnn._linear_pointwise`` is what Inductor calls for ``linear`` on a CPU; it fuses the ReLU into the
+product and takes transposed views as they are. ATen sends float32 products to MKL instead, which on some processors
+reaches half the speed. It is a private op, so its presence is probed and every other case goes through ATen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def available() -> bool:
+    """Whether this build of torch has the oneDNN product and oneDNN is not switched off."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """``relu(input @ weight.T + bias)``: [M, K], [N, K], [N] -> [M, N], any strides, any device and dtype."""
+    if input.is_cpu and input.dtype is torch.float32 and available():
+        post_op = "relu" if relu else "none"
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, post_op, [], "")
+        return output
+    output = torch.nn.functional.linear(input, weight, bias)
+    return output.relu_() if relu else output
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N]."""
+    output = product(input.reshape(-1, input.shape[-1]), weight, bias, relu)
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear` for input (needs ``weight``), weight (needs ``input``) and bias.
+
+    ``output`` is the forward's result if it had a ReLU, else None. Formulas: see the Triton twin in ``linear.py``.
+    """
+    grad = grad_output
+    if output is not None:
+        grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    grad = grad.reshape(-1, grad.shape[-1])
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = product(grad, weight.t()).view(*grad_output.shape[:-1], weight.shape[1])
+    if input is not None:
+        grad_weight = product(grad.t(), input.reshape(-1, input.shape[-1]).t())
+    return grad_input, grad_weight, grad.sum(0) if need_bias else None

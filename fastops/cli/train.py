@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         _print_prediction(swapped, data, device)
 
     if args.compare:
-        console.print(comparison(*learners, batches=len(data.train)))
-        print(largest_difference(*learners))
+        console.print(comparison(learners[0], swapped, batches=len(data.train)))
+        print(largest_difference(learners[0], swapped))
     save_curves(learners, args.output / "curves.png")
     print(f"curves: {args.output / 'curves.png'}")
     if args.save:

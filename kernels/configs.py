@@ -42,7 +42,8 @@ _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
 _TF32 = (MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(64, 64, 32, 4, 3))
 _FLOAT32 = (MatmulConfig(64, 64, 16, 4, 3),)
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
-_INTERPRETED = (MatmulConfig(128, 128, 128, 1, 1),)  # the interpreter pays per operation, not per element
+# The interpreter pays per operation first, then per element: few large tiles, or one small one.
+_INTERPRETED = (MatmulConfig(128, 128, 128, 1, 1), MatmulConfig(16, 16, 64, 1, 1))
 
 
 def architecture(device: torch.device) -> str:
@@ -61,9 +62,7 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of the device; 1 for the interpreter, which runs programs one by one."""
-    if device.type == "cpu":
-        return 1
+    """Multiprocessors (compute units) of a GPU."""
     properties = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 32))
 
@@ -80,8 +79,13 @@ def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str
 
 
 def matmul_config(device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int) -> MatmulConfig:
-    """The largest tile that gives every multiprocessor of ``device`` a tile of an ``M`` x ``N`` result."""
+    """The largest tile that gives every multiprocessor of ``device`` a tile of an ``M`` x ``N`` result.
+
+    The interpreter runs programs one by one: it gets the smallest tile if that holds the result, else the largest.
+    """
     candidates = matmul_candidates(architecture(device), dtype, precision)
+    if device.type == "cpu":
+        return candidates[-1] if max(M, N) <= candidates[-1].BLOCK_M else candidates[0]
     wanted = multiprocessors(device)
     for config in candidates:
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:

@@ -209,8 +209,11 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
     mask = output is not None
     if not (mask or need_sum):
         return grad, None
-    block_m, block_n = (16, 128) if grad.device.type != "cpu" else (256, 1024)
-    rows_per_program = max(4 * block_m, triton.cdiv(triton.cdiv(M, 128), block_m) * block_m)
+    block_m, block_n = 16, 128
+    if grad.device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
+        block_m, block_n = min(256, triton.next_power_of_2(M)), min(1024, triton.next_power_of_2(N))
+    steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
+    rows_per_program = steps * block_m
     strips = triton.cdiv(M, rows_per_program)
     masked = torch.empty((M, N), dtype=grad.dtype, device=grad.device) if mask else grad
     sum_dtype = grad.dtype if strips == 1 else accumulator_dtype(grad.dtype)

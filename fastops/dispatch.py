@@ -41,7 +41,10 @@ def _checked(name: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get("FASTOPS_BACKEND", "auto"))
+try:
+    _selected = _checked(os.environ.get("FASTOPS_BACKEND", "auto"))
+except ValueError as error:
+    raise ValueError(f"environment variable FASTOPS_BACKEND: {error}") from None
 
 
 class backend:

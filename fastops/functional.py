@@ -38,6 +38,7 @@ def _autocast(function: Callable[..., Tensor], dtype: torch.dtype, *arguments: A
 def _autocast_enabled(input: Tensor) -> bool:
     return (
         torch._C._is_any_autocast_enabled()
+        and isinstance(input, Tensor)
         and input.device.type != "meta"
         and torch.is_autocast_enabled(input.device.type)
     )
@@ -130,7 +131,7 @@ def mse_loss(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     way = dispatch.mse_loss(input, target, reduction=reduction, weight=weight).backend
     if way == "torch":
-        if weight is None and input.shape == target.shape:  # what F.mse_loss comes to when nothing is broadcast
+        if weight is None and target.size() == input.size():  # what F.mse_loss comes to when nothing is broadcast
             number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
             return torch._C._nn.mse_loss(input, target, number)
         return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]

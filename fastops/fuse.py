@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional as FF
 from . import nn as fnn
-from .trace import Assumptions, LeftAlone, Tracer, trace
+from .trace import Assumptions, LeftAlone, Tracer, in_place, trace
 
 # What takes the place of what: one line for each layer.
 COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
@@ -178,21 +178,21 @@ def traced(module: nn.Module) -> list[Tracer]:
 
 def _relu_of(node: fx.Node, root: nn.Module) -> tuple[str | None, bool, fx.Node] | None:
     """If ``node`` applies a ReLU: the path of the ReLU module or None, whether it works in place, and its input."""
-    path, in_place = None, False
+    path, replaces = None, False
     if node.op == "call_module":
         relu = root.get_submodule(str(node.target))
         if type(relu) is not nn.ReLU:
             return None
         path = str(node.target)
     elif node.op == "call_method" and node.target in ("relu", "relu_"):
-        in_place = node.target == "relu_"
+        replaces = node.target == "relu_"
     elif node.op == "call_function" and node.target in _RELU_FUNCTIONS:
         flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace")
-        in_place = node.target in (torch.relu_, F.relu_) or flag is True
+        replaces = node.target in (torch.relu_, F.relu_) or flag is True
     else:
         return None
     input = node.args[0] if node.args else node.kwargs.get("input")
-    return (path, in_place, input) if isinstance(input, fx.Node) else None
+    return (path, replaces, input) if isinstance(input, fx.Node) else None
 
 
 def sites_of(tracer: Tracer) -> list[Site]:
@@ -200,17 +200,19 @@ def sites_of(tracer: Tracer) -> list[Site]:
 
 
 def _relus(tracer: Tracer) -> Iterator[tuple[Site, fx.Node, bool]]:
-    """Every ReLU of a trace, the node that applies it and whether it works in place."""
+    """Every ReLU of a trace, the node that applies it and whether it replaces its input in place."""
     root = tracer.root
     assert isinstance(root, nn.Module)
     for node in tracer.graph.nodes:
         relu = _relu_of(node, root)
         if relu is None:
             continue
-        path, in_place, input = relu
-        name = str(input.target) if input.op == "call_module" else getattr(input.target, "__name__", str(input.target))
+        path, replaces, input = relu
+        name = getattr(input.target, "__name__", str(input.target))
+        if input.target is in_place:
+            name = str(input.args[0])
         reason = _reason_not_fused(input, name, root)
-        yield Site(path, name, None if reason else name, reason), node, in_place
+        yield Site(path, name, None if reason else name, reason), node, replaces
 
 
 def _reason_not_fused(input: fx.Node, name: str, root: nn.Module) -> str:
@@ -229,7 +231,7 @@ def _reason_not_fused(input: fx.Node, name: str, root: nn.Module) -> str:
 def compile_trace(tracer: Tracer, user_class: type) -> Trace:
     """The trace with its ReLUs fused, as Python code."""
     graph, sites = tracer.graph, []
-    for site, node, in_place in list(_relus(tracer)):
+    for site, node, replaces in list(_relus(tracer)):
         sites.append(site)
         if site.layer is None:
             continue
@@ -239,7 +241,7 @@ def compile_trace(tracer: Tracer, user_class: type) -> Trace:
         with graph.inserting_before(layer_call):
             layer = graph.create_node("get_attr", site.layer)
             relu = graph.create_node("get_attr", site.relu) if site.relu is not None else None
-            fused = graph.call_function(_layer_relu, (layer, input, relu, in_place))
+            fused = graph.call_function(_layer_relu, (layer, input, relu, replaces))
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         graph.erase_node(layer_call)
@@ -251,7 +253,7 @@ def compile_trace(tracer: Tracer, user_class: type) -> Trace:
     return Trace(code.src, code.globals, tuple(sites), tracer.assumptions(plain_class), namespace["forward"])
 
 
-def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, in_place: bool) -> Any:
+def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, replaces: bool) -> Any:
     """``relu(layer(input))`` in one call, or in two where something else could see the step between."""
     fused = _WITH_RELU.get(type(layer).forward)
     if fused is not None and untouched(layer) and (relu is None or (type(relu) is nn.ReLU and untouched(relu))):
@@ -259,7 +261,7 @@ def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, in_place: boo
     output = layer(input)
     if relu is not None:
         return relu(output)
-    return torch.relu_(output) if in_place else torch.relu(output)
+    return torch.relu_(output) if replaces else torch.relu(output)
 
 
 def untouched(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import builtins
 import copy
 import dis
 import enum
+import gc
 import inspect
 import operator
 import sys
@@ -52,6 +53,7 @@ _TORCH_NAMESPACES: Final = ("torch._C._nn", "torch._C._special", "torch._C._lina
 _PURE_TORCH: Final = (
     *("torch.fx.", "torch.nn.functional", "torch.nn.modules.", "torch.nn.utils.parametrize", "torch.functional"),
     *("torch._tensor", "torch._jit_internal", "torch.overrides", "torch._VF", "torch._ops"),
+    "torch._dynamo.utils",  # follows the life of modules: of a slice of a ModuleList too
 )
 _LOCK: Final = threading.RLock()
 
@@ -223,14 +225,14 @@ class _Attribute(_Proxy, Attribute):
     """Stands for an attribute of such a value."""
 
 
-def _in_place(symbol: str, left: Any, right: Any) -> Any:
+def in_place(symbol: str, left: Any, right: Any) -> Any:
     """``left += right`` and its like, which changes ``left`` itself if that is a tensor."""
     return getattr(operator, symbol)(left, right)
 
 
 def _recorded(symbol: str) -> Callable[[_Proxy, object], fx.Proxy]:
     def record(self: _Proxy, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", _in_place, (symbol, self, other), {})
+        return self.tracer.create_proxy("call_function", in_place, (symbol, self, other), {})
 
     return record
 
@@ -338,6 +340,7 @@ class Tracer(fx.Tracer):
     @contextmanager
     def _watch(self) -> Iterator[None]:
         thread = threading.get_ident()
+        collecting = gc.isenabled()
 
         def read(owner: nn.Module, name: str) -> Any:
             caller = sys._getframe(1)
@@ -348,14 +351,19 @@ class Tracer(fx.Tracer):
             handed = self._note(owner, name)
             return object.__getattribute__(owner, name) if handed is _MISSING else handed
 
+        gc.disable()  # finalizers of other objects would run under the watch
         nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
         sys.setprofile(self._observe)
         try:
             with _NoTensors():
                 yield
+            if sys.getprofile() is None:  # an error of the watch ends it: somebody caught that
+                raise LeftAlone("its forward cannot be watched")
         finally:
             sys.setprofile(None)
             del nn.Module.__getattribute__
+            if collecting:
+                gc.enable()
 
     def _note(self, owner: nn.Module, name: str) -> object:
         """Note that forward reads ``owner.name``, and return what it gets instead of a tensor or a container."""

@@ -1,0 +1,165 @@
+"""`report` says what is swapped and fused, and why the rest is not, from nothing but the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from swap_models import CASES, ControlFlow, FlatLeNet, Functional, Residual, SharedReLU, UsedTwice, sequential
+from torch import Tensor, nn
+
+import fastops
+
+LENET = """\
+relu(conv1)       ReLU    not fused: its input is conv1, a Conv2d, which has no fused form
+relu(max_pool2d)  ReLU    not fused: its input is max_pool2d, not a layer
+fc1               Linear  fastops.nn.Linear fused with its ReLU
+relu(fc1)         ReLU    fused with fc1
+fc2               Linear  fastops.nn.Linear fused with its ReLU
+relu(fc2)         ReLU    fused with fc2
+fc3               Linear  fastops.nn.Linear
+3 of 3 linear layers swapped, 2 of 4 ReLUs fused"""
+
+UNSWAPPED = """\
+0  Linear  not swapped
+1  ReLU    not fused: fastops.swap would fuse it
+2  Linear  not swapped
+3  ReLU    not fused: fastops.swap would fuse it
+4  Linear  not swapped
+0 of 3 linear layers swapped, 0 of 2 ReLUs fused"""
+
+CONTROL_FLOW = """\
+(model)         ControlFlow  not traced: its forward branches on a value or loops over one
+body.fc1        Linear       fastops.nn.Linear fused with its ReLU
+body.relu(fc1)  ReLU         fused with fc1
+body.fc2        Linear       fastops.nn.Linear fused with its ReLU
+body.relu(fc2)  ReLU         fused with fc2
+body.fc3        Linear       fastops.nn.Linear
+head            Linear       fastops.nn.Linear
+4 of 4 linear layers swapped, 2 of 2 ReLUs fused"""
+
+SHARED = """\
+fc1   Linear  fastops.nn.Linear fused with its ReLU
+fc2   Linear  fastops.nn.Linear fused with its ReLU
+fc3   Linear  fastops.nn.Linear
+relu  ReLU    fused with fc1
+relu  ReLU    not fused: its input is sub, not a layer
+relu  ReLU    fused with fc2
+3 of 3 linear layers swapped, 2 of 3 ReLUs fused"""
+
+
+class Modes(Functional):
+    """Has another ReLU in each mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc2(self.fc1(x))) if self.training else self.fc3(self.fc2(self.fc1(x).relu()))
+
+
+MODES = """\
+fc1        Linear  fastops.nn.Linear fused with its ReLU
+relu(fc1)  ReLU    fused with fc1 in evaluation mode only
+fc2        Linear  fastops.nn.Linear fused with its ReLU
+relu(fc2)  ReLU    fused with fc2 in training mode only
+fc3        Linear  fastops.nn.Linear
+3 of 3 linear layers swapped, 2 of 2 ReLUs fused"""
+
+LEVEL_0 = """\
+fc1   Linear  fastops.nn.Linear
+fc2   Linear  fastops.nn.Linear
+relu  ReLU    not fused: fastops.swap would fuse it
+relu  ReLU    not fused: its input is iadd, not a layer
+2 of 2 linear layers swapped, 0 of 2 ReLUs fused"""
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def level_0(model: nn.Module) -> nn.Module:
+    return fastops.swap(model, fuse=False)
+
+
+def with_hook(model: nn.Module) -> nn.Module:
+    fastops.swap(model)[3].register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_another_layer(model: nn.Module) -> nn.Module:
+    return fastops.swap(model).append(nn.Linear(3, 3))
+
+
+HOOKED = """\
+0  Linear  fastops.nn.Linear fused with its ReLU
+1  ReLU    fused with 0
+2  Linear  fastops.nn.Linear
+3  ReLU    not fused: 3 has hooks or a replaced forward
+4  Linear  fastops.nn.Linear
+3 of 3 linear layers swapped, 1 of 2 ReLUs fused"""
+
+STALE = """\
+0  Linear  fastops.nn.Linear
+1  ReLU    not fused: the model was changed since it was swapped: swap again
+2  Linear  fastops.nn.Linear
+3  ReLU    not fused: the model was changed since it was swapped: swap again
+4  Linear  fastops.nn.Linear
+5  Linear  not swapped
+3 of 4 linear layers swapped, 0 of 2 ReLUs fused"""
+
+TWICE = """\
+relu(fc)  ReLU    not fused: the output of fc is used elsewhere too
+fc        Linear  fastops.nn.Linear
+1 of 1 linear layers swapped, 0 of 1 ReLUs fused"""
+
+
+@pytest.mark.parametrize(
+    ("make", "prepare", "text"),
+    [
+        (FlatLeNet, fastops.swap, LENET),
+        (sequential, plain, UNSWAPPED),
+        (sequential, lambda model: fastops.unswap(fastops.swap(model)), UNSWAPPED),
+        (ControlFlow, fastops.swap, CONTROL_FLOW),
+        (ControlFlow, lambda model: copy.deepcopy(fastops.swap(model)), CONTROL_FLOW),
+        (SharedReLU, fastops.swap, SHARED),
+        (Modes, fastops.swap, MODES),
+        (Residual, level_0, LEVEL_0),
+        (sequential, with_hook, HOOKED),
+        (sequential, with_another_layer, STALE),
+        (UsedTwice, fastops.swap, TWICE),
+        (nn.MSELoss, plain, "(model)  MSELoss  not swapped\n0 of 1 losses swapped"),
+        (nn.MSELoss, fastops.swap, "(model)  MSELoss  fastops.nn.MSELoss\n1 of 1 losses swapped"),
+        (nn.ReLU, plain, "(model)  ReLU  not fused: no traced forward calls it\n0 of 1 ReLUs fused"),
+        (nn.Tanh, plain, "nothing here that fastops knows"),
+        (
+            lambda: fastops.nn.LinearReLU(2, 2),
+            fastops.swap,
+            "(model)  LinearReLU  fastops.nn.LinearReLU\n1 of 1 linear layers swapped",
+        ),
+    ],
+)
+def test_table(make: Callable[[], nn.Module], prepare: Callable[[nn.Module], nn.Module], text: str) -> None:
+    model = prepare(make())
+    classes = [type(module) for module in model.modules()]
+    report = fastops.report(model)
+    assert str(report) == text
+    assert str(fastops.report(model)) == text
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_counts(case: object) -> None:
+    model = fastops.swap(case.make())  # type: ignore[attr-defined]
+    report = fastops.report(model)
+    assert isinstance(report, fastops.Report)
+    assert report.swapped == sum(isinstance(m, fastops.nn.Linear) for m in model.modules())
+    assert report.fused == sum(row.outcome.startswith("fused with") for row in report.rows)
+    reasons = [row.outcome for row in report.rows if not row.done]
+    assert all(reason.startswith(("not swapped", "not fused: ", "not traced: ")) for reason in reasons)
+    assert fastops.report(fastops.unswap(model)).fused == fastops.report(model).swapped == 0
+
+
+def test_torch_wrappers_are_not_traced_but_what_they_hold_is() -> None:
+    report = fastops.report(fastops.swap(nn.DataParallel(sequential())))
+    assert report.rows[0].outcome.startswith("not traced: its class DataParallel comes from torch")
+    assert (report.swapped, report.fused) == (3, 2)

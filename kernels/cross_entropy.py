@@ -21,6 +21,7 @@ is, [N, C, 1] as [1, C, N].
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,15 @@ from torch import Tensor
 
 from .launch import accumulator_dtype, launch
 from .reduce import covering_tile, sum_of_partials, tile_alignment
+
+
+@triton.jit
+def row_offsets(outer, rows, outer_stride, inner_stride, ALIGNMENT: tl.constexpr):
+    """Offsets of the first class of these positions, all multiples of ``ALIGNMENT``."""
+    offsets = outer * outer_stride + rows * inner_stride
+    if ALIGNMENT > 1:
+        offsets = tl.multiple_of(offsets, ALIGNMENT)
+    return offsets
 
 
 @triton.jit
@@ -82,8 +92,9 @@ def cross_entropy_kernel(
     MEAN: tl.constexpr,
     ONE_PROGRAM: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    ALIGNMENT_ROWS: tl.constexpr,
-    ALIGNMENT_CLASSES: tl.constexpr,
+    ROW_ALIGNMENT: tl.constexpr,
+    INNER_ALIGNMENT: tl.constexpr,
+    CLASSES_ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -94,9 +105,10 @@ def cross_entropy_kernel(
     program = tl.program_id(0).to(tl.int64)
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
     outer = program // row_tiles
-    rows, own_rows = covering_tile(program % row_tiles, inner, BLOCK_ROWS, ALIGNMENT_ROWS)
-    input_rows = input_ptr + outer * input_outer_stride + rows * input_inner_stride
-    target_rows = target_ptr + outer * target_outer_stride + rows * target_inner_stride
+    rows, own_rows = covering_tile(program % row_tiles, inner, BLOCK_ROWS, INNER_ALIGNMENT)
+    input_rows = input_ptr + row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
+    TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
+    target_rows = target_ptr + row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
 
     maximum = tl.full((BLOCK_ROWS, BLOCK_CLASSES), NOTHING, ACCUMULATOR)
@@ -106,7 +118,7 @@ def cross_entropy_kernel(
 
     class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
     for step in range(0, class_tiles):
-        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
         x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
         x = tl.where(fresh[None, :], x, NOTHING)
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
@@ -219,8 +231,9 @@ def cross_entropy_backward_kernel(
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    ALIGNMENT_ROWS: tl.constexpr,
-    ALIGNMENT_CLASSES: tl.constexpr,
+    ROW_ALIGNMENT: tl.constexpr,
+    INNER_ALIGNMENT: tl.constexpr,
+    CLASSES_ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -229,9 +242,10 @@ def cross_entropy_backward_kernel(
 
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
     outer = tl.program_id(0).to(tl.int64) // row_tiles
-    rows, own_rows = covering_tile(tl.program_id(0).to(tl.int64) % row_tiles, inner, BLOCK_ROWS, ALIGNMENT_ROWS)
-    input_rows = input_ptr + outer * input_outer_stride + rows * input_inner_stride
-    target_rows = target_ptr + outer * target_outer_stride + rows * target_inner_stride
+    rows, own_rows = covering_tile(tl.program_id(0).to(tl.int64) % row_tiles, inner, BLOCK_ROWS, INNER_ALIGNMENT)
+    input_rows = input_ptr + row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
+    TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
+    target_rows = target_ptr + row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
     class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
 
@@ -242,7 +256,7 @@ def cross_entropy_backward_kernel(
         mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)
         if NEED_INPUT:
             for step in range(0, class_tiles):
-                columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+                columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
                 pointers = target_rows[:, None] + columns[None, :] * target_class_stride
                 t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
                 mass += tl.where(fresh[None, :], t, 0.0)
@@ -260,7 +274,7 @@ def cross_entropy_backward_kernel(
         scale = tl.where(target == ignore_index, 0.0, scale)  # and not 0 * scale: the mean of no target has scale inf
 
     for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
-        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, ALIGNMENT_CLASSES)
+        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
         own = own_rows[:, None] & fresh[None, :]
         x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
         log_probability = x - log_sum_exp[:, None]
@@ -280,15 +294,15 @@ def cross_entropy_backward_kernel(
                     else:
                         t += uniform
             grad = (tl.exp(log_probability) * target_sum[:, None] - t) * scale[:, None]
-            pointers = grad_input_ptr + outer * grad_input_outer_stride + rows[:, None] * grad_input_inner_stride
-            pointers += columns[None, :] * grad_input_class_stride
+            offsets = row_offsets(outer, rows, grad_input_outer_stride, grad_input_inner_stride, ROW_ALIGNMENT)
+            pointers = grad_input_ptr + offsets[:, None] + columns[None, :] * grad_input_class_stride
             tl.store(pointers, grad.to(grad_input_ptr.dtype.element_ty), mask=own)
         if NEED_TARGET:
             grad = -log_probability * (1.0 - LABEL_SMOOTHING) * scale[:, None]
             if HAS_WEIGHT:
                 grad *= tl.load(weight_ptr + columns).to(ACCUMULATOR)[None, :]
-            pointers = grad_target_ptr + outer * grad_target_outer_stride + rows[:, None] * grad_target_inner_stride
-            pointers += columns[None, :] * grad_target_class_stride
+            offsets = row_offsets(outer, rows, grad_target_outer_stride, grad_target_inner_stride, ROW_ALIGNMENT)
+            pointers = grad_target_ptr + offsets[:, None] + columns[None, :] * grad_target_class_stride
             tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
 
 
@@ -375,15 +389,15 @@ def cross_entropy(
         log_sum_exp,
         classes,
         inner,
-        *input.stride(),
-        *class_strides(target),
+        *kernel_strides(input),
+        *kernel_strides(target),
         ignore_index,
         SUM=reduction != "none",
         MEAN=reduction == "mean",
         ONE_PROGRAM=programs == 1,
-        debug=not probabilities,  # arms the assertion on the targets,
+        debug=not probabilities,  # arms the assertion on the targets
         sanitize_overflow=False,  # and no other
-        **shared_constants(classes, inner, probabilities, weight, label_smoothing, config),
+        **shared_constants(input, target, weight, label_smoothing, config),
     )
     if reduction == "none" or programs == 1:
         return loss, log_sum_exp, denominator
@@ -449,40 +463,47 @@ def cross_entropy_backward(
         *outputs,
         classes,
         inner,
-        *grad_output.stride(),
-        *input.stride(),
-        *class_strides(target),
-        *outputs[0].stride(),
-        *outputs[1].stride(),
+        *kernel_strides(grad_output)[::2],
+        *kernel_strides(input),
+        *kernel_strides(target),
+        *kernel_strides(outputs[0]),
+        *kernel_strides(outputs[1]),
         ignore_index,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
-        **shared_constants(classes, inner, probabilities, weight, label_smoothing, config),
+        **shared_constants(input, target, weight, label_smoothing, config, *outputs),
     )
     return grad_input, grad_target
 
 
-def class_strides(target: Tensor) -> tuple[int, int, int]:
-    """Strides of [outer, classes, inner]; class indices [outer, inner] are the same for all classes."""
-    outer_stride, *class_stride, inner_stride = target.stride()
-    return outer_stride, sum(class_stride), inner_stride
+def kernel_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Strides of [outer, classes, inner], or of [outer, inner] with the same element for all classes.
+
+    0 for a dimension of one: Triton sees that it divides by 16.
+    """
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return strides[0], 0 if tensor.dim() == 2 else strides[1], strides[-1]
 
 
 def shared_constants(
-    classes: int,
-    inner: int,
-    probabilities: bool,
+    input: Tensor,
+    target: Tensor,
     weight: Tensor | None,
     label_smoothing: float,
     config: CrossEntropyConfig,
+    *gradients: Tensor,
 ) -> dict[str, bool | int | float]:
-    """The constants that both kernels take."""
+    """The constants that both kernels take, for tensors [outer, classes, inner] or class indices [outer, inner]."""
+    _, classes, inner = input.shape
+    rows_of_classes = [tensor for tensor in (input, target, *gradients) if tensor.dim() == 3]
+    row_strides = [stride for tensor in rows_of_classes for stride in kernel_strides(tensor)[::2]]
     return {
-        "PROBABILITIES": probabilities,
+        "PROBABILITIES": target.dim() == 3,
         "HAS_WEIGHT": weight is not None,
         "LABEL_SMOOTHING": label_smoothing,
         "ONE_TILE": classes <= config.BLOCK_CLASSES,
-        "ALIGNMENT_ROWS": tile_alignment(inner, config.BLOCK_ROWS),
-        "ALIGNMENT_CLASSES": tile_alignment(classes, config.BLOCK_CLASSES),
+        "ROW_ALIGNMENT": math.gcd(16, *row_strides),
+        "INNER_ALIGNMENT": tile_alignment(inner, config.BLOCK_ROWS),
+        "CLASSES_ALIGNMENT": tile_alignment(classes, config.BLOCK_CLASSES),
         **config._asdict(),
     }

@@ -13,11 +13,11 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Positions of tile number ``index``, all inside the dimension, and which of them are met for the first time.
 
     The last tile is moved back to end at the edge; the lanes of a tile that is larger than its dimension, less than
-    twice as large, start over. No load needs a mask then, and all vectorize where ``ALIGNMENT`` or ``size`` allows it.
+    twice as large, start over. So no load needs a mask, and all vectorize up to the ``ALIGNMENT`` of `tile_alignment`.
     """
     lanes = tl.arange(0, BLOCK)
-    if ALIGNMENT == 0:
-        fresh = lanes < size
+    if ALIGNMENT < 0:
+        fresh = lanes < tl.multiple_of(size, -ALIGNMENT)
         positions = tl.where(fresh, lanes, lanes - BLOCK // 2).to(tl.int64)
     else:
         start = tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64)
@@ -27,9 +27,10 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 def tile_alignment(size: int, block: int) -> int:
-    """The ``ALIGNMENT`` of `covering_tile`: what divides the start of every tile, up to 16; 0 for a tile too large."""
+    """What divides ``size`` and the start of every tile, up to 16; negative for a tile larger than the dimension."""
     assert block < 2 * size
-    return 0 if size < block else math.gcd(size, block, 16)
+    alignment = math.gcd(size, block, 16)
+    return alignment if size >= block else -alignment
 
 
 @triton.jit

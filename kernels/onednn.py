@@ -20,7 +20,8 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: boo
     """``relu(input @ weight.T + bias)``: [M, K], [N, K], [N] -> [M, N], any strides, any device and dtype."""
     if input.is_cpu and input.dtype is torch.float32 and available():
         post_op = "relu" if relu else "none"
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, post_op, [], "")
+        dense_bias = None if bias is None else bias.contiguous()  # the primitive does not look at its stride
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense_bias, post_op, [], "")
         return output
     output = torch.nn.functional.linear(input, weight, bias)
     return output.relu_() if relu else output

@@ -1,8 +1,9 @@
 """Linear layer on the CPU: the products through oneDNN's own primitive where it applies, else through ATen.
 
-``torch.ops.mkldnn._linear_pointwise`` is what Inductor calls for ``linear`` on a CPU; it fuses the ReLU into the
-product and takes transposed views as they are. ATen sends float32 products to MKL instead, which on some processors
-reaches half the speed. It is a private op, so its presence is probed and every other case goes through ATen.
+``torch.ops.mkldnn._linear_pointwise`` is what Inductor calls for ``linear`` on a CPU; it takes transposed views as they
+are. ATen sends float32 products to MKL instead, which on some processors reaches half the speed. It is a private op, so
+its presence is probed and every other case goes through ATen. It could fuse the ReLU too, but its ReLU turns NaN into
+0; torch's keeps NaN, so that one is applied in place.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ def available() -> bool:
 def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """``relu(input @ weight.T + bias)``: [M, K], [N, K], [N] -> [M, N], any strides, any device and dtype."""
     if input.is_cpu and input.dtype is torch.float32 and available():
-        post_op = "relu" if relu else "none"
         dense_bias = None if bias is None else bias.contiguous()  # the primitive does not look at its stride
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense_bias, post_op, [], "")
-        return output
-    output = torch.nn.functional.linear(input, weight, bias)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense_bias, "none", [], "")
+    else:
+        output = torch.nn.functional.linear(input, weight, bias)
     return output.relu_() if relu else output
 
 

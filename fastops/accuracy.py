@@ -1,0 +1,37 @@
+"""The accuracy rule that every operation is held to: at most twice torch's own error, plus one rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def error_share(result: Tensor, expected: Tensor, exact: Tensor) -> float:
+    """The share of its allowed error that ``result`` uses: accurate enough if at most 1.
+
+    Element by element the rule is ``|result - exact| <= 2 max|expected - exact| + one rounding of exact``. Where
+    torch's own result is infinite or NaN, ``result`` must be the same.
+
+    Args:
+        result: what is judged; any shape, any floating dtype.
+        expected: torch's result for the same values, in the dtype of ``result``. In float64 torch is the reference
+            itself and has no error to compare with: pass its float32 result, whose error is scaled to float64's.
+        exact: torch's float64 result for the same values.
+
+    Returns:
+        0 or more; ``inf`` where ``result`` is infinite or NaN and torch is not, or the other way round.
+    """
+    assert result.shape == expected.shape == exact.shape and exact.dtype is torch.float64
+    precision = torch.finfo(result.dtype)
+    scale = precision.eps / torch.finfo(expected.dtype).eps
+    result, expected = result.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.allclose(result[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    result, expected, exact = result[finite], expected[finite], exact[finite]
+    one_rounding = precision.eps / 2 * exact.abs().clamp(min=precision.tiny)
+    allowed = 2 * scale * (expected - exact).abs().max() + one_rounding
+    error = (result - exact).abs()
+    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(nan=float("inf")).max().item()

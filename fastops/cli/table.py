@@ -1,0 +1,20 @@
+"""Tables printed row by row while a command works, with nothing but the standard library."""
+
+from collections.abc import Sequence
+
+
+class Table:
+    """Prints its headings at once and each row as it comes. A negative width aligns its column to the right."""
+
+    def __init__(self, columns: dict[str, int]) -> None:
+        self.widths = list(columns.values())
+        self.row(list(columns))
+        self.row(["-" * abs(width) for width in self.widths])
+
+    def row(self, cells: Sequence[str]) -> None:
+        """Print one line of the table."""
+        padded = [
+            cell.rjust(-width) if width < 0 else cell.ljust(width)
+            for cell, width in zip(cells, self.widths, strict=True)
+        ]
+        print("  ".join(padded).rstrip(), flush=True)

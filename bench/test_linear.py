@@ -1,0 +1,13 @@
+"""Linear layers, with and without ReLU: `fastops.cli.bench` lists the sizes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from fastops.cli.bench import LINEAR_CASES, Case
+
+
+@pytest.mark.parametrize("contestant", ["eager", "fastops"])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.name)
+def test_linear(compare: Callable[[Case, str], None], case: Case, contestant: str) -> None:
+    compare(case, contestant)

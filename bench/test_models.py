@@ -1,0 +1,13 @@
+"""Whole training steps, and inference: `fastops.cli.bench` lists the sizes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from fastops.cli.bench import MODEL_CASES, Case
+
+
+@pytest.mark.parametrize("contestant", ["eager", "fastops"])
+@pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case.name)
+def test_model(compare: Callable[[Case, str], None], case: Case, contestant: str) -> None:
+    compare(case, contestant)

@@ -1,0 +1,322 @@
+"""``fastops bench``: time fastops against eager PyTorch, call by call in turns, and print the ratios.
+
+A machine's speed drifts while it works. Two calls that follow each other see the same machine, so the ratio is taken
+within such pairs, and every second pair runs in the other order.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastops
+import fastops.functional as FF
+from fastops.cli import CommandError
+from fastops.cli.doctor import _interpreting, _processor
+from fastops.cli.environment import check_backend, pick_device, positive_integer
+from fastops.cli.table import Table
+from fastops.cli.tasks import squared_error
+from fastops.models import FashionMLP, TwoLayerNet
+
+Call = Callable[[], object]
+
+SAMPLE_SECONDS = 1e-3  # A shorter call is repeated to fill this: a clock and a synchronization cost microseconds.
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The same work twice, on equal values of its own, and the backend that the second one takes."""
+
+    eager: Call
+    fastops: Call
+    backend: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed. ``prepare`` allocates and draws the inputs on a device."""
+
+    name: str
+    prepare: Callable[[torch.device], Contest]
+
+
+def _synchronized(call: Call, device: torch.device) -> Call:
+    if device.type == "cpu":
+        return call
+
+    def call_and_wait() -> None:
+        call()
+        torch.accelerator.synchronize(device)
+
+    return call_and_wait
+
+
+def _op_cases(
+    op: str,
+    shape: str,
+    reference: Callable[..., Tensor],
+    inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
+) -> list[Case]:
+    """Forward without gradients, and forward and backward. ``inputs`` draws what needs a gradient and what needs none."""
+
+    def prepare(device: torch.device, backward: bool) -> Contest:
+        variables, constants = ([tensor.to(device) for tensor in tensors] for tensors in inputs())
+        arguments = [tensor.requires_grad_(backward) for tensor in variables] + constants
+        with torch.no_grad():
+            grad_output = torch.ones_like(reference(*arguments))
+
+        def contestant(function: Callable[..., Tensor]) -> Call:
+            def forward() -> Tensor:
+                with torch.no_grad():
+                    return function(*arguments)
+
+            def forward_backward() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(function(*arguments), variables, grad_output)
+
+            return _synchronized(forward_backward if backward else forward, device)
+
+        backend = fastops.explain(op, *arguments).backend
+        return Contest(contestant(reference), contestant(getattr(FF, op)), backend)
+
+    return [
+        Case(f"{op}/{shape}/forward", lambda device: prepare(device, backward=False)),
+        Case(f"{op}/{shape}/forward+backward", lambda device: prepare(device, backward=True)),
+    ]
+
+
+def _linear_cases(op: str, rows: int, features: int, outputs: int, bias: bool = True) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        layer = nn.Linear(features, outputs, bias=bias)
+        return [torch.randn(rows, features), *(parameter.detach() for parameter in layer.parameters())], []
+
+    def linear_relu(*arguments: Tensor) -> Tensor:
+        return F.relu(F.linear(*arguments))
+
+    reference = linear_relu if op == "linear_relu" else F.linear
+    return _op_cases(op, f"{rows}x{features}-{outputs}", reference, inputs)
+
+
+def _mse_cases(rows: int, columns: int) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.randn(rows, columns)], [torch.randn(rows, columns)]
+
+    return _op_cases("mse_loss", f"{rows}x{columns}", F.mse_loss, inputs)
+
+
+def _cross_entropy_cases(rows: int, classes: int) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.randn(rows, classes)], [torch.randint(classes, (rows,))]
+
+    return _op_cases("cross_entropy", f"{rows}x{classes}", F.cross_entropy, inputs)
+
+
+def _wide_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
+
+
+def _classification(rows: int, features: int, classes: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, features), torch.randint(classes, (rows,))
+
+
+def _model_cases(
+    name: str,
+    build: Callable[[], nn.Module],
+    loss: Callable[[], nn.Module],
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    lr: float,
+) -> list[Case]:
+    """A whole training step with plain SGD, and inference, of a model and of its swapped copy."""
+
+    def prepare(device: torch.device, training: bool) -> Contest:
+        inputs, targets = (tensor.to(device) for tensor in batch())
+        eager = build().to(device).train(training)
+        swapped = fastops.swap(copy.deepcopy(eager))
+
+        def contestant(model: nn.Module, criterion: nn.Module) -> Call:
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+
+            def step() -> None:
+                optimizer.zero_grad()
+                criterion(model(inputs), targets).backward()
+                optimizer.step()
+
+            def predict() -> Tensor:
+                with torch.inference_mode():
+                    output: Tensor = model(inputs)
+                    return output
+
+            return _synchronized(step if training else predict, device)
+
+        layers = [layer for layer in swapped.modules() if isinstance(layer, nn.Linear)]
+        backends = {
+            fastops.explain("linear", inputs.new_empty(len(inputs), layer.in_features), layer.weight).backend
+            for layer in layers
+        }
+        return Contest(contestant(eager, loss()), contestant(swapped, fastops.swap(loss())), "+".join(sorted(backends)))
+
+    return [
+        Case(f"{name}/step", lambda device: prepare(device, training=True)),
+        Case(f"{name}/inference", lambda device: prepare(device, training=False)),
+    ]
+
+
+LINEAR_CASES = [
+    *_linear_cases("linear_relu", 64, 784, 512),  # FashionMLP
+    *_linear_cases("linear_relu", 64, 512, 512),
+    *_linear_cases("linear", 64, 512, 10),
+    *_linear_cases("linear_relu", 64, 1000, 100, bias=False),  # TwoLayerNet
+    *_linear_cases("linear", 64, 100, 10, bias=False),
+    *_linear_cases("linear_relu", 512, 784, 512),
+    *_linear_cases("linear_relu", 256, 1024, 4096),
+    *_linear_cases("linear", 256, 1024, 1000),
+]
+LOSS_CASES = [
+    *_mse_cases(64, 10),
+    *_mse_cases(512, 2048),
+    *_cross_entropy_cases(64, 10),
+    *_cross_entropy_cases(8192, 10),
+    *_cross_entropy_cases(256, 1000),
+    *_cross_entropy_cases(512, 32000),
+]
+MODEL_CASES = [
+    *_model_cases(
+        "TwoLayerNet-64", TwoLayerNet, squared_error, lambda: (torch.randn(64, 1000), torch.randn(64, 10)), 1e-6
+    ),
+    *_model_cases("FashionMLP-64", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(64, 784, 10), 1e-3),
+    *_model_cases("FashionMLP-512", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(512, 784, 10), 1e-3),
+    *_model_cases("WideMLP-256", _wide_mlp, nn.CrossEntropyLoss, lambda: _classification(256, 1024, 1000), 1e-3),
+]
+CASES = [*LINEAR_CASES, *LOSS_CASES, *MODEL_CASES]
+
+# Measurement ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians in milliseconds per call, and the quartiles of fastops' time over eager's within each pair."""
+
+    name: str
+    backend: str
+    eager_ms: float
+    fastops_ms: float
+    ratio: float
+    ratio_lower_quartile: float
+    ratio_upper_quartile: float
+
+
+def interleave(first: Call, second: Call, pairs: int, calls: int) -> tuple[list[float], list[float]]:
+    """Seconds per call of both, once in each pair: ``calls`` in a row of the one, then of the other."""
+
+    def seconds(call: Call) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[which].append(seconds((first, second)[which]))
+    return times
+
+
+def measure(case: Case, device: torch.device, pairs: int) -> Measurement:
+    """Prepare a case, warm it up, and time it."""
+    torch.manual_seed(0)
+    contest = case.prepare(device)
+    warm_up, _ = interleave(contest.eager, contest.fastops, pairs=3, calls=1)
+    calls = max(1, round(SAMPLE_SECONDS / min(warm_up)))
+    eager, ours = (np.array(times) for times in interleave(contest.eager, contest.fastops, pairs, calls))
+    lower, ratio, upper = (float(quartile) for quartile in np.quantile(ours / eager, [0.25, 0.5, 0.75]))
+    eager_ms, ours_ms = (1e3 * float(np.median(times)) for times in (eager, ours))
+    return Measurement(case.name, contest.backend, eager_ms, ours_ms, ratio, lower, upper)
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What the times depend on, besides the code."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    return {
+        "device": str(device) if device.type == "cpu" else _device_name(device),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "fastops": fastops.__version__,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    name: str = torch.get_device_module(device).get_device_name(device)
+    return f"{device} {name}"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastops bench``."""
+    parser.add_argument("--case", metavar="TEXT", default="", help="only the cases whose name contains this text")
+    parser.add_argument("--pairs", type=positive_integer, default=50, metavar="N", help="pairs per case; default 50")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and measurements to a file")
+    parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the cases and print one row for each."""
+    refuse_interpreter()
+    cases = [case for case in CASES if args.case in case.name]
+    if not cases:
+        families = dict.fromkeys(case.name.split("/")[0] for case in CASES)
+        raise CommandError(f"no case contains {args.case!r}: they begin with {', '.join(families)}")
+    device = pick_device(args.device)
+    check_backend(device)
+    if args.json:
+        _write(args.json, {})  # a file that cannot be written is better noticed now
+    facts = environment(device)
+    for fact, value in facts.items():
+        print(f"{fact}: {value}")
+    print(f"\nmedians of {args.pairs} interleaved pairs; ratio: fastops' time over eager's, faster below 1")
+    widths = {"case": max(len(case.name) for case in cases), "backend": 12, "eager ms": -9, "fastops ms": -10}
+    table = Table(widths | {"ratio": -5, "quartiles": -11})
+    measurements = []
+    for case in cases:
+        result = measure(case, device, args.pairs)
+        times = [f"{result.eager_ms:.4f}", f"{result.fastops_ms:.4f}", f"{result.ratio:.2f}"]
+        quartiles = f"{result.ratio_lower_quartile:.2f} - {result.ratio_upper_quartile:.2f}"
+        table.row([result.name, result.backend, *times, quartiles])
+        measurements.append(asdict(result))
+    if args.json:
+        _write(args.json, {"environment": facts, "pairs": args.pairs, "measurements": measurements})
+    return 0
+
+
+def refuse_interpreter() -> None:
+    """Raise ``CommandError`` if kernels would run in Triton's interpreter."""
+    if _interpreting():
+        raise CommandError("Triton's interpreter is on, and its times mean nothing: unset TRITON_INTERPRET")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {error.strerror}") from error

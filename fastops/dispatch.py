@@ -96,6 +96,36 @@ def _cpu_vendor() -> str:
 
 _onednn_from = _ONEDNN_FROM_MULTIPLY_ADDS.get((_cpu_vendor(), torch.backends.cpu.get_cpu_capability()))
 
+# Autocast -------------------------------------------------------------------------------------------------------------
+
+
+def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast wants ``op`` to run (a loss in float32), or None where it is off."""
+    if (
+        torch._C._is_any_autocast_enabled()
+        and isinstance(input, Tensor)
+        and input.device.type != "meta"
+        and torch.is_autocast_enabled(input.device.type)
+    ):
+        is_product = op in ("linear", "linear_relu")
+        return torch.get_autocast_dtype(input.device.type) if is_product else torch.float32
+    return None
+
+
+def under_autocast(function: Callable[..., Any], dtype: torch.dtype, *arguments: Any, **keywords: Any) -> Any:
+    """Call ``function`` as autocast would: floating tensors (float64 excepted) as ``dtype``, autocast off inside.
+
+    Casting here, once, keeps the gradients of the originals in their own dtype.
+    """
+
+    def cast(value: Any) -> Any:
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+        return value.to(dtype) if eligible else value
+
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return function(*map(cast, arguments), **{name: cast(value) for name, value in keywords.items()})
+
+
 # The rule -------------------------------------------------------------------------------------------------------------
 
 _SELECTED_TORCH = Explanation("torch", "backend 'torch' is selected")
@@ -293,4 +323,8 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
     """
     if op not in _OPS:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(map(repr, _OPS))}")
-    return _OPS[op](*arguments, **keywords)
+    input, *others = arguments or [keywords.pop("input")]
+    dtype = autocast_dtype(op, input)
+    if dtype is not None:
+        return under_autocast(_OPS[op], dtype, input, *others, **keywords)
+    return _OPS[op](input, *others, **keywords)

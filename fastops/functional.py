@@ -6,7 +6,6 @@ goes it: through a hand-written `torch.autograd.Function`, or through the torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,32 +15,9 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import dispatch
+from .dispatch import autocast_dtype, under_autocast
 
 # The Functions are imported where they are used: they register with TorchDynamo, whose import takes seconds and Triton.
-
-
-def _autocast(function: Callable[..., Tensor], dtype: torch.dtype, *arguments: Any, **keywords: Any) -> Tensor:
-    """Call ``function`` as autocast would: floating tensors (float64 excepted) as ``dtype``, autocast off inside.
-
-    Casting here, once, keeps the gradients of the originals in their own dtype.
-    """
-    device_type = arguments[0].device.type
-
-    def cast(value: Any) -> Any:
-        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
-        return value.to(dtype) if eligible else value
-
-    with torch.autocast(device_type, enabled=False):
-        return function(*map(cast, arguments), **{name: cast(value) for name, value in keywords.items()})
-
-
-def _autocast_enabled(input: Tensor) -> bool:
-    return (
-        torch._C._is_any_autocast_enabled()
-        and isinstance(input, Tensor)
-        and input.device.type != "meta"
-        and torch.is_autocast_enabled(input.device.type)
-    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,8 +33,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
-    if _autocast_enabled(input):
-        return _autocast(linear, torch.get_autocast_dtype(input.device.type), input, weight, bias)
+    if (dtype := autocast_dtype("linear", input)) is not None:
+        return under_autocast(linear, dtype, input, weight, bias)
     way = dispatch.linear(input, weight, bias).backend
     if way == "torch":
         return F.linear(input, weight, bias)
@@ -82,8 +58,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
-    if _autocast_enabled(input):
-        return _autocast(linear_relu, torch.get_autocast_dtype(input.device.type), input, weight, bias)
+    if (dtype := autocast_dtype("linear_relu", input)) is not None:
+        return under_autocast(linear_relu, dtype, input, weight, bias)
     way = dispatch.linear(input, weight, bias).backend
     if way == "torch":
         return F.linear(input, weight, bias).relu_()
@@ -125,8 +101,8 @@ def mse_loss(
             reduction=reduction,
             weight=weight,
         )
-    if _autocast_enabled(input):
-        return _autocast(mse_loss, torch.float32, input, target, size_average, reduce, reduction, weight)
+    if (dtype := autocast_dtype("mse_loss", input)) is not None:
+        return under_autocast(mse_loss, dtype, input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     way = dispatch.mse_loss(input, target, reduction=reduction, weight=weight).backend
@@ -185,8 +161,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     options = (ignore_index, None, reduction, label_smoothing)
-    if _autocast_enabled(input):
-        return _autocast(cross_entropy, torch.float32, input, target, weight, None, *options)
+    if (dtype := autocast_dtype("cross_entropy", input)) is not None:
+        return under_autocast(cross_entropy, dtype, input, target, weight, None, *options)
     way = dispatch.cross_entropy(input, target, weight, None, *options).backend
     if way == "torch":
         number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string

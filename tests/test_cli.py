@@ -441,7 +441,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     eager, swapped = (
         float(printed.split(f"epoch 3: {name} test accuracy ")[1].split(" %")[0]) for name in ("eager", "swapped")
     )
-    assert eager > 75
+    assert 75 < eager < 100
     assert abs(swapped - eager) <= 0.3
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

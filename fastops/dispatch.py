@@ -278,7 +278,7 @@ def cross_entropy(
             return general
         if input.dim() == 0:
             return "input has no class dimension"
-        if not (isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63):
+        if not (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63):
             return "ignore_index is not a 64-bit integer"
         class_dim = 0 if input.dim() == 1 else 1
         if target.shape == input.shape:

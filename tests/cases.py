@@ -1,0 +1,135 @@
+"""Every fastops function with its options, beside the torch function that it must equal: a table that tests run over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastops
+import fastops.functional as FF
+from fastops import dispatch
+
+
+class Case(NamedTuple):
+    """One function with its options: ``ours(*tensors)`` must equal ``torchs(*tensors)``."""
+
+    op: str
+    options: str
+    ours: Callable[..., Tensor]
+    torchs: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    make: Callable[..., Tensor] = torch.randn
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.options}"
+
+    def tensors(self, dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, ...]:
+        """New arguments, the same in every dtype but for rounding."""
+        generator = torch.Generator().manual_seed(7)
+        made = (self.make(shape, dtype=torch.float64, generator=generator) for shape in self.shapes)
+        return tuple(tensor.to(dtype).requires_grad_(requires_grad) for tensor in made)
+
+
+def torch_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.relu(F.linear(input, weight, bias))
+
+
+def _linear_cases() -> Iterator[Case]:
+    pairs = {"linear": (FF.linear, F.linear), "linear_relu": (FF.linear_relu, torch_linear_relu)}
+    for op, (ours, torchs) in pairs.items():
+        yield Case(op, "bias", ours, torchs, ((4, 3), (2, 3), (2,)))
+        yield Case(op, "no_bias", ours, torchs, ((4, 3), (2, 3)))
+        yield Case(op, "1d", ours, torchs, ((3,), (2, 3), (2,)))
+        yield Case(op, "3d", ours, torchs, ((2, 3, 3), (2, 3), (2,)))
+
+
+def _mse_cases() -> Iterator[Case]:
+    for reduction in ("none", "mean", "sum"):
+        ours = functools.partial(FF.mse_loss, reduction=reduction)
+        torchs = functools.partial(F.mse_loss, reduction=reduction)
+        yield Case("mse_loss", reduction, ours, torchs, ((4, 3), (4, 3)))
+    yield Case("mse_loss", "0d", FF.mse_loss, F.mse_loss, ((), ()))
+
+
+def _of_indices(function: Callable[..., Tensor], target: Tensor, options: dict[str, Any], input: Tensor) -> Tensor:
+    weight = options.get("weight")
+    return function(input, target, **{**options, "weight": None if weight is None else weight.to(input.dtype)})
+
+
+def _of_probabilities(function: Callable[..., Tensor], options: dict[str, Any], input: Tensor, q: Tensor) -> Tensor:
+    return _of_indices(function, q, options, input)
+
+
+def _cross_entropy_cases() -> Iterator[Case]:
+    weight = torch.tensor([0.5, 1.5, 0.25])
+    with_indices: dict[str, tuple[tuple[int, ...], list[int], dict[str, Any]]] = {
+        "mean": ((4, 3), [0, 2, 1, 0], {}),
+        "sum": ((4, 3), [0, 2, 1, 0], {"reduction": "sum"}),
+        "none_weight_ignore": ((4, 3), [0, 2, 1, 0], {"reduction": "none", "weight": weight, "ignore_index": 2}),
+        "mean_weight_smooth": ((4, 3), [0, 2, 1, 0], {"weight": weight, "ignore_index": 1, "label_smoothing": 0.2}),
+        "none_smooth": ((4, 3), [0, -100, 1, 0], {"reduction": "none", "label_smoothing": 0.2}),
+        "unbatched": ((3,), [1], {"label_smoothing": 0.2}),
+        "positions": ((2, 3, 2), [0, -7, 1, 2], {"ignore_index": -7}),
+    }
+    for name, (shape, classes, options) in with_indices.items():
+        target = torch.tensor(classes).reshape(shape[:1] + shape[2:] if len(shape) > 1 else ())
+        ours = functools.partial(_of_indices, FF.cross_entropy, target, options)
+        torchs = functools.partial(_of_indices, F.cross_entropy, target, options)
+        yield Case("cross_entropy", name, ours, torchs, (shape,))
+    with_probabilities: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+        "probabilities_mean": ((4, 3), {}),
+        "probabilities_none_weight": ((4, 3), {"reduction": "none", "weight": weight}),
+        "probabilities_sum_weight_smooth": ((4, 3), {"reduction": "sum", "weight": weight, "label_smoothing": 0.2}),
+        "probabilities_positions": ((2, 3, 2), {"label_smoothing": 0.2}),
+    }
+    for name, (shape, options) in with_probabilities.items():
+        ours = functools.partial(_of_probabilities, FF.cross_entropy, options)
+        torchs = functools.partial(_of_probabilities, F.cross_entropy, options)
+        yield Case("cross_entropy", name, ours, torchs, (shape, shape), torch.rand)
+
+
+CASES = [*_linear_cases(), *_mse_cases(), *_cross_entropy_cases()]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+one_case_per_op = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.options in ("bias", "mean", "mean_weight_smooth", "probabilities_mean")],
+    ids=lambda case: case.name,
+)
+
+
+def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send float64 through the oneDNN way's Functions too (their products are ATen's then): for gradcheck."""
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Explanation:
+        return dispatch.Explanation("onednn", "forced")
+
+    if dispatch.selected_backend() == "onednn":
+        monkeypatch.setattr(dispatch, "linear", linear)
+
+
+def gradients(function: Callable[..., Tensor], *tensors: Tensor, grad_output: Tensor | None = None) -> list[Tensor]:
+    """``[result, gradient for each tensor that requires one]``; the gradient of the result is ones or ``grad_output``."""
+    result = function(*tensors)
+    variables = [tensor for tensor in tensors if tensor.requires_grad]
+    ones = torch.ones_like(result) if grad_output is None else grad_output
+    return [result, *torch.autograd.grad(result, variables, ones)]
+
+
+def tangent(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """The forward-mode derivative of ``function`` along ``tangents``."""
+    with forward_ad.dual_level():
+        duals = (forward_ad.make_dual(a.detach(), t) for a, t in zip(tensors, tangents, strict=True))
+        result = forward_ad.unpack_dual(function(*duals)).tangent
+    assert result is not None
+    return result
+
+
+no_fallback = pytest.mark.filterwarnings(f"error::{fastops.FallbackWarning.__module__}.FallbackWarning")

@@ -1,0 +1,264 @@
+"""A wrong call raises what torch raises, word for word, and an odd call that torch takes is taken too: every backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import no_fallback, torch_linear_relu
+from torch import Tensor
+
+import fastops
+import fastops.functional as FF
+
+pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore")]
+
+
+def on_meta(*shape: int) -> Tensor:
+    return torch.randn(shape, device="meta")
+
+
+x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+indices, q = torch.tensor([0, 1, 2, 0]), torch.rand(4, 3).softmax(1)
+zeros = torch.zeros(4, dtype=torch.int64)
+
+LINEAR: list[tuple[Any, ...]] = [
+    ([1, 2], w),
+    (None, w),
+    (x, None),
+    (x, [1]),
+    (x, w, [1, 2]),
+    (x, w, "b"),
+    (x, w.t()),
+    (x[:, :2], w),
+    (x, w, b[:1]),
+    (x, w, torch.randn(3)),
+    (x, w, torch.randn(2, 2)),
+    (x, w, torch.randn(4, 2)),
+    (x, w, torch.tensor(1.0)),
+    (x, torch.randn(3)),
+    (x, torch.randn(5)),
+    (x, torch.tensor(1.0)),
+    (x, torch.randn(2, 2, 3)),
+    (torch.tensor(1.0), w),
+    (x.double(), w),
+    (x, w.double()),
+    (x, w, b.double()),
+    (x, w, b.int()),
+    (x.half(), w.bfloat16()),
+    (x.int(), w),
+    (x.int(), w.int()),
+    (x.bool(), w.bool()),
+    (x.cfloat(), w),
+    (x.cfloat(), w.cfloat()),
+    (on_meta(4, 3), w),
+    (on_meta(4, 3), on_meta(2, 3)),
+    (x, w, on_meta(2)),
+    (x.to_sparse(), w),
+    (x, w.to_sparse()),
+    (x.to_mkldnn(), w),
+    (torch.randn(0, 3), w, b),
+    (torch.randn(4, 0), w),
+    (torch.randn(4, 0), torch.randn(2, 0), b),
+    (x, torch.randn(0, 3)),
+]
+MSE_LOSS: list[tuple[Any, ...]] = [
+    ([1], x),
+    (x, None),
+    (x, 1.0),
+    (x, x[:3]),
+    (x, x[:, :1]),
+    (x, torch.tensor(1.0)),
+    (x, x.int()),
+    (x.int(), x.int()),
+    (x.bool(), x.bool()),
+    (x.cfloat(), x.cfloat()),
+    (x, x.double()),
+    (x.half(), x),
+    (x, on_meta(4, 3)),
+    (on_meta(4, 3), x),
+    (x.to_sparse(), x),
+    (x, x.to_sparse()),
+    (x, x, None, None, "bad"),
+    (x, x, None, None, 3),
+    (x, x, None, None, None),
+    (x, w.new_zeros(4, 3), False),
+    (x, w.new_zeros(4, 3), True, False),
+    (x, q, None, None, "mean", x[:2]),
+    (x, q, None, None, "mean", b),
+    (x, q, None, None, "none", q),
+    (torch.randn(0), torch.randn(0)),
+    (torch.randn(2, 0), torch.randn(2, 0), None, None, "sum"),
+]
+CROSS_ENTROPY: list[tuple[Any, ...]] = [
+    ([1], indices),
+    (x, None),
+    (x, [0]),
+    (x, indices[:3]),
+    (x, indices.int()),
+    (x, indices.bool()),
+    (x, indices.float()),
+    (x, q[:3]),
+    (x, q[:, :2]),
+    (x, q.double()),
+    (x, q.half()),
+    (x.double(), q),
+    (x, torch.tensor([0, 1, 3, 0])),
+    (x, torch.tensor([0, 1, -1, 0])),
+    (x, torch.tensor([0, 1, -100, 0]), None, None, 7),
+    (x, indices, torch.rand(2)),
+    (x, indices, torch.rand(1, 3)),
+    (x, indices, torch.rand(3).double()),
+    (x, indices, torch.rand(3).half()),
+    (x, indices, "w"),
+    (x, indices, q[0].clone().requires_grad_()),
+    (x, q, torch.rand(2)),
+    (x, q, q[0].double()),
+    (x, on_meta(4).long()),
+    (on_meta(4, 3), indices),
+    (x, indices, on_meta(3)),
+    (torch.tensor(1.0), torch.tensor(0)),
+    (x.int(), indices),
+    (x.bool(), indices),
+    (x.cfloat(), indices),
+    (x.to_sparse(), indices),
+    (x[0], torch.tensor(1)),
+    (x[0], torch.tensor(3)),
+    (x[0], torch.tensor([1])),
+    (x[0], indices[:3]),
+    (torch.randn(0, 3), indices[:0]),
+    (torch.randn(4, 0), indices),
+    (torch.randn(2, 3, 4), indices),
+    (torch.randn(2, 3, 4), zeros.view(2, 2)),
+    (torch.randn(2, 3, 4, 5), zeros.view(2, 2, 1)),
+    (x, q, None, None, 1),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"reduction": "bad"},
+    {"reduction": None},
+    {"label_smoothing": -0.1},
+    {"label_smoothing": 1.1},
+    {"label_smoothing": float("nan")},
+    {"label_smoothing": "a"},
+    {"label_smoothing": None},
+    {"label_smoothing": True},
+    {"ignore_index": "a"},
+    {"ignore_index": 1.5},
+    {"ignore_index": None},
+    {"ignore_index": 2**70},
+    {"ignore_index": -(2**63)},
+    {"ignore_index": 2**63 - 1},
+    {"ignore_index": True},
+    {"size_average": False},
+    {"reduce": False},
+]
+CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    *(("linear", arguments, {}) for arguments in LINEAR),
+    *(("linear_relu", arguments, {}) for arguments in LINEAR),
+    *(("mse_loss", arguments, {}) for arguments in MSE_LOSS),
+    *(("cross_entropy", arguments, {}) for arguments in CROSS_ENTROPY),
+    *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
+    ("linear", (x,), {}),
+    ("mse_loss", (x, x), {"unknown": 1}),
+]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else str(value.layout)[6:]
+        return f"{str(value.dtype)[6:]}{tuple(value.shape)}{layout}{'' if value.device.type == 'cpu' else value.device}"
+    return repr(value)
+
+
+def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
+    op, arguments, options = call
+    return f"{op}({', '.join([*map(describe, arguments), *(f'{k}={v!r}' for k, v in options.items())])})"
+
+
+def outcome(function: Callable[..., Tensor], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    try:
+        return function(*arguments, **options)
+    except Exception as error:  # whatever torch raises is what is compared
+        return error
+
+
+@pytest.mark.parametrize("selected", ["auto", "triton", "onednn", "torch"])
+@pytest.mark.parametrize("call", CALLS, ids=name)
+def test_outcome_is_torchs(call: tuple[str, tuple[Any, ...], dict[str, Any]], selected: str) -> None:
+    op, arguments, options = call
+    torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
+    expected = outcome(torchs, arguments, options)
+    with fastops.backend(selected):
+        found = outcome(getattr(FF, op), arguments, options)
+    if isinstance(expected, Exception):
+        assert type(found) is type(expected)
+        if "positional argument" not in str(expected) and "keyword argument" not in str(expected):
+            assert str(found) == str(expected)
+        return
+    assert isinstance(found, Tensor), found
+    assert (found.shape, found.dtype, found.layout, found.device, found.requires_grad) == (
+        expected.shape,
+        expected.dtype,
+        expected.layout,
+        expected.device,
+        expected.requires_grad,
+    )
+    if found.device.type != "meta":
+        torch.testing.assert_close(dense(found), dense(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+@pytest.mark.parametrize(
+    "arguments", [([1],), (None, w), (x, None), (x, torch.tensor(1.0)), (torch.tensor(1.0), w)], ids=str
+)
+def test_outcome_is_torchs_without_the_interpreter(
+    op: str, arguments: tuple[Any, ...], no_interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short ways of backend 'auto' look at shapes too: with an oneDNN threshold and without one."""
+    if len(arguments) == 1:
+        arguments = (*arguments, w)
+    torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
+    expected = outcome(torchs, arguments, {})
+    for threshold in (None, 1, 10**9):
+        monkeypatch.setattr(fastops.dispatch, "_onednn_from", threshold)
+        found = outcome(getattr(FF, op), arguments, {})
+        assert (type(found), str(found)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy"])
+def test_deprecated_arguments_warn_as_torch_does(op: str, backend: str) -> None:
+    target = q if op == "mse_loss" else indices
+    for legacy in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
+        messages = []
+        for function in (getattr(FF, op), getattr(F, op)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                function(x, target, **legacy)
+            messages.append([str(warning.message) for warning in caught])
+        assert messages[0] == messages[1]
+        assert len(messages[0]) == 1
+
+
+def test_broadcasting_a_loss_warns_as_torch_does(backend: str) -> None:
+    with pytest.warns(UserWarning, match="target size .* is different to the input size"):
+        FF.mse_loss(x, x[:1])
+
+
+@pytest.mark.parametrize("gradient", [torch.ones(3), torch.ones(4, 2).double(), on_meta(4, 2)], ids=describe)
+def test_a_wrong_grad_output_is_torchs_error(gradient: Tensor, backend: str) -> None:
+    """Autograd checks it before our backward sees it."""
+
+    def error(function: Callable[..., Tensor]) -> tuple[type, str]:
+        result = function(x.clone().requires_grad_(), w)
+        found = outcome(result.backward, (gradient,), {})
+        return type(found), str(found)
+
+    assert error(FF.linear_relu) == error(torch_linear_relu)

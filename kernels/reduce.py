@@ -17,7 +17,8 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
     """
     lanes = tl.arange(0, BLOCK)
     if ALIGNMENT < 0:
-        fresh = lanes < tl.multiple_of(size, -ALIGNMENT)
+        UNIT: tl.constexpr = -ALIGNMENT
+        fresh = lanes < size // UNIT * UNIT  # the size, as a multiple that Triton can see
         positions = tl.where(fresh, lanes, lanes - BLOCK // 2).to(tl.int64)
     else:
         start = tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64)

@@ -12,6 +12,7 @@ import copyreg
 import functools
 import itertools
 import linecache
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
@@ -239,18 +240,30 @@ def compile_trace(tracer: Tracer, user_class: type) -> Trace:
         (input,) = (*layer_call.args, *layer_call.kwargs.values())
         # At the place of the layer: its input may be changed in place between the layer and the ReLU.
         with graph.inserting_before(layer_call):
-            layer = graph.create_node("get_attr", site.layer)
-            relu = graph.create_node("get_attr", site.relu) if site.relu is not None else None
+            layer = _child(graph, site.layer)
+            relu = None if site.relu is None else _child(graph, site.relu)
             fused = graph.call_function(_layer_relu, (layer, input, relu, replaces))
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         graph.erase_node(layer_call)
+    for node in graph.find_nodes(op="call_module"):
+        with graph.inserting_before(node):
+            called = graph.call_method("__call__", (_child(graph, str(node.target)), *node.args), node.kwargs)
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
     code = graph.python_code("self")
     filename = f"<fastops trace of {user_class.__qualname__} {next(_NUMBERS)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
     return Trace(code.src, code.globals, tuple(sites), tracer.assumptions(plain_class), namespace["forward"])
+
+
+def _child(graph: fx.Graph, path: str) -> fx.Node:
+    """The child at ``path``, from the dictionary of children: looking it up as an attribute takes longer."""
+    owner, _, name = path.rpartition(".")
+    children = graph.create_node("get_attr", f"{owner}._modules" if owner else "_modules")
+    return graph.call_function(operator.getitem, (children, name))
 
 
 def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, replaces: bool) -> Any:

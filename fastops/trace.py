@@ -94,7 +94,10 @@ class Assumptions:
             return False
         if keywords and keywords.keys() != set(self.inputs[len(arguments) :]):
             return False
-        return all(isinstance(value, Tensor) for value in (*arguments, *keywords.values()))
+        for value in (*arguments, *keywords.values()):  # loops: all() of a generator takes longer than the rest
+            if not isinstance(value, Tensor):
+                return False
+        return True
 
     def hold(self, module: nn.Module) -> bool:
         """Whether everything that the trace of ``module`` took for constant is still the same."""
@@ -112,9 +115,12 @@ class Assumptions:
             for path, name, token in self.reads:
                 if _token(_look(_resolve(module, path), name)) != token:
                     return False
-            return all(_token(item.namespace.get(item.name, _MISSING)) == item.token for item in self.globals)
+            for item in self.globals:
+                if _token(item.namespace.get(item.name, _MISSING)) != item.token:
+                    return False
         except LeftAlone:
             return False
+        return True
 
 
 def trace(module: nn.Module) -> list[Tracer]:

@@ -20,6 +20,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
 
 
+def reshaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A fresh result in another shape, not as a view: autograd lets nobody change a view from a Function in place."""
+    return torch.ops.aten._unsafe_view(result, shape)
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of partial results: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype is torch.float64 else torch.float32

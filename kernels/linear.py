@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MatmulConfig, matmul_config
-from .launch import accumulator_dtype, input_precision, launch
+from .launch import accumulator_dtype, input_precision, launch, reshaped
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N], no dimension empty."""
     output = matmul(input.reshape(-1, input.shape[-1]), weight.t(), bias, relu)
-    return output.view(*input.shape[:-1], weight.shape[0])
+    return reshaped(output, (*input.shape[:-1], weight.shape[0]))
 
 
 def linear_backward(
@@ -266,7 +266,7 @@ def linear_backward(
     )
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = matmul(grad, weight).view(*grad_output.shape[:-1], weight.shape[1])
+        grad_input = reshaped(matmul(grad, weight), (*grad_output.shape[:-1], weight.shape[1]))
     if input is not None:
         grad_weight = matmul(grad.t(), input.reshape(-1, input.shape[-1]))
     return grad_input, grad_weight, grad_bias

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .launch import reshaped
+
 
 def available() -> bool:
     """Whether this build of torch has the oneDNN product and oneDNN is not switched off."""
@@ -30,7 +32,7 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: boo
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N]."""
     output = product(input.reshape(-1, input.shape[-1]), weight, bias, relu)
-    return output.view(*input.shape[:-1], weight.shape[0])
+    return reshaped(output, (*input.shape[:-1], weight.shape[0]))
 
 
 def linear_backward(
@@ -50,7 +52,7 @@ def linear_backward(
     grad = grad.reshape(-1, grad.shape[-1])
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = product(grad, weight.t()).view(*grad_output.shape[:-1], weight.shape[1])
+        grad_input = reshaped(product(grad, weight.t()), (*grad_output.shape[:-1], weight.shape[1]))
     if input is not None:
         grad_weight = product(grad.t(), input.reshape(-1, input.shape[-1]).t())
     return grad_input, grad_weight, grad.sum(0) if need_bias else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.launch import reshaped
 from .registry import loop_over_batch, or_empty, register, run_kernel
 
 
@@ -120,7 +121,7 @@ def _on_rows(
         *_kernel_layout(input, target), weight, reduction, ignore_index, label_smoothing
     )
     shape = _row_shape(input)
-    return loss.reshape(shape) if reduction == "none" else loss, log_sum_exp.reshape(shape), denominator
+    return reshaped(loss, shape) if reduction == "none" else loss, reshaped(log_sum_exp, shape), denominator
 
 
 def _cross_entropy(
@@ -181,7 +182,7 @@ def _backward_on_rows(
         need_input,
         need_target,
     )
-    grad_input, grad_target = (None if gradient is None else gradient.reshape(input.shape) for gradient in gradients)
+    grad_input, grad_target = (None if gradient is None else reshaped(gradient, input.shape) for gradient in gradients)
     return grad_input, grad_target
 
 
@@ -221,8 +222,8 @@ def _cross_entropy_backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
-        input.new_empty(input.shape if need_input else 0),
-        input.new_empty(input.shape if need_target else 0),
+        reshaped(torch.empty_like(_rows_of_classes(input)), input.shape) if need_input else input.new_empty(0),
+        reshaped(torch.empty_like(_rows_of_classes(target)), input.shape) if need_target else input.new_empty(0),
     )
 
 

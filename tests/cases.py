@@ -1,4 +1,4 @@
-"""Every fastops function with its options, beside the torch function that it must equal: a table that tests run over."""
+"""Every fastops function with its options, beside the torch function that it must equal: a table for the tests."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients(function: Callable[..., Tensor], *tensors: Tensor, grad_output: Tensor | None = None) -> list[Tensor]:
-    """``[result, gradient for each tensor that requires one]``; the gradient of the result is ones or ``grad_output``."""
+    """``[result, gradient of each tensor that requires one]``; the result's gradient is ones or ``grad_output``."""
     result = function(*tensors)
     variables = [tensor for tensor in tensors if tensor.requires_grad]
     ones = torch.ones_like(result) if grad_output is None else grad_output

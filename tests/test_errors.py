@@ -1,4 +1,4 @@
-"""A wrong call raises what torch raises, word for word, and an odd call that torch takes is taken too: every backend."""
+"""A wrong call raises what torch raises, word for word, and an odd one that torch takes is taken: on every backend."""
 
 from __future__ import annotations
 

@@ -1,0 +1,338 @@
+"""Derivatives of every function, of every order and in every way that PyTorch asks for them."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    Case,
+    every_case,
+    gradients,
+    no_fallback,
+    one_case_per_op,
+    onednn_in_float64,
+    tangent,
+    torch_linear_relu,
+)
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import fastops
+import fastops.functional as FF
+
+pytestmark = no_fallback
+EXPANDED = {"stride 0": lambda t: t[:1].expand_as(t), "transposed": lambda t: t.mT.contiguous().mT}
+FLOAT64 = torch.float64
+
+
+def assert_same(ours: list[Tensor], torchs: list[Tensor]) -> None:
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+@every_case
+def test_first_derivatives(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    assert gradcheck(
+        case.ours,
+        case.tensors(),
+        fast_mode=True,
+        check_batched_grad=True,
+        check_forward_ad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+@every_case
+def test_second_derivatives(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    assert gradgradcheck(case.ours, case.tensors(), fast_mode=True, check_batched_grad=True)
+
+
+@every_case
+def test_forward_over_reverse(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    assert gradgradcheck(
+        case.ours,
+        case.tensors(),
+        fast_mode=True,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=False,
+        check_undefined_grad=False,
+    )
+
+
+@one_case_per_op
+def test_every_entry_of_the_jacobian(case: Case) -> None:
+    with fastops.backend("triton"):
+        assert gradcheck(case.ours, case.tensors(), fast_mode=False)
+
+
+@every_case
+@pytest.mark.parametrize("layout", EXPANDED)
+def test_grad_output_of_any_layout(case: Case, layout: str, backend: str) -> None:
+    """Rows of `reduction='none'` have their own gradient (not the first one's), an expanded gradient has stride 0."""
+    tensors = case.tensors()
+    result = case.torchs(*tensors)
+    grad_output = torch.randn_like(result)
+    if result.dim() == 2:
+        grad_output = EXPANDED[layout](grad_output)
+    elif layout == "stride 0":
+        grad_output = torch.tensor(3.0, dtype=FLOAT64).expand(result.shape)
+    else:
+        grad_output = torch.randn(*result.shape, 2, dtype=FLOAT64)[..., 0]
+    expected = gradients(case.torchs, *tensors, grad_output=grad_output)
+    assert_same(gradients(case.ours, *tensors, grad_output=grad_output), expected)
+
+
+@every_case
+def test_only_some_arguments_require_gradients(case: Case, backend: str) -> None:
+    for needed in itertools.product((True, False), repeat=len(case.shapes)):
+        tensors = [t.requires_grad_(need) for t, need in zip(case.tensors(requires_grad=False), needed, strict=True)]
+        result = case.ours(*tensors)
+        assert result.requires_grad == any(needed)
+        if any(needed):
+            assert_same(gradients(case.ours, *tensors), gradients(case.torchs, *tensors))
+            expected = [None if t.grad is None else t.grad for t in _backward(case.torchs, tensors)]
+            found = [t.grad for t in _backward(case.ours, tensors)]
+            assert [grad is None for grad in found] == [grad is None for grad in expected]
+
+
+def _backward(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    function(*leaves).sum().backward()
+    return leaves
+
+
+@every_case
+def test_float32(case: Case, backend: str) -> None:
+    """First and second derivatives and tangents in the dtype that oneDNN's products take."""
+
+    def all_derivatives(function: Callable[..., Tensor]) -> list[Tensor]:
+        tensors = case.tensors(torch.float32)
+        result = function(*tensors)
+        first = torch.autograd.grad(result, tensors, torch.full_like(result, 2.0), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
+        along = tangent(function, tensors, tuple(torch.full_like(t, 0.5) for t in tensors))
+        return [result, *first, *(torch.zeros(()) if s is None else s for s in second), along]
+
+    assert_same(all_derivatives(case.ours), all_derivatives(case.torchs))
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.randn(6, 5).t(),
+    "strided": lambda: torch.randn(10, 12)[::2, ::2],
+    "expanded rows": lambda: torch.randn(1, 6).expand(5, 6),
+    "expanded columns": lambda: torch.randn(5, 1).expand(5, 6),
+    "offset": lambda: torch.randn(31)[1:].view(5, 6),
+    "1d strided": lambda: torch.randn(6, 3)[:, 1],
+    "3d permuted": lambda: torch.randn(6, 2, 5).permute(1, 2, 0),
+    "4d": lambda: torch.randn(2, 1, 3, 6),
+    "size one": lambda: torch.randn(6, 1).t(),
+}
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(op: str, layout: str, backend: str) -> None:
+    input = LAYOUTS[layout]()
+    weight, bias = torch.randn(6, 4).t().requires_grad_(), torch.randn(8)[::2].requires_grad_()
+    if op == "mse_loss":
+        pair, others = (FF.mse_loss, F.mse_loss), (torch.randn(input.shape).requires_grad_(),)
+    elif op == "cross_entropy":
+        classes = input.shape[0 if input.dim() == 1 else 1]
+        shape = input.shape[2:] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+        target = torch.randint(classes, shape)
+        pair, others = (lambda x: FF.cross_entropy(x, target), lambda x: F.cross_entropy(x, target)), ()
+    else:
+        pair, others = (getattr(FF, op), F.linear if op == "linear" else torch_linear_relu), (weight, bias)
+    results = [gradients(function, input.detach().requires_grad_(), *others) for function in pair]
+    assert_same(*results)
+    assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu"])
+def test_relu_at_zero_and_nan_has_torchs_gradient(op: str, backend: str) -> None:
+    input = torch.tensor([[0.0], [-0.0], [float("nan")], [-1.0], [2.0], [float("inf")], [-float("inf")]])
+    weight = torch.ones(1, 1)
+    ours, torchs = getattr(FF, op), F.linear if op == "linear" else torch_linear_relu
+    grad_output = torch.tensor([[3.0], [5.0], [7.0], [11.0], [13.0], [17.0], [19.0]])
+    found, expected = (
+        gradients(f, input.clone().requires_grad_(), weight, grad_output=grad_output) for f in (ours, torchs)
+    )
+    for our, their in zip(found, expected, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
+def test_second_backward_of_the_same_graph(case: Case, backend: str) -> None:
+    """A backward is a pure function of what was saved: twice the same, and linear in grad_output."""
+    tensors = case.tensors()
+    result = case.ours(*tensors)
+    grad_output = torch.randn_like(result)
+    first = torch.autograd.grad(result, tensors, grad_output, retain_graph=True)
+    again = torch.autograd.grad(result, tensors, grad_output, retain_graph=True)
+    doubled = torch.autograd.grad(result, tensors, 2 * grad_output)
+    for a, b, twice in zip(first, again, doubled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(twice, 2 * a)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu"])
+@pytest.mark.parametrize("subset", [s for n in (1, 2, 3) for s in itertools.combinations(range(3), n)], ids=str)
+def test_second_derivatives_of_some_gradients_only(
+    op: str, subset: tuple[int, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients that do not enter the second loss arrive undefined, not as zeros of some shape."""
+    onednn_in_float64(monkeypatch)
+    tensors = [torch.randn(shape, dtype=FLOAT64) for shape in ((4, 3), (2, 3), (2,))]
+    found = []
+    for function in (getattr(FF, op), F.linear if op == "linear" else torch_linear_relu):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(first[i].square().sum() for i in subset), leaves)
+        found.append(list(second))
+    assert_same(*found)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], object]] = {
+    "grad": lambda f, a: torch.func.grad(lambda *t: f(*t).square().sum(), tuple(range(len(a))))(*a),
+    "jacrev": lambda f, a: torch.func.jacrev(f, tuple(range(len(a))))(*a),
+    "jacfwd": lambda f, a: torch.func.jacfwd(f, tuple(range(len(a))))(*a),
+    "hessian": lambda f, a: torch.func.hessian(lambda *t: f(*t).square().sum())(*a),
+    "vmap": lambda f, a: torch.vmap(f)(*(torch.stack([t, -t, 2 * t]) for t in a)),
+    "vmap of the first": lambda f, a: torch.vmap(f, (1, *(None,) * (len(a) - 1)))(
+        torch.stack([a[0], -a[0]], 1), *a[1:]
+    ),
+    "vmap of grad": lambda f, a: torch.vmap(torch.func.grad(lambda *t: f(*t).sum()))(
+        *(torch.stack([t, -t]) for t in a)
+    ),
+    "jvp of grad": lambda f, a: torch.func.jvp(torch.func.grad(lambda *t: f(*t).square().sum()), a, a),
+}
+
+
+@one_case_per_op
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(case: Case, transform: str, backend: str) -> None:
+    tensors = case.tensors(requires_grad=False)
+    torch.testing.assert_close(TRANSFORMS[transform](case.ours, tensors), TRANSFORMS[transform](case.torchs, tensors))
+
+
+@pytest.mark.parametrize(
+    "target", [torch.tensor([0, 2, 1, 0]), torch.eye(3, dtype=FLOAT64)[[0, 2, 1, 0]]], ids=["indices", "probabilities"]
+)
+def test_derivatives_for_class_weights(target: Tensor, backend: str) -> None:
+    """Class weights are constants to the kernels; where torch differentiates them, so do we."""
+    input, weight = torch.randn(4, 3, dtype=FLOAT64), torch.rand(3, dtype=FLOAT64)
+
+    def mixed(function: Callable[..., Tensor]) -> object:
+        grad_input = torch.func.grad(function)
+        return torch.func.jvp(lambda w: grad_input(input, target, w), (weight,), (torch.ones_like(weight),))
+
+    def along(function: Callable[..., Tensor]) -> object:
+        return torch.func.jvp(lambda w: function(input, target, w), (weight,), (torch.ones_like(weight),))
+
+    for derivative in (mixed, along):
+        torch.testing.assert_close(derivative(FF.cross_entropy), derivative(F.cross_entropy))
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu"])
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_what_no_gradient_needs_is_not_kept(op: str, frozen: str, backend: str) -> None:
+    """grad_weight needs the input, grad_input the weight: if one is frozen the other's memory is free after forward."""
+    input, weight = (
+        (torch.randn(4, 3) * 1).requires_grad_(frozen == "weight"),
+        torch.randn(2, 3).requires_grad_(frozen == "input"),
+    )
+    kept = input * 1 if frozen == "weight" else weight * 1
+    watched = weakref.ref(kept)
+    output = getattr(FF, op)(*((kept, weight) if frozen == "weight" else (input, kept)))
+    del kept
+    gc.collect()
+    assert output.requires_grad
+    assert watched() is None
+
+
+@every_case
+def test_saved_tensors_are_freed_by_backward(case: Case, backend: str) -> None:
+    tensors = tuple(t * 1 for t in case.tensors())
+    watched = [weakref.ref(t) for t in tensors]
+    result = case.ours(*tensors)
+    del tensors
+    result.sum().backward()
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * len(watched)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        result.sum().backward()
+
+
+@one_case_per_op
+def test_a_saved_tensor_changed_in_place_is_noticed(case: Case, backend: str) -> None:
+    """Where torch notices, so do we, in its words; torch's cross-entropy keeps a copy and our kernels the logits."""
+
+    def error(function: Callable[..., Tensor]) -> str | None:
+        tensors = tuple(t * 1 for t in case.tensors(torch.float32))
+        result = function(*tensors)
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.mul_(2)
+        try:
+            result.sum().backward()
+        except RuntimeError as error:
+            return str(error).split(":")[0]
+        return None
+
+    expected = error(case.torchs)
+    if case.op == "cross_entropy" and backend == "triton":
+        expected = "one of the variables needed for gradient computation has been modified by an inplace operation"
+    assert error(case.ours) == expected
+
+
+@every_case
+def test_results_may_be_changed_in_place(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch: wherever no gradient needs the result. ReLU's does, and says so."""
+    onednn_in_float64(monkeypatch)
+
+    def changed(function: Callable[..., Tensor]) -> list[Tensor] | str:
+        tensors = case.tensors()
+        result = function(*tensors)
+        result *= 3
+        try:
+            return list(torch.autograd.grad(result.sum(), tensors))
+        except RuntimeError as error:
+            return str(error)[:90]
+
+    expected, found = changed(case.torchs), changed(case.ours)
+    if isinstance(expected, str) or isinstance(found, str):
+        assert found == expected
+    else:
+        assert_same(found, expected)
+
+
+@one_case_per_op
+def test_a_gradient_that_is_not_needed_stays_undefined(case: Case, backend: str) -> None:
+    """Undefined gradients stay None through first and second backward, as with torch."""
+
+    def second(function: Callable[..., Tensor]) -> list[bool]:
+        tensors = case.tensors()
+        first = torch.autograd.grad(function(*tensors).sum(), tensors[0], create_graph=True)[0]
+        grads = torch.autograd.grad(first.sum(), tensors, allow_unused=True, materialize_grads=False)
+        return [grad is None or not grad.any() for grad in grads]
+
+    assert second(case.ours) == second(case.torchs)
+
+
+def test_dual_tensors_without_gradients_keep_their_tangents(backend: str) -> None:
+    """No shortcut for "nothing requires grad" may lose a tangent."""
+    weight = torch.randn(2, 3)
+    with torch.no_grad(), forward_ad.dual_level():
+        input = forward_ad.make_dual(torch.ones(4, 3), torch.full((4, 3), 2.0))
+        tangent_of_output = forward_ad.unpack_dual(FF.linear(input, weight)).tangent
+    assert tangent_of_output is not None
+    torch.testing.assert_close(tangent_of_output, F.linear(torch.full((4, 3), 2.0), weight))

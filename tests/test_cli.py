@@ -173,7 +173,7 @@ def test_backend_that_cannot_run_here(capsys: pytest.CaptureFixture[str], tmp_pa
         (
             "linear-regression",
             [],
-            ["linear-regression on cpu, x = 1, 2, 3", f"loss of the last step: {regression_losses(10)[-1]:.4g}"],
+            ["linear-regression on cpu, x = 1, 2, 3", f"loss of the last step: {regression_losses(10)[-1]:.6g}"],
         ),
         ("two-layer-net", ["--epochs", 1], ["epoch 1, batch 100 of 100: loss swapped", "1 of 1 ReLUs fused"]),
         ("lenet", [], ["epoch 1, batch 100 of 100: loss swapped", "3 of 3 linear layers swapped"]),
@@ -208,7 +208,7 @@ def test_compare_finds_a_difference(
     printed = run(capsys, *f"train linear-regression --compare --device cpu --epochs 1 --output {tmp_path}".split())
     eager = regression_losses(1)
     assert "largest difference of a step's loss: " in printed
-    assert f"at step 3 (eager {eager[2]:.4g}" in printed
+    assert f"at step 3 (eager {eager[2]:.6g}" in printed
 
 
 def losses(path: Path) -> list[float]:

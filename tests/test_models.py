@@ -193,6 +193,7 @@ def test_two_layer_net_hand_written_gradients(two_layer_oracle: tuple[np.ndarray
 
 @pytest.mark.parametrize(("backend", "steps"), [("torch", 500), ("onednn", 500), ("triton", 30)])
 def test_two_layer_net_swapped(backend: str, steps: int, two_layer_oracle: tuple[np.ndarray, np.ndarray]) -> None:
+    """All 500 steps; 30 in the interpreter, which take it a minute on two busy cores."""
     model, x, y = two_layer_net()
     losses = train_swapped(backend, model, nn.MSELoss(reduction="sum"), [(x, y)] * steps, LR)
     oracle, yardstick = two_layer_oracle

@@ -1,0 +1,346 @@
+"""Which way a call goes: the rule, how it is selected, what `explain` says of it, and what if a kernel fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case, no_fallback, one_case_per_op
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastops
+import fastops.functional as FF
+from fastops import dispatch
+from fastops.kernels import linear as linear_kernels
+from fastops.ops import registry
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process where neither the environment nor the processor prefers a way."""
+    monkeypatch.setattr(dispatch, "_selected", "auto")
+    monkeypatch.setattr(dispatch, "_onednn_from", None)
+
+
+class Spy(TorchDispatchMode):
+    """Records which raw ops run, and with which backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastops":
+            self.ran.append((func._opname, args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+indices = torch.tensor([0, 1, 2, 0])
+
+
+class Machine:
+    """What the rule knows of a machine, to be set for one test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def has(self, *, triton: bool, interpreter: bool, onednn_from: int | None = None) -> None:
+        self.monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", triton)
+        self.monkeypatch.setattr(dispatch, "_INTERPRETER", interpreter)
+        self.monkeypatch.setattr(dispatch, "_onednn_from", onednn_from)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+# (selected, Triton installed, interpreter on) -> ways of: float32, float64, int32 linear layers; MSE; cross-entropy
+CPU_RULES = [
+    ("auto", True, True, ["triton", "triton", "torch", "triton", "triton"]),
+    ("auto", False, True, ["torch", "torch", "torch", "torch", "torch"]),
+    ("auto", True, False, ["torch", "torch", "torch", "torch", "torch"]),
+    ("auto", False, False, ["torch", "torch", "torch", "torch", "torch"]),
+    ("triton", True, True, ["triton", "triton", "torch", "triton", "triton"]),
+    ("onednn", True, True, ["onednn", "torch", "torch", "torch", "torch"]),
+    ("onednn", False, False, ["onednn", "torch", "torch", "torch", "torch"]),
+    ("torch", True, True, ["torch", "torch", "torch", "torch", "torch"]),
+    ("torch", False, False, ["torch", "torch", "torch", "torch", "torch"]),
+]
+
+
+@pytest.mark.parametrize(("selected", "triton", "interpreter", "ways"), CPU_RULES)
+def test_rule_on_the_cpu(machine: Machine, selected: str, triton: bool, interpreter: bool, ways: list[str]) -> None:
+    machine.has(triton=triton, interpreter=interpreter)
+    with fastops.backend(selected):
+        explanations = [
+            fastops.explain("linear", x, w, b),
+            fastops.explain("linear_relu", x.double(), w.double(), b.double()),
+            fastops.explain("linear", x.int(), w.int()),
+            fastops.explain("mse_loss", x, x),
+            fastops.explain("cross_entropy", x, indices),
+        ]
+    assert [explanation.backend for explanation in explanations] == ways
+    assert all(explanation.reason for explanation in explanations)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64]
+)
+@pytest.mark.parametrize("triton", [True, False])
+def test_rule_on_a_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, triton: bool) -> None:
+    """The rule reads devices, dtypes and shapes, no values: here meta tensors are a GPU's."""
+    machine.has(triton=triton, interpreter=False)
+    monkeypatch.setattr(dispatch, "_TRITON_DEVICES", ("meta",))
+    has_kernel = triton and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    a, weight = torch.empty(4, 3, dtype=dtype, device="meta"), torch.empty(2, 3, dtype=dtype, device="meta")
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    for selected, way in {"auto": "triton" if has_kernel else "torch", "onednn": "torch", "torch": "torch"}.items():
+        with fastops.backend(selected):
+            assert fastops.explain("linear", a, weight).backend == way
+            assert fastops.explain("mse_loss", a, a).backend == way
+            assert fastops.explain("cross_entropy", a, target).backend == way
+
+
+@pytest.mark.parametrize(
+    ("from_multiply_adds", "way"), [(None, "torch"), (4 * 3 * 2 + 1, "torch"), (4 * 3 * 2, "onednn"), (1, "onednn")]
+)
+def test_auto_takes_onednn_from_the_table_on(machine: Machine, from_multiply_adds: int | None, way: str) -> None:
+    machine.has(triton=True, interpreter=False, onednn_from=from_multiply_adds)
+    assert fastops.explain("linear", x, w, b).backend == way
+    assert fastops.explain("linear", x.double(), w.double()).backend == "torch"
+    assert fastops.explain("mse_loss", x, x).backend == "torch"
+
+
+UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "sparse": ("linear", (x.to_sparse(), w), "layout"),
+    "two devices": ("linear", (x, w.to("meta")), "devices"),
+    "two dtypes": ("linear", (x, w.double()), "dtypes differ"),
+    "empty": ("linear", (x[:0], w), "empty"),
+    "shapes": ("linear", (x, w.t()), "shapes"),
+    "bias": ("linear", (x, w, b[:1]), "bias"),
+    "no tensor": ("linear", (None, w), "no tensor"),
+    "element weights": ("mse_loss", (x, x, None, None, "mean", x), "weights"),
+    "broadcast": ("mse_loss", (x, x[:1]), "shapes differ"),
+    "no reduction": ("mse_loss", (x, x, None, None, "max"), "'max' is no reduction"),
+    "int32 indices": ("cross_entropy", (x, indices.int()), "int32"),
+    "target shape": ("cross_entropy", (x, indices[:2]), "target shape"),
+    "0d": ("cross_entropy", (x[0, 0], indices[0]), "class dimension"),
+    "class weights": ("cross_entropy", (x, indices, b), "per class"),
+    "trained class weights": ("cross_entropy", (x, indices, torch.rand(3).requires_grad_()), "differentiated"),
+    "smoothing": ("cross_entropy", (x, indices, None, None, -100, None, "mean", 2.0), "label_smoothing"),
+    "ignored probabilities": ("cross_entropy", (x, x, None, None, 1), "negative ignore_index"),
+    "subclass": ("linear", (x.as_subclass(type("Marked", (Tensor,), {})), w), "Marked"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_reason_why_no_kernel_is_taken(case: str) -> None:
+    op, arguments, reason = UNFIT[case]
+    with fastops.backend("triton"):
+        explanation = fastops.explain(op, *arguments)
+    assert explanation.backend == "torch"
+    assert reason in explanation.reason
+    assert str(explanation) == f"torch: {explanation.reason}"
+
+
+@one_case_per_op
+@pytest.mark.parametrize("selected", dispatch.BACKENDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    explanations = []
+    for op in ("linear", "mse_loss", "cross_entropy"):
+        rule = getattr(dispatch, op)
+        monkeypatch.setattr(
+            dispatch, op, lambda *a, rule=rule, **k: explanations.append(rule(*a, **k)) or explanations[-1]
+        )
+    tensors = case.tensors(torch.float32, requires_grad=False)
+    with fastops.backend(selected), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with Spy() as spy:
+            case.ours(*tensors)
+        ran = spy.ran[0][1] if spy.ran else "torch"
+        assert explanations[-1].backend == ran
+        if case.op != "cross_entropy":
+            assert fastops.explain(case.op, *tensors).backend == ran
+
+
+def test_explain_takes_keywords_and_refuses_unknown_ops() -> None:
+    with fastops.backend("triton"):
+        assert fastops.explain("linear", input=x, weight=w).backend == "triton"
+    with pytest.raises(ValueError, match="unknown op 'conv9d': expected one of 'linear', 'linear_relu'"):
+        fastops.explain("conv9d", x)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("triton", "interpreter", "message"),
+    [
+        (True, False, "set TRITON_INTERPRET=1"),
+        (False, True, "Triton is not installed"),
+        (False, False, "TRITON_INTERPRET"),
+    ],
+)
+def test_triton_that_cannot_run_says_so(
+    machine: Machine, op: str, triton: bool, interpreter: bool, message: str
+) -> None:
+    machine.has(triton=triton, interpreter=interpreter)
+    arguments = (x, indices) if op == "cross_entropy" else (x, x)
+    with fastops.backend("triton"):
+        with pytest.raises(RuntimeError, match=message):
+            getattr(FF, op)(*arguments)
+        with pytest.raises(RuntimeError, match=message):
+            fastops.explain(op, *arguments)
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3])
+def test_unknown_backend(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown backend .*: expected one of 'auto', 'triton', 'onednn', 'torch'"):
+        fastops.backend(name)
+
+
+def test_contexts_nest_and_can_be_used_again() -> None:
+    onednn, torchs = fastops.backend("onednn"), fastops.backend("torch")
+    seen = [dispatch.selected_backend()]
+    with onednn, torchs, onednn:
+        seen.append(dispatch.selected_backend())
+        with pytest.raises(ZeroDivisionError), torchs:
+            seen.append(dispatch.selected_backend())
+            raise ZeroDivisionError
+        seen.append(dispatch.selected_backend())
+    seen.append(dispatch.selected_backend())
+    with torchs:
+        seen.append(dispatch.selected_backend())
+    assert seen == ["auto", "onednn", "torch", "onednn", "auto", "torch"]
+
+
+@pytest.mark.parametrize("forward", ["triton", "onednn"])
+def test_backward_runs_where_forward_did(forward: str) -> None:
+    weight = w.clone().requires_grad_()
+    with fastops.backend(forward):
+        output = FF.linear_relu(x, weight)
+    with fastops.backend("torch"), Spy() as spy:
+        output.sum().backward()
+    assert spy.ran == [("linear_backward", forward)]
+
+
+def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")}
+    environment = {**kept, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_environment_variable() -> None:
+    code = "import fastops; from fastops import dispatch; print(dispatch.selected_backend())"
+    result = run_python(code, FASTOPS_BACKEND="onednn")
+    assert result.stdout.split() == ["onednn"], result.stderr
+
+
+def test_wrong_environment_variable() -> None:
+    result = run_python("import fastops", FASTOPS_BACKEND="gpu")
+    assert result.returncode == 1
+    expected = "ValueError: environment variable FASTOPS_BACKEND: unknown backend 'gpu': expected one of 'auto', "
+    assert result.stderr.splitlines()[-1].startswith(expected)
+
+
+def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
+    code = (
+        "import sys, torch, fastops, fastops.functional as FF; x = torch.randn(4, 3); FF.linear_relu(x, x);"
+        "FF.mse_loss(x, x); FF.cross_entropy(x, x.argmax(1)); print('triton' in sys.modules)"
+    )
+    result = run_python(code)
+    assert result.stdout.split() == ["False"], result.stderr
+
+
+# A kernel that fails --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
+    """Make every launch fail with an error; nothing was warned of before."""
+    from fastops.kernels import cross_entropy, linear, mse
+
+    monkeypatch.setattr(registry, "_warned", set())
+
+    def set_error(error: BaseException) -> None:
+        def launch(*_: Any, **__: Any) -> None:
+            raise error
+
+        for module in (linear, mse, cross_entropy):
+            monkeypatch.setattr(module, "launch", launch)
+
+    with fastops.backend("triton"):
+        yield set_error
+
+
+def failures() -> dict[str, BaseException]:
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return {
+        "RuntimeError": RuntimeError("no kernel image"),
+        "OutOfResources": OutOfResources(200_000, 100_000, "shared memory"),
+        "PTXASError": PTXASError("ptxas died"),
+    }
+
+
+@one_case_per_op
+@pytest.mark.parametrize("failure", failures())
+def test_a_failing_kernel_warns_once_and_torch_runs(
+    case: Case, failure: str, broken: Callable[[BaseException], None]
+) -> None:
+    broken(failures()[failure])
+    tensors = case.tensors()
+    expected = case.torchs(*tensors)
+    gradients = torch.autograd.grad(expected.sum(), tensors)
+    op = "linear" if case.op == "linear_relu" else case.op
+    with pytest.warns(fastops.FallbackWarning) as caught:
+        result = case.ours(*tensors)
+        found = torch.autograd.grad(result.sum(), tensors)
+        case.ours(*tensors)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    for message, name in zip(messages, (op, f"{op}_backward"), strict=True):
+        assert f"kernel of {name} failed for shapes" in message
+        assert str(tuple(tensors[0].shape)) in message
+        assert "on cpu; torch runs instead" in message
+        assert str(failures()[failure]) in message
+    torch.testing.assert_close([result, *found], [expected, *gradients])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("lost"), KeyError("bug")]
+)
+def test_other_errors_are_raised(error: Exception, broken: Callable[[BaseException], None]) -> None:
+    """Exhausted memory would be exhausted for torch too, a lost device is lost, and a bug is to be seen."""
+    broken(error)
+    with pytest.raises(type(error)):
+        FF.linear(x, w)
+
+
+def test_an_index_out_of_range_is_no_kernel_failure(backend: str) -> None:
+    with pytest.raises(IndexError, match=r"Target 3 is out of bounds\."):
+        FF.cross_entropy(x, torch.tensor([0, 1, 3, 0]))
+
+
+@no_fallback
+def test_kernels_run_here() -> None:
+    """The tests above mean something only if the launcher really runs kernels when it is not broken."""
+    launches = []
+    original = linear_kernels.launch
+    linear_kernels.launch = lambda *a, **k: (launches.append(1), original(*a, **k))[1]
+    try:
+        with fastops.backend("triton"):
+            torch.testing.assert_close(FF.linear(x, w), F.linear(x, w))
+    finally:
+        linear_kernels.launch = original
+    assert launches

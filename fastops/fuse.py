@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-import itertools
 import linecache
 import operator
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ _WITH_RELU: Final[dict[Callable[..., Any], Callable[[Any, Tensor], Tensor]]] = {
 }
 ORIGINALS: Final = {swapped: original for original, swapped in COUNTERPARTS.items()}
 
-_NUMBERS: Final = itertools.count()
 _RELU_FUNCTIONS: Final = (F.relu, torch.relu, torch.relu_, F.relu_, torch.ops.aten.relu.default)
 
 
@@ -252,7 +250,7 @@ def compile_trace(tracer: Tracer, user_class: type) -> Trace:
         node.replace_all_uses_with(called)
         graph.erase_node(node)
     code = graph.python_code("self")
-    filename = f"<fastops trace of {user_class.__qualname__} {next(_NUMBERS)}>"
+    filename = f"<fastops trace of {user_class.__qualname__} {hash(code.src):x}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)

@@ -94,10 +94,8 @@ class Assumptions:
             return False
         if keywords and keywords.keys() != set(self.inputs[len(arguments) :]):
             return False
-        for value in (*arguments, *keywords.values()):  # loops: all() of a generator takes longer than the rest
-            if not isinstance(value, Tensor):
-                return False
-        return True
+        # A list: a generator takes longer than all the rest.
+        return all([isinstance(value, Tensor) for value in (*arguments, *keywords.values())])
 
     def hold(self, module: nn.Module) -> bool:
         """Whether everything that the trace of ``module`` took for constant is still the same."""
@@ -420,14 +418,15 @@ class Tracer(fx.Tracer):
         """Refuse code with effects that a trace drops, and note the globals that it names."""
         code = frame.f_code
         if code not in self._scanned:
-            is_root = not self._scanned
-            self._scanned[code] = [] if is_root else list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-            self._scanned[code] = self._scan_code(code, frame.f_globals, is_root)
+            tested = self._scan_code(code, frame.f_globals)
+            # The inputs of forward itself are known to be tensors.
+            self._scanned[code] = [] if code is type(self.root).forward.__code__ else tested
         for name in self._scanned[code]:
             if isinstance(frame.f_locals.get(name), fx.Proxy):
                 raise LeftAlone(f"its forward tests a value with `is` ({name} in {code.co_name})")
 
-    def _scan_code(self, code: CodeType, namespace: dict[str, Any], is_root: bool) -> list[str]:
+    def _scan_code(self, code: CodeType, namespace: dict[str, Any]) -> list[str]:
+        """Refuse effects, note globals, and return the parameters that the code tests with ``is``."""
         parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         tested: list[str] = []
         before: list[dis.Instruction] = []
@@ -449,7 +448,7 @@ class Tracer(fx.Tracer):
                 scope = None
             if step.opname not in ("CACHE", "PRECALL", "NOP", "EXTENDED_ARG", "NOT_TAKEN"):
                 before.append(step)
-        return [] if is_root else tested
+        return tested
 
     def _note_global(self, namespace: Mapping[str, object], name: str) -> object:
         value = namespace.get(name, getattr(builtins, name, _MISSING))

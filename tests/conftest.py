@@ -1,11 +1,13 @@
 """All tests run with Triton's interpreter on, so that CPU tensors reach the kernels. What tests the plain CPU way says so.
 
-`TRITON_INTERPRET` counts when a kernel module is imported: hence before everything else.
+`TRITON_INTERPRET` counts when a kernel module is imported: hence before everything else. One thread for each test
+process, and for those that it starts: tests run side by side, and threads that wait for each other's core are slow.
 """
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 

@@ -2,7 +2,6 @@
 
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import oracles
@@ -19,15 +18,6 @@ from fastops.models import FASHION_CLASSES, FashionMLP
 from fastops.models.linear_regression import points
 
 TRAIN_ROWS, TEST_ROWS = 130, 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products on several threads mostly wait for each other where tests share the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def regression_losses(epochs: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Each reference model, plain and swapped, against its numpy oracle: the loss of every step of training."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -21,15 +21,6 @@ BACKENDS = ["torch", "onednn", "triton"]
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small products on several threads mostly wait for each other where tests share the processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(model: nn.Module, loss_function: nn.Module, batches: Batches, lr: float) -> list[float]:

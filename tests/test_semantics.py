@@ -1,0 +1,550 @@
+"""Be exactly torch: one test for each defect that a library of this kind has shipped, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, every_case, gradients, no_fallback, one_case_per_op, onednn_in_float64, torch_linear_relu
+from interpreter import bf16, guard
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastops
+import fastops.functional as FF
+from fastops import dispatch
+from fastops import nn as fnn
+from fastops.accuracy import error_share
+from fastops.kernels import cross_entropy as cross_entropy_kernels
+from fastops.kernels import linear as linear_kernels
+
+pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
+bf16.install()
+NAN, INF = float("nan"), float("inf")
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+MODULES = [
+    (fnn.Linear, nn.Linear, (5, 3)),
+    (fnn.LinearReLU, nn.Linear, (5, 3)),
+    (fnn.MSELoss, nn.MSELoss, ()),
+    (fnn.CrossEntropyLoss, nn.CrossEntropyLoss, (torch.rand(3),)),
+]
+
+
+def assert_exactly(ours: Any, torchs: Any) -> None:
+    torch.testing.assert_close(ours, torchs, rtol=0, atol=0, equal_nan=True)
+
+
+# Inputs and memory ----------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_inputs_are_never_modified(
+    case: Case, grad_enabled: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onednn_in_float64(monkeypatch)
+    tensors = case.tensors()
+    before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
+    with torch.set_grad_enabled(grad_enabled):
+        result = case.ours(*tensors)
+    if grad_enabled:
+        grad_output = torch.randn_like(result)
+        kept = grad_output.clone(), result.detach().clone()
+        result.backward(grad_output)
+        assert_exactly((grad_output, result.detach()), kept)
+    assert_exactly([t.detach() for t in tensors], before)
+    assert [t._version for t in tensors] == versions
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_logits_of_ignored_rows_stay(reduction: str, backend: str) -> None:
+    logits, target = torch.randn(4, 3), torch.tensor([0, -100, 2, -100])
+    before = logits.clone()
+    with torch.no_grad():
+        FF.cross_entropy(logits, target, reduction=reduction)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (16, 64, 16), (17, 65, 15), (129, 130, 7)], ids=str)
+def test_linear_kernels_touch_nothing_else(relu: bool, shape: tuple[int, int, int]) -> None:
+    """Poison surrounds all memory, and every address is checked: no store is unmasked, no load out of range."""
+    M, K, N = shape
+    input, weight, bias = torch.randn(K, M).t(), torch.randn(N, 2 * K)[:, ::2], torch.randn(N)
+    output = guard.run_guarded(linear_kernels.linear, input, weight, bias, relu)
+    torch.testing.assert_close(output, (torch_linear_relu if relu else F.linear)(input, weight, bias))
+    grad = torch.randn(N, M).t()
+    mask = output if relu else None
+    found = guard.run_guarded(linear_kernels.linear_backward, grad, input, weight, mask, True)
+    leaves = [t.clone().requires_grad_() for t in (input, weight, bias)]
+    expected = gradients(torch_linear_relu if relu else F.linear, *leaves, grad_output=grad)[1:]
+    torch.testing.assert_close(list(found), expected)
+
+
+@every_case
+def test_bits_repeat(case: Case, backend: str) -> None:
+    """No atomics, no timing: the same call gives the same bits in every run."""
+    runs = [gradients(case.ours, *case.tensors(torch.float32)) for _ in range(3)]
+    for again in runs[1:]:
+        assert_exactly(again, runs[0])
+
+
+class NoHostSynchronisation(TorchDispatchMode):
+    """Raises at every read of a value by Python: on a GPU that would wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique")
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+def test_host_never_waits_for_a_value(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one: on the CPU, where nothing is waited for, class indices are checked. On a GPU the kernel does it."""
+    onednn_in_float64(monkeypatch)
+    monkeypatch.setattr(cross_entropy_kernels, "check_targets", lambda *_: None)
+    tensors = case.tensors()
+    with NoHostSynchronisation():
+        result = case.ours(*tensors)
+        torch.autograd.grad(result, tensors, torch.ones_like(result))
+
+
+def test_targets_of_a_gpu_are_not_read_by_the_host() -> None:
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    cross_entropy_kernels.check_targets(target, 3, -100)  # a read of a meta tensor's value would raise
+
+
+# Cross-entropy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 1.0])])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_all_targets_ignored(weight: Tensor | None, label_smoothing: float, reduction: str, backend: str) -> None:
+    """NaN for the mean of nothing, 0 for its sum, and no gradient."""
+    target = torch.full((4,), -100)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        return gradients(lambda x: function(x, target, weight, **options), torch.ones(4, 3, requires_grad=True))
+
+    assert_exactly(run(FF.cross_entropy), run(F.cross_entropy))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3), torch.tensor([0.0, 1.0, 2.0])], ids=["all", "some"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_class_weights_of_zero(weight: Tensor, label_smoothing: float, backend: str) -> None:
+    target = torch.tensor([0, 1, 0, 0])
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        logits = torch.arange(12.0).view(4, 3).sin().requires_grad_()
+        return gradients(lambda x: function(x, target, weight, label_smoothing=label_smoothing), logits)
+
+    torch.testing.assert_close(run(FF.cross_entropy), run(F.cross_entropy), equal_nan=True)
+
+
+LOGITS: dict[str, list[float]] = {
+    "minus infinity first": [-INF, -INF, 1.0, 2.0],
+    "minus infinity last": [1.0, 2.0, -INF, -INF],
+    "minus infinity but one": [-INF, -INF, -INF, 3.0],
+    "minus infinity at the target": [1.0, -INF, 2.0, 3.0],
+    "minus infinity everywhere": [-INF] * 4,
+    "infinity": [1.0, INF, 2.0, 3.0],
+    "nan": [1.0, 2.0, NAN, 3.0],
+    "huge": [1e30, -1e30, 3e38, 0.0],
+    "equal": [5.0] * 4,
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("target", [1, 3])
+@pytest.mark.parametrize("block", [None, 2], ids=["one tile", "two tiles"])
+def test_extreme_logits(
+    name: str, target: int, block: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose first tile is -inf keeps its loss; NaN and infinity come out where torch's do."""
+    if block is not None:
+        config = cross_entropy_kernels.CrossEntropyConfig(2, block, 1)
+        monkeypatch.setattr(cross_entropy_kernels, "cross_entropy_config", lambda *_: config)
+    rows, targets = torch.tensor([LOGITS[name], [0.0, 1.0, 2.0, 3.0]]), torch.tensor([target, 2])
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        logits = rows.clone().requires_grad_()
+        return gradients(lambda x: function(x, targets, reduction="none"), logits)
+
+    torch.testing.assert_close(run(FF.cross_entropy), run(F.cross_entropy), equal_nan=True)
+
+
+@HALF
+def test_gradient_of_a_confident_class(dtype: torch.dtype) -> None:
+    """At p = 0.999 rounding p before the subtraction of 1 would leave nothing of the gradient."""
+    logits = torch.tensor([[6.9, 0.0], [0.0, 6.9], [9.0, 0.0], [-3.0, 4.0]], dtype=dtype).requires_grad_()
+    target = torch.tensor([0, 1, 0, 1])
+    with fastops.backend("triton"):
+        found = gradients(lambda x: FF.cross_entropy(x, target, reduction="sum"), logits)[1]
+    exact = gradients(lambda x: F.cross_entropy(x, target, reduction="sum"), logits.detach().double().requires_grad_())
+    assert (found.double() - exact[1]).abs().div(exact[1].abs()).max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 2, 3, 4, 7, 127, 128, -(2**63), 2**63 - 1, 2**31, -(2**31) - 1])
+def test_any_ignore_index(ignore_index: int, backend: str) -> None:
+    """In range, out of range, and where a tile wider than the three classes has columns of padding."""
+    target = torch.tensor([0, ignore_index, 2, 1])
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        logits = torch.arange(12.0).view(4, 3).sin().requires_grad_()
+        return gradients(lambda x: function(x, target, ignore_index=ignore_index), logits)
+
+    torch.testing.assert_close(run(FF.cross_entropy), run(F.cross_entropy))
+
+
+@pytest.mark.parametrize("bad", [3, 4, -1, -100, 2**40, -(2**63)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 2)], ids=str)
+def test_target_out_of_range_is_torchs_error(bad: int, shape: tuple[int, ...], backend: str) -> None:
+    target = torch.full(shape[:1] + shape[2:] if len(shape) > 1 else (), bad)
+    errors = []
+    for function in (FF.cross_entropy, F.cross_entropy):
+        with pytest.raises(IndexError) as raised:
+            function(torch.randn(shape), target, ignore_index=1)
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+EMPTY: dict[str, Callable[[Any], list[Tensor]]] = {
+    "linear no rows": lambda f: gradients(f.linear, leaf(0, 3), leaf(2, 3), leaf(2)),
+    "linear no rows 3d": lambda f: gradients(f.linear, leaf(2, 0, 3), leaf(2, 3), leaf(2)),
+    "linear no inputs": lambda f: gradients(f.linear, leaf(4, 0), leaf(2, 0), leaf(2)),
+    "linear no outputs": lambda f: gradients(f.linear, leaf(4, 3), leaf(0, 3), leaf(0)),
+    "relu no rows": lambda f: gradients(linear_relu_of(f), leaf(0, 3), leaf(2, 3), leaf(2)),
+    "relu no inputs": lambda f: gradients(linear_relu_of(f), leaf(4, 0), leaf(2, 0), leaf(2)),
+    "mse mean": lambda f: gradients(f.mse_loss, leaf(0, 3), leaf(0, 3)),
+    "mse none": lambda f: gradients(lambda a, b: f.mse_loss(a, b, reduction="none"), leaf(0, 3), leaf(0, 3)),
+    "mse sum": lambda f: gradients(lambda a, b: f.mse_loss(a, b, reduction="sum"), leaf(0), leaf(0)),
+    "cross-entropy no rows": lambda f: gradients(lambda a: f.cross_entropy(a, no_targets()), leaf(0, 3)),
+    "cross-entropy no rows sum": lambda f: gradients(
+        lambda a: f.cross_entropy(a, no_targets(), reduction="sum"), leaf(0, 3)
+    ),
+    "cross-entropy no positions": lambda f: gradients(
+        lambda a: f.cross_entropy(a, no_targets(2), reduction="none"), leaf(2, 3, 0)
+    ),
+    "mse 0d": lambda f: gradients(f.mse_loss, leaf(), leaf()),
+    "mse 0d none": lambda f: gradients(lambda a, b: f.mse_loss(a, b, reduction="none"), leaf(), leaf()),
+    "linear 1d": lambda f: gradients(f.linear, leaf(3), leaf(2, 3), leaf(2)),
+    "linear 5d": lambda f: gradients(f.linear, leaf(1, 2, 1, 2, 3), leaf(2, 3), leaf(2)),
+    "relu one": lambda f: gradients(linear_relu_of(f), leaf(1), leaf(1, 1), leaf(1)),
+    "cross-entropy one class": lambda f: gradients(lambda a: f.cross_entropy(a, torch.zeros(2).long()), leaf(2, 1)),
+    "cross-entropy 5d": lambda f: gradients(
+        lambda a: f.cross_entropy(a, torch.ones(2, 1, 2, 2).long()), leaf(2, 3, 1, 2, 2)
+    ),
+}
+
+
+def leaf(*shape: int) -> Tensor:
+    return (
+        torch.linspace(-1, 1, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()]
+        .reshape(shape)
+        .requires_grad_()
+    )
+
+
+def no_targets(*shape: int) -> Tensor:
+    return torch.zeros(*shape, 0, dtype=torch.int64)
+
+
+def linear_relu_of(namespace: Any) -> Callable[..., Tensor]:
+    return torch_linear_relu if namespace is F else FF.linear_relu
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_and_odd_shapes(name: str, backend: str) -> None:
+    found, expected = EMPTY[name](FF), EMPTY[name](F)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert [t.stride() for t in found[:1]] == [t.stride() for t in expected[:1]]
+
+
+FAR = 2**31 + 4096  # elements
+
+
+@pytest.fixture(scope="module")
+def far_rows() -> Iterator[Callable[[int], Tensor]]:
+    """[2, columns] views in bfloat16 whose second row lies beyond 2^31 elements. Untouched memory costs nothing."""
+    storage = torch.empty(FAR + 4096, dtype=torch.bfloat16)
+    offset = 0
+
+    def rows(columns: int) -> Tensor:
+        nonlocal offset
+        offset += columns
+        view = storage.as_strided((2, columns), (FAR, 1), offset - columns)
+        return view.copy_(torch.randn(2, columns))
+
+    yield rows
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "columns"])
+def test_more_than_2_to_the_31_elements(op: str, far_rows: Callable[[int], Tensor]) -> None:
+    """Offsets are 64 bits wide."""
+    input, other = far_rows(3), far_rows(3)
+    torchs, ours, rest = {
+        "linear": (F.linear, FF.linear, (other,)),
+        "linear_relu": (torch_linear_relu, FF.linear_relu, (other,)),
+        "mse_loss": (F.mse_loss, FF.mse_loss, (other,)),
+        "cross_entropy": (F.cross_entropy, FF.cross_entropy, (torch.tensor([0, 2]),)),
+        "columns": (lambda x: F.cross_entropy(x.t(), torch.tensor([0, 1, 1])),) * 2 + ((),),
+    }[op]
+    if op == "columns":
+        ours = lambda x: FF.cross_entropy(x.t(), torch.tensor([0, 1, 1]))  # noqa: E731
+    with fastops.backend("triton"):
+        found = gradients(ours, input.detach().requires_grad_(), *rest)
+    expected = gradients(torchs, input.detach().contiguous().requires_grad_(), *(t.contiguous() for t in rest))
+    torch.testing.assert_close(found, expected)
+
+
+# NaN, dtypes and autocast ---------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_nan_is_never_lost(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    for position in range(len(case.shapes)):
+        tensors = case.tensors()
+        with torch.no_grad():
+            tensors[position].view(-1)[0] = NAN
+        found, expected = gradients(case.ours, *tensors), gradients(case.torchs, *tensors)
+        assert [t.isnan().tolist() for t in found] == [t.isnan().tolist() for t in expected]
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_accuracy_is_torchs(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The error against float64 is at most twice that of torch in the same dtype, plus one rounding."""
+    runs = [], [], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        tensors = [case.make(shape).to(dtype).requires_grad_() for shape in case.shapes]
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        runs[0].append(gradients(case.ours, *tensors))
+        runs[1].append(gradients(case.torchs, *tensors))
+        runs[2].append(gradients(case.torchs, *exact))
+    for result, expected, truth in zip(*(zip(*run, strict=True) for run in runs), strict=True):
+        assert error_share(*(torch.stack(column).detach() for column in (result, expected, truth))) <= 1
+
+
+@every_case
+@HALF
+def test_autocast(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The dtypes of results and gradients are torch's; values agree to the rounding of the lower dtype."""
+    with torch.autocast("cpu", dtype):
+        found, expected = (gradients(f, *case.tensors(torch.float32)) for f in (case.ours, case.torchs))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@one_case_per_op
+@HALF
+def test_autocast_of_tensors_in_low_precision(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Losses of bfloat16 logits are float32 under autocast, the gradients bfloat16 again."""
+    with torch.autocast("cpu", dtype):
+        found, expected = (gradients(f, *case.tensors(dtype)) for f in (case.ours, case.torchs))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
+@one_case_per_op
+def test_autocast_nested_and_disabled(case: Case, backend: str) -> None:
+    """No tensor requires a gradient: torch would give nested regions the outer one's cached casts of parameters."""
+
+    def dtypes(function: Callable[..., Tensor]) -> list[torch.dtype]:
+        tensors = case.tensors(torch.float32, requires_grad=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = function(*tensors)
+            with torch.autocast("cpu", enabled=False):
+                disabled = function(*tensors)
+            with torch.autocast("cpu", torch.float16):
+                nested = function(*tensors)
+            after = function(*tensors)
+        return [t.dtype for t in (inside, disabled, nested, after)]
+
+    assert dtypes(case.ours) == dtypes(case.torchs)
+
+
+@one_case_per_op
+def test_autocast_leaves_float64_alone(case: Case, backend: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = case.ours(*case.tensors()), case.torchs(*case.tensors())
+    assert found.dtype is expected.dtype is torch.float64
+    torch.testing.assert_close(found, expected)
+
+
+@one_case_per_op
+@pytest.mark.parametrize("way", ["triton", "onednn"])
+def test_backward_inside_autocast_of_a_forward_outside(case: Case, way: str) -> None:
+    """The gradient kernels compute in the dtype of what was saved, wherever backward is called."""
+    tensors = case.tensors(torch.float32)
+    with fastops.backend(way):
+        result = case.ours(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(result.sum(), tensors)
+    torch.testing.assert_close(found, torch.autograd.grad(case.torchs(*tensors).sum(), tensors))
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ours", "torchs", "arguments"), MODULES)
+def test_modules_exchange_state_with_torchs(ours: type, torchs: type, arguments: tuple[Any, ...]) -> None:
+    torch.manual_seed(1)
+    our = ours(*arguments)
+    torch.manual_seed(1)
+    their = torchs(*arguments)
+    assert isinstance(our, torchs)
+    assert our.state_dict().keys() == their.state_dict().keys()
+    assert_exactly(dict(our.state_dict()), dict(their.state_dict()))
+    their.load_state_dict(our.state_dict())
+    our.load_state_dict(their.state_dict())
+    assert our.extra_repr() == their.extra_repr()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_modules_compute_what_torchs_do(reduction: str, backend: str) -> None:
+    input, target, classes = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    options = {"weight": torch.rand(3), "ignore_index": 1, "label_smoothing": 0.1, "reduction": reduction}
+    torch.testing.assert_close(
+        fnn.MSELoss(reduction=reduction)(input, target), nn.MSELoss(reduction=reduction)(input, target)
+    )
+    torch.testing.assert_close(
+        fnn.CrossEntropyLoss(**options)(input, classes), nn.CrossEntropyLoss(**options)(input, classes)
+    )
+    for bias in (True, False):
+        plain = fnn.Linear(3, 2, bias=bias)
+        fused = fnn.LinearReLU(3, 2, bias=bias)
+        torch.testing.assert_close(plain(input), F.linear(input, plain.weight, plain.bias))
+        torch.testing.assert_close(fused(input), F.linear(input, fused.weight, fused.bias).relu())
+
+
+# Other kinds of tensors -----------------------------------------------------------------------------------------------
+
+
+def complex_view(conjugate: bool) -> Tensor:
+    z = torch.randn(4, 3, dtype=torch.complex64)
+    return z.conj().imag if conjugate else z.real
+
+
+@pytest.mark.parametrize("conjugate", [True, False])
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+def test_views_of_complex_tensors(conjugate: bool, op: str, backend: str) -> None:
+    """The imaginary part of a conjugate has its sign in a flag, not in memory."""
+    input = complex_view(conjugate)
+    assert input.is_neg() is conjugate
+    other = {"mse_loss": torch.randn(4, 3), "cross_entropy": torch.tensor([0, 1, 2, 0])}.get(op, complex_view(True)[:2])
+    torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
+    torch.testing.assert_close(getattr(FF, op)(input, other), torchs(input, other))
+
+
+class Logged(Tensor):
+    """A subclass that logs which functions it meets."""
+
+    met: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.met.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@one_case_per_op
+def test_tensor_subclasses_see_the_call_and_keep_their_type(case: Case, backend: str) -> None:
+    Logged.met.clear()
+    tensors = [t.as_subclass(Logged) for t in case.tensors(requires_grad=False)]
+    result = case.ours(*tensors)
+    assert type(result) is Logged
+    assert getattr(FF, case.op) in Logged.met
+    torch.testing.assert_close(result.as_subclass(Tensor), case.torchs(*case.tensors(requires_grad=False)))
+
+
+@one_case_per_op
+def test_torch_function_modes_see_the_call(case: Case, backend: str) -> None:
+    met = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            met.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        result = case.ours(*case.tensors())
+    assert getattr(FF, case.op) in met
+    torch.testing.assert_close(result, case.torchs(*case.tensors()))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op != "cross_entropy"], ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_values(case: Case, kind: str, backend: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        if kind == "fake":
+            leaves = [mode.from_tensor(t.detach()).requires_grad_() for t in case.tensors()]
+            with mode:
+                return gradients(function, *leaves)
+        return gradients(function, *(t.detach().to("meta").requires_grad_() for t in case.tensors()))
+
+    found, expected = run(case.ours), run(case.torchs)
+    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in expected]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_without_values(reduction: str, backend: str) -> None:
+    logits, target = torch.randn(2, 3, 4, device="meta"), torch.empty(2, 4, dtype=torch.int64, device="meta")
+    found, expected = (
+        gradients(lambda x: f(x, target, reduction=reduction), logits.clone().requires_grad_())  # noqa: B023
+        for f in (FF.cross_entropy, F.cross_entropy)
+    )
+    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in expected]
+
+
+@one_case_per_op
+def test_inference_mode(case: Case, backend: str) -> None:
+    with torch.inference_mode():
+        result = case.ours(*case.tensors(torch.float32))
+    assert result.is_inference()
+    torch.testing.assert_close(result.clone(), case.torchs(*case.tensors(torch.float32)).detach())
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss"])
+def test_inference_tensors_cannot_be_trained_on(op: str, backend: str) -> None:
+    errors = []
+    for function in (getattr(FF, op), torch_linear_relu if op == "linear_relu" else getattr(F, op)):
+        with torch.inference_mode():
+            input = torch.randn(4, 3)
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward") as raised:
+            function(input, torch.randn(4, 3, requires_grad=True))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+
+
+@one_case_per_op
+def test_nothing_is_recorded_where_nothing_is_needed(case: Case, backend: str) -> None:
+    with torch.no_grad():
+        assert not case.ours(*case.tensors(torch.float32)).requires_grad
+    assert not case.ours(*case.tensors(torch.float32, requires_grad=False)).requires_grad
+
+
+@one_case_per_op
+def test_graphs_of_non_leaf_tensors(case: Case, backend: str) -> None:
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = case.tensors(torch.float32)
+        return list(torch.autograd.grad(function(*(t * 2 + 1 for t in leaves)).sum(), leaves))
+
+    torch.testing.assert_close(run(case.ours), run(case.torchs))
+
+
+def test_backend_of_this_file_is_what_it_says(backend: str) -> None:
+    assert dispatch.selected_backend() == backend
+    assert fastops.explain("linear", torch.randn(4, 3), torch.randn(2, 3)).backend == backend

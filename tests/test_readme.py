@@ -1,0 +1,60 @@
+"""What the pages tell a reader to type works as written: every Python block and every command of a bash block."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """``(page, text)`` of every fenced block in that language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page.name, text) for page in PAGES for text in fence.findall(page.read_text())]
+
+
+COMMANDS = list(
+    dict.fromkeys(
+        " ".join(words)
+        for _, text in blocks("bash")
+        for line in text.splitlines()
+        if (words := shlex.split(line, comments=True))
+    )
+)
+
+
+def environment() -> dict[str, str]:
+    """The reader's: no interpreter, and the commands of this Python's environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MAKEFLAGS")}
+    return kept | {"PATH": path}
+
+
+def test_pages_have_both_kinds() -> None:
+    assert len(blocks("python")) >= 3
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("python"), ids=lambda value: value[:20] if "." in value else "")
+def test_python_block(page: str, block: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":  # running it would run these tests again: see that it would
+        done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    else:
+        done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout

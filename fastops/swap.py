@@ -13,7 +13,7 @@ Nothing is stored on the modules or beside them: what was swapped is written in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -62,10 +62,9 @@ def swap(model: _Model, *, fuse: bool = True) -> _Model:
             _set_class(module, _swapped_class(module))
     if fuse:
         traces = {module: tracers for module in model.modules() if (tracers := trace_to_fuse(module))}
-        for module in _children_first(model, set()):
-            if module in traces:
-                found = tuple(compile_trace(tracer, type(module)) for tracer in traces[module])
-                _set_class(module, fused_class(type(module), found))
+        for module, tracers in reversed(traces.items()):  # children first: a trace notes their classes
+            found = tuple(compile_trace(tracer, type(module)) for tracer in tracers)
+            _set_class(module, fused_class(type(module), found))
     return model
 
 
@@ -92,14 +91,6 @@ def _check(verb: str, model: object) -> None:
 def _set_class(module: nn.Module, new: type) -> None:
     if new is not type(module):
         object.__setattr__(module, "__class__", new)
-
-
-def _children_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
-    if module not in seen:
-        seen.add(module)
-        for child in module.children():
-            yield from _children_first(child, seen)
-        yield module
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

@@ -203,6 +203,14 @@ class Keywords(nn.Module):
         return hidden, other
 
 
+class Required(Keywords):
+    """Has no default for an input that may be None."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        hidden = F.relu(self.a(x))
+        return hidden if mask is None else hidden * mask
+
+
 class Helper(nn.Module):
     """Calls its own methods, a method of a child, and a child's parameters."""
 
@@ -316,6 +324,8 @@ CASES = {
     "inputs by keyword": Case(Keywords, 2, rows(5, 6), lambda: {"y": _pair()[0]}),
     "optional input given": Case(Keywords, 0, _pair, lambda: {"mask": torch.ones(6, dtype=torch.float64)}),
     "number given": Case(Keywords, 0, _pair, lambda: {"scale": 3.0}),
+    "required input": Case(Required, 1, _pair),
+    "None for a required input": Case(Required, 0, lambda: (*rows(5, 6)(), None)),
     "list as input": Case(Several, 0, lambda: (list(_pair()),)),
     "generator as input": Case(Several, 0, lambda: (tuple(_pair()), _pair()[0])),
     "keyword-only and extra inputs": Case(Several, 0, rows(5, 6), lambda: {"scale": 2.0, "extra": _pair()[0]}),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import inspect
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -474,6 +477,36 @@ def test_threads_may_run_while_another_copies() -> None:
         assert all(torch.equal(result.result(), expected) for result in results)
         assert all(torch.equal(twin.result()(x), expected) for twin in copies)
     assert fastops.report(model).fused == 2
+
+
+def test_garbage_collection_does_not_run_under_the_watch() -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
+        with contextlib.suppress(ValueError):
+            collected.append(phase)
+
+    collected: list[str] = []
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1, 1, 1)
+    try:
+        model = fastops.swap(Functional())
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
+    assert collected and gc.isenabled()
+    assert fastops.report(model).fused == 2
+
+
+def test_a_profiler_goes_on() -> None:
+    seen = []
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        model = fastops.swap(Functional())
+        seen.clear()
+        model(torch.randn(2, 6))
+    finally:
+        sys.setprofile(None)
+    assert seen and type(model) is Functional
 
 
 def test_kernels_compute_the_same() -> None:

@@ -38,7 +38,7 @@ class Attributes(Base):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale, self.negate, self.kind, self.sizes = 1.5, False, "relu", [2, 3]
+        self.scale, self.negate, self.kind, self.sizes = 2.0, False, "relu", [2, 3]
         self.options = {"bias": None}
         self.drop = nn.Dropout(0.5)
 
@@ -171,6 +171,14 @@ def prepend(model: nn.Sequential) -> None:
     model.insert(0, nn.Tanh())
 
 
+def square() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+
+def reverse(model: nn.Sequential) -> None:
+    model._modules = dict(reversed(model._modules.items()))
+
+
 def untie(model: TiedWeights) -> None:
     model.outer.weight = nn.Parameter(torch.eye(6, dtype=torch.float64))
 
@@ -197,7 +205,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, pytest.Mo
     "missing attribute appears": (Attributes, setting("extra", 1.0), 0),
     "attribute of a child": (Attributes, setting("drop.p", 0.25), 0),
     "class attribute": (Attributes, patching(Attributes, "factor", 3.0), 0),
-    "float attribute set to an equal int": (Attributes, setting("scale", True), 0),
+    "float attribute set to an equal int": (Attributes, setting("scale", 2), 0),
     "attribute that forward does not read": (Attributes, setting("unread", 3.0), 1),
     "slot": (Slots, doing(lambda model: object.__setattr__(model, "scale", 3.0)), 0),
     "global constant": (Globals, doing(lambda model: None), 1),
@@ -233,6 +241,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, pytest.Mo
     "del Sequential[3]": (sequential, doing(lambda model: model.__delitem__(3)), 0),
     "Sequential.add_module": (sequential, doing(lambda model: model.add_module("9", nn.Tanh())), 0),
     "Sequential.pop": (sequential, doing(lambda model: model.pop(-1)), 0),
+    "order of children": (square, doing(reverse), 0),
     "inner Sequential changes": (nested, doing(lambda model: model[0].append(nn.Tanh())), 1),
     "part unswapped": (nested, doing(lambda model: fastops.unswap(model[1])), 1),
     "only one child in evaluation mode": (Attributes, doing(lambda model: model.fc.eval()), 1),

@@ -511,7 +511,7 @@ def test_a_profiler_goes_on() -> None:
 
 def test_kernels_compute_the_same() -> None:
     """The same models through the Triton kernels, in the interpreter."""
-    for name in ("functional relu", "shared ReLU module", "residual", "parametrized layer", "ModuleList and ModuleDict"):
+    for name in ("functional relu", "shared ReLU module", "residual", "parametrized layer", "nested Sequentials"):
         model, reference = pair(CASES[name])
         (x,) = CASES[name].inputs()
         with fastops.backend("triton"):

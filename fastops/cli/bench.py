@@ -70,7 +70,7 @@ def _op_cases(
     reference: Callable[..., Tensor],
     inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
 ) -> list[Case]:
-    """Forward without gradients, and forward and backward. ``inputs`` draws what needs a gradient and what needs none."""
+    """Forward without gradients, and forward and backward. ``inputs`` draws what gets a gradient and what gets none."""
 
     def prepare(device: torch.device, backward: bool) -> Contest:
         variables, constants = ([tensor.to(device) for tensor in tensors] for tensors in inputs())
@@ -148,10 +148,12 @@ def _model_cases(
         def contestant(model: nn.Module, criterion: nn.Module) -> Call:
             optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
-            def step() -> None:
+            def step() -> Tensor:
                 optimizer.zero_grad()
-                criterion(model(inputs), targets).backward()
+                loss: Tensor = criterion(model(inputs), targets)
+                loss.backward()
                 optimizer.step()
+                return loss
 
             def predict() -> Tensor:
                 with torch.inference_mode():

@@ -169,6 +169,7 @@ def relu_mask_and_column_sum_kernel(
     ROWS_PER_PROGRAM,
     MASK: tl.constexpr,
     SUM: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -176,28 +177,25 @@ def relu_mask_and_column_sum_kernel(
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     strip = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_columns = columns < N
-    safe_columns = tl.where(in_columns, columns, 0)
+    tile = tl.program_id(0)
+    columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
+    own_columns = tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for step in range(0, ROWS_PER_PROGRAM, BLOCK_M):
         rows = strip * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_M)
-        inside = (rows < M)[:, None] & in_columns[None, :]
+        inside = (rows < M)[:, None]
         safe_rows = tl.where(rows < M, rows, 0)[:, None]
-        grad = tl.load(
-            grad_ptr + safe_rows * grad_row_stride + safe_columns.to(tl.int64)[None, :] * grad_column_stride,
-            mask=inside,
-            other=0.0,
-        )
+        grad_ptrs = grad_ptr + safe_rows * grad_row_stride + columns[None, :] * grad_column_stride
+        grad = tl.load(grad_ptrs, mask=inside, other=0.0)
         if MASK:
-            offsets = safe_rows * N + safe_columns[None, :]
+            offsets = safe_rows * N + columns[None, :]
             output = tl.load(output_ptr + offsets, mask=inside, other=0.0)
             grad = tl.where(output <= 0, 0.0, grad).to(grad_ptr.dtype.element_ty)
-            tl.store(masked_ptr + offsets, grad, mask=inside)
+            tl.store(masked_ptr + offsets, grad, mask=inside & own_columns[None, :])
         if SUM:
             total += grad.to(ACCUMULATOR)
     if SUM:
-        tl.store(sum_ptr + strip * N + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=in_columns)
+        tl.store(sum_ptr + strip * N + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=own_columns)
 
 
 def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool) -> tuple[Tensor, Tensor | None]:
@@ -231,6 +229,7 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
         rows_per_program,
         MASK=mask,
         SUM=need_sum,
+        ALIGNMENT_N=alignment(N, block_n),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )

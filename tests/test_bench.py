@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.cli import bench, main
+from fastops.cli import DEMO_EXTRA, bench, main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = "mse_loss/64x10/forward"
@@ -89,6 +89,33 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(row["fastops_ms"] / row["eager_ms"])
         assert row["ratio_lower_quartile"] == row["ratio"] == row["ratio_upper_quartile"]
         assert [row["name"], "torch"] in [line.split()[:2] for line in printed.splitlines()]
+
+
+def test_command_needs_no_extra() -> None:
+    blocked = f"for name in {DEMO_EXTRA | {'pytest', 'pytest_benchmark'}}: sys.modules[name] = None"
+    words = ["bench", "--pairs", "1", "--case", SMALLEST, "--device", "cpu"]
+    process = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{blocked}\nfrom fastops.cli import main\nsys.exit(main({words}))"],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"{SMALLEST} " in process.stdout
+
+
+def test_earlier_results_survive_a_run_that_ends_early(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_interpreter: None, tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "bench.json"
+    file.write_text("earlier")
+    monkeypatch.setattr(bench, "measure", interrupted)
+    assert main(["bench", "--case", SMALLEST, "--json", str(file), "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "fastops: interrupted\n"
+    assert file.read_text() == "earlier"
 
 
 @pytest.mark.usefixtures("no_interpreter")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -254,7 +253,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     except PackageNotFoundError:
         triton = "not installed"
     return {
-        "device": str(device) if device.type == "cpu" else _device_name(device),
+        "device": _device_name(device),
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -267,8 +266,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def _device_name(device: torch.device) -> str:
-    name: str = torch.get_device_module(device).get_device_name(device)
-    return f"{device} {name}"
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # Apple's has none
+    return f"{device} {name(device)}" if name else str(device)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     check_backend(device)
     if args.json:
-        _write(args.json, {})  # a file that cannot be written is better noticed now
+        _write(args.json, "", mode="a")  # a file that cannot be written is better noticed now
     facts = environment(device)
     for fact, value in facts.items():
         print(f"{fact}: {value}")
@@ -307,7 +306,8 @@ def run(args: argparse.Namespace) -> int:
         table.row([result.name, result.backend, *times, quartiles])
         measurements.append(asdict(result))
     if args.json:
-        _write(args.json, {"environment": facts, "pairs": args.pairs, "measurements": measurements})
+        content = {"environment": facts, "pairs": args.pairs, "measurements": measurements}
+        _write(args.json, json.dumps(content, indent=2) + "\n")
     return 0
 
 
@@ -317,8 +317,9 @@ def refuse_interpreter() -> None:
         raise CommandError("Triton's interpreter is on, and its times mean nothing: unset TRITON_INTERPRET")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise CommandError(f"cannot write to {path}: {error.strerror}") from error

@@ -78,14 +78,20 @@ def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str
     return _HALF_PRECISION[architecture_name]
 
 
-def matmul_config(device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int) -> MatmulConfig:
+def matmul_config(
+    device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int, aligned: bool
+) -> MatmulConfig:
     """The largest tile that gives every multiprocessor of ``device`` a tile of an ``M`` x ``N`` result.
 
+    Operands that are not ``aligned`` are loaded element by element, each with an address of its own: registers spill
+    but for the smallest tile shared by more warps.
     The interpreter runs programs one by one: it gets the smallest tile if that holds the result, else the largest.
     """
     candidates = matmul_candidates(architecture(device), dtype, precision)
     if device.type == "cpu":
         return candidates[-1] if max(M, N) <= candidates[-1].BLOCK_M else candidates[0]
+    if not aligned:
+        return candidates[-1]._replace(num_warps=8)
     wanted = multiprocessors(device)
     for config in candidates:
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:

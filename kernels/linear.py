@@ -130,7 +130,8 @@ def matmul(
     N = b.shape[1]
     c = torch.empty((M, N), dtype=a.dtype, device=a.device)
     precision = input_precision(a)
-    config = config or matmul_config(a.device, a.dtype, precision, M, N)
+    aligned = all(max(operand.stride()) % 8 == 0 for operand in (a, b))
+    config = config or matmul_config(a.device, a.dtype, precision, M, N, aligned)
     launch(
         matmul_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),

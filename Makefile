@@ -28,7 +28,7 @@ docs: $(VENV)/.dev-installed
 
 clean:
 	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
-	rm -rf build dist torch_fastops.egg-info docs/_build
+	rm -rf build dist torch_fastops.egg-info docs/_build curves.png
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastops kernels tests bench docs -name __pycache__ -prune -exec rm -rf {} +
 

@@ -217,7 +217,9 @@ def test_outcome_is_torchs(call: tuple[str, tuple[Any, ...], dict[str, Any]], se
 
 @pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
 @pytest.mark.parametrize(
-    "arguments", [([1],), (None, w), (x, None), (x, torch.tensor(1.0)), (torch.tensor(1.0), w)], ids=str
+    "arguments",
+    [([1],), (None, w), (x, None), (x, torch.tensor(1.0)), (torch.tensor(1.0), w)],
+    ids=lambda arguments: ", ".join(map(describe, arguments)),
 )
 def test_outcome_is_torchs_without_the_interpreter(
     op: str, arguments: tuple[Any, ...], no_interpreter: None, monkeypatch: pytest.MonkeyPatch

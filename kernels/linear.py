@@ -208,9 +208,9 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
     mask = output is not None
     if not (mask or need_sum):
         return grad, None
-    block_m, block_n = 16, 128
+    block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
     if grad.device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
-        block_m, block_n = min(256, triton.next_power_of_2(M)), min(1024, triton.next_power_of_2(N))
+        block_n = min(1024, triton.next_power_of_2(N))
     steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
     rows_per_program = steps * block_m
     strips = triton.cdiv(M, rows_per_program)

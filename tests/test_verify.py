@@ -223,6 +223,14 @@ DEFECTS = {
         scaled(1),
         "gradgrad",
     ),
+    "forward over reverse": (
+        "cross_entropy",
+        "probabilities, none",
+        CrossEntropyBackward,
+        "jvp",
+        scaled(0),
+        "gradgrad",
+    ),
     "launch": (
         "mse_loss",
         "mean",

@@ -1,0 +1,369 @@
+"""The cross-entropy kernels in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bf16
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_torch
+from guard import call_plainly, run_guarded
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fastops.kernels import cross_entropy as kernels
+from fastops.kernels.launch import launch
+
+bf16.install()
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
+NAN, INF = float("nan"), float("inf")
+
+
+class Options(NamedTuple):
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+DEFAULTS = Options()
+
+
+class Case(NamedTuple):
+    """One way to call the loss."""
+
+    probabilities: bool = False
+    weighted: bool = False
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def tensors(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Options]:
+        N, C, D = shape
+        weight = torch.rand(C).to(dtype) if self.weighted else None
+        target = torch.randint(C, (N, D))
+        if N > 1:
+            target[1] = self.ignore_index
+        if self.probabilities:
+            target = torch.rand(shape).to(dtype)
+        return torch.randn(shape).to(dtype), target, Options(weight, self.ignore_index, self.label_smoothing)
+
+
+INDICES = Case()
+ALL_OF_INDICES = Case(weighted=True, ignore_index=-7, label_smoothing=0.2)
+ALL_OF_PROBABILITIES = Case(probabilities=True, weighted=True, label_smoothing=0.2)
+CASES = {
+    "indices": INDICES,
+    "weight": Case(weighted=True),
+    "smoothing": Case(label_smoothing=0.1),
+    "smoothing_1": Case(label_smoothing=1.0),
+    "ignore_a_class": Case(ignore_index=1),
+    "all_of_indices": ALL_OF_INDICES,
+    "probabilities": Case(probabilities=True),
+    "all_of_probabilities": ALL_OF_PROBABILITIES,
+}
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, classes: int) -> None:
+    """Small tiles, so that there are several."""
+
+    def config(all_classes: int, inner: int, *_: Any) -> kernels.CrossEntropyConfig:
+        power_of_2 = kernels.triton.next_power_of_2
+        return kernels.CrossEntropyConfig(min(rows, power_of_2(inner)), min(classes, power_of_2(all_classes)), 1)
+
+    monkeypatch.setattr(kernels, "cross_entropy_config", config)
+
+
+@pytest.fixture(params=[None, (2, 4)], ids=["table", "tile2x4"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of the table, which holds a whole row here, or a small one."""
+    if request.param:
+        use_tiles(monkeypatch, *request.param)
+
+
+def torchs(reduction: str, options: Options) -> Callable[..., tuple[Tensor, ...]]:
+    """``(loss, grad_input, grad_target)`` of torch; no grad_target for class indices."""
+
+    def reference(input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor) -> tuple[Tensor, ...]:
+        variables = [tensor.detach().requires_grad_() for tensor in (input, target) if tensor.is_floating_point()]
+        input, target = variables if len(variables) == 2 else (variables[0], target)
+        loss = F.cross_entropy(input, target, reduction=reduction, **options._replace(weight=weight)._asdict())
+        return loss.detach(), *torch.autograd.grad(loss, variables, grad_output)
+
+    return reference
+
+
+def run(
+    call: Callable[..., Any],
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    options: Options,
+    grad_output: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """What `torchs` returns, from the kernels, and the tensors it is to be called with."""
+    arguments = (input, target, options.weight)
+    loss, *saved = call(kernels.cross_entropy, *arguments, reduction, *options[1:])
+    grad = torch.randn_like(loss) if grad_output is None else grad_output
+    need_target = target.is_floating_point()
+    gradients = call(
+        kernels.cross_entropy_backward, grad, *arguments, *saved, reduction, *options[1:], True, need_target
+    )
+    return (loss, *gradients[: 1 + need_target]), (*arguments, grad)
+
+
+def check(
+    input: Tensor, target: Tensor, reduction: str, options: Options = DEFAULTS, grad_output: Tensor | None = None
+) -> None:
+    """Loss and gradients of a guarded run against torch's."""
+    guarded = run(run_guarded, input, target, reduction, options, grad_output)
+    assert_as_accurate_as_torch(torchs(reduction, options), guarded)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("dtype", "reduction"),
+    [(dtype, "none") for dtype in DTYPES]
+    + [(dtype, reduction) for dtype in DTYPES[2:] for reduction in REDUCTIONS[1:]],
+    ids=str,
+)
+def test_options(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, case: Case) -> None:
+    """Three programs of two positions and two tiles of classes, of which the last overlap the ones before."""
+    use_tiles(monkeypatch, 2, 4)
+    input, target, options = case.tensors((5, 7, 1), dtype)
+    check(input, target, reduction, options)
+
+
+@pytest.mark.parametrize(
+    "case", [INDICES, ALL_OF_INDICES, ALL_OF_PROBABILITIES], ids=["few", "indices", "probabilities"]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rounded_sums(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, case: Case) -> None:
+    """Torch's error in one sum may be nothing by luck: sixteen sums are judged together."""
+    use_tiles(monkeypatch, 4, 8)
+    weight = case.tensors((5, 7, 1), dtype)[2].weight
+
+    def draw() -> Any:
+        input, target, options = case.tensors((5, 7, 1), dtype)
+        return run(call_plainly, input, target, reduction, options._replace(weight=weight))
+
+    assert_as_accurate_as_torch(torchs(reduction, case.tensors((5, 7, 1), dtype)[2]), *(draw() for _ in range(16)))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("case", [ALL_OF_INDICES, ALL_OF_PROBABILITIES], ids=["indices", "probabilities"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (1, 13, 1), (2, 3, 1), (3, 4, 1), (4, 5, 1), (13, 2, 1), (1, 5, 3), (3, 4, 2), (2, 9, 5), (5, 8, 4)],
+    ids=str,
+)
+def test_shapes(shape: tuple[int, int, int], case: Case) -> None:
+    input, target, options = case.tensors(shape, torch.float32)
+    check(input, target, "none", options)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch_last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "strided": lambda x: F.pad(x, (0, x.shape[2], 2, 1))[:, 2:-1, ::2],
+    "same_in_the_batch": lambda x: x[:1].expand(x.shape),
+    "same_at_each_position": lambda x: x[:, :, :1].expand(x.shape),
+}
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("case", [INDICES, ALL_OF_PROBABILITIES], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 7, 1), (3, 6, 4)], ids=str)
+def test_layouts(shape: tuple[int, int, int], layout: str, case: Case) -> None:
+    input, target, options = case.tensors(shape, torch.float32)
+    arrange = LAYOUTS[layout]
+    target = arrange(target) if case.probabilities else arrange(target.unsqueeze(1)).squeeze(1)
+    check(arrange(input), target, "none", options)
+
+
+def test_gradients_keep_the_layout_of_their_inputs() -> None:
+    input, target, options = ALL_OF_PROBABILITIES.tensors((3, 6, 4), torch.float32)
+    input = LAYOUTS["channels_last"](input)
+    (_, grad_input, grad_target), _ = run(call_plainly, input, target, "mean", options)
+    assert grad_input.stride() == input.stride() and grad_target.stride() == target.stride()
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize(
+    "grad_output",
+    [torch.tensor(3.0).expand(5, 4), torch.arange(5.0)[:, None].expand(5, 4), torch.arange(20.0).view(4, 5).t()],
+    ids=["scalar", "per_sample", "transposed"],
+)
+def test_none_takes_every_gradient(grad_output: Tensor) -> None:
+    input, target, options = ALL_OF_INDICES.tensors((5, 7, 4), torch.float32)
+    check(input, target, "none", options, grad_output)
+
+
+ROWS = [
+    [INF, 0, 1, 2, -1, 0],
+    [NAN, 0, 1, 2, -1, 0],
+    [0, 0, 1, 2, -1, NAN],
+    [-INF] * 6,
+    [-INF, -INF, -INF, -INF, 0, 1],  # the first tile of four is all -inf
+    [-INF, 1, -INF, 2, 3, -INF],
+    [1, 2, 3, 4, 5, 6],
+]
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("ignored", [False, True], ids=["kept", "ignored"])
+def test_nan_and_inf_spread_as_in_torch(ignored: bool, case: Case) -> None:
+    """Also where the position is ignored."""
+    input = torch.tensor(ROWS).unsqueeze(-1)
+    _, target, options = case.tensors(tuple(input.shape), torch.float32)
+    if not case.probabilities:
+        target = torch.full((len(ROWS), 1), options.ignore_index if ignored else 4)
+        target[-1] = 5
+    check(input, target, "none", options)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_mean_of_nan_and_inf(row: list[float]) -> None:
+    for target in (torch.tensor([[0], [0]]), torch.tensor([[-100], [0]]), torch.tensor([[0], [-100]])):
+        check(torch.tensor([row, [0.0] * 6]).unsqueeze(-1), target, "mean")
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_ignored(reduction: str, label_smoothing: float) -> None:
+    """The mean of nothing is NaN, as in torch, but no gradient is."""
+    target = torch.full((3, 1), -100)
+    options = Options(label_smoothing=label_smoothing)
+    (loss, grad_input), _ = run(run_guarded, torch.randn(3, 5, 1), target, reduction, options, torch.tensor(1.0))
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    assert (grad_input == 0).all()
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_backward_is_given(reduction: str, case: Case) -> None:
+    """The log-sum-exp of every position, and the denominator."""
+    input, target, options = case.tensors((5, 7, 3), torch.bfloat16)
+    _, log_sum_exp, denominator = run_guarded(kernels.cross_entropy, input, target, None, reduction, *options[1:])
+    assert_as_accurate_as_torch(lambda x: [torch.logsumexp(x, 1)], ([log_sum_exp], [input.float()]))
+    kept = 15 if case.probabilities else (target != options.ignore_index).sum()
+    assert denominator.dtype is torch.float32 and denominator == (kept if reduction == "mean" else 1)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_loss_of_large_logits(case: Case, offset: float) -> None:
+    """All sums are relative to the maximum: adding a constant to the logits costs no accuracy."""
+    input, target, options = case.tensors((5, 7, 1), torch.float32)
+    input = input + offset
+    loss, _, _ = run_guarded(kernels.cross_entropy, input, target, options.weight, "none", *options[1:])
+    grad_output = torch.ones_like(loss)
+    tensors = (input, target, options.weight, grad_output)
+    assert_as_accurate_as_torch(lambda *arguments: torchs("none", options)(*arguments)[:1], ([loss], tensors))
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_of_large_logits(case: Case, offset: float) -> None:
+    """Where a tile holds all classes, backward makes up for the rounding of the log-sum-exp."""
+    input, target, options = case.tensors((5, 7, 1), torch.float32)
+    check(input + offset, target, "none", options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_true_class_gradient_is_not_rounded_before_the_subtraction(dtype: torch.dtype) -> None:
+    """p = 0.99909 is 1 in bfloat16: the gradient p - 1 would be lost."""
+    input, target = torch.tensor([[7.0, 0.0]]).unsqueeze(-1).to(dtype), torch.tensor([[0]])
+    (_, grad_input), _ = run(call_plainly, input, target, "mean", DEFAULTS, torch.ones((), dtype=dtype))
+    exact = torch.softmax(input.double(), 1) - torch.tensor([[[1.0], [0.0]]])
+    assert ((grad_input.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
+
+
+@pytest.mark.usefixtures("tile")
+def test_second_backward_is_independent_of_the_first() -> None:
+    input, target, options = ALL_OF_INDICES.tensors((5, 7, 1), torch.float32)
+    arguments = (input, target, options.weight)
+    saved = kernels.cross_entropy(*arguments, "mean", *options[1:])[1:]
+    first, second = (
+        kernels.cross_entropy_backward(
+            torch.tensor(grad_output), *arguments, *saved, "mean", *options[1:], True, False
+        )[0]
+        for grad_output in (1.0, -4.0)
+    )
+    assert torch.equal(second, -4 * first)
+
+
+@pytest.mark.usefixtures("tile")
+def test_only_needed_gradients() -> None:
+    input, target, options = ALL_OF_PROBABILITIES.tensors((5, 7, 3), torch.float32)
+    arguments = (input, target, options.weight)
+    saved = kernels.cross_entropy(*arguments, "sum", *options[1:])[1:]
+
+    def gradients(*needed: bool) -> tuple[Tensor | None, Tensor | None]:
+        return run_guarded(
+            kernels.cross_entropy_backward, torch.tensor(2.0), *arguments, *saved, "sum", *options[1:], *needed
+        )
+
+    both, for_input, for_target = gradients(True, True), gradients(True, False), gradients(False, True)
+    assert for_input[1] is None and torch.equal(for_input[0], both[0])
+    assert for_target[0] is None and torch.equal(for_target[1], both[1])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("wrong", [5, -1, -99, 2**40])
+def test_target_out_of_range(wrong: int, label_smoothing: float) -> None:
+    input, target = torch.randn(2, 5, 2), torch.tensor([[0, -100], [wrong, 4]])
+    with pytest.raises(IndexError) as torchs_error:
+        F.cross_entropy(input, target, label_smoothing=label_smoothing)
+    with pytest.raises(IndexError) as error:
+        kernels.cross_entropy(input, target, None, "mean", -100, label_smoothing)
+    assert str(error.value) == str(torchs_error.value) == f"Target {wrong} is out of bounds."
+
+
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_kernel_stops_at_a_target_out_of_range(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, where the launcher must not wait for the targets to look at them."""
+    armed = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", armed)
+    monkeypatch.setattr(kernels, "check_targets", lambda *_: None)
+    kernels.cross_entropy(torch.randn(2, 5, 1), torch.tensor([[-100], [4]]), None, "mean", -100, 0.0)
+    with pytest.raises(Exception, match=r"Target is out of bounds\."):
+        kernels.cross_entropy(torch.randn(2, 5, 1), torch.tensor([[-100], [wrong]]), None, "mean", -100, 0.0)
+
+
+def test_offsets_beyond_2_to_the_31(tmp_path: Path) -> None:
+    """Logits of a strided batch in a sparse file of 8 GiB."""
+    far = 2**31 + 3
+    storage = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * far, dtype=torch.float16)
+    input = storage.as_strided((2, 5, 1), (far, 1, 1))
+    input.copy_(torch.randn(2, 5, 1))
+    near, target = input.contiguous(), torch.tensor([[3], [4]])
+    loss, *saved = kernels.cross_entropy(input, target, None, "none", -100, 0.0)
+    expected, *_ = kernels.cross_entropy(near, target, None, "none", -100, 0.0)
+    assert torch.equal(loss, expected)
+    gradients = (
+        kernels.cross_entropy_backward(torch.ones(2, 1), x, target, None, *saved, "none", -100, 0.0, True, False)[0]
+        for x in (input, near)
+    )
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_many_partial_sums(mean: bool) -> None:
+    losses, weights = torch.randint(9, (2, 2500)).float()
+    loss, denominator = torch.empty(()), torch.empty(())
+    launch(kernels.cross_entropy_total_kernel, (1,), losses, weights, loss, denominator, 2500, MEAN=mean, BLOCK=1024)
+    assert denominator == (weights.sum() if mean else 1)
+    assert loss == losses.sum() / denominator

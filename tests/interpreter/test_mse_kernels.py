@@ -1,0 +1,139 @@
+"""The MSE kernels in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bf16
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_torch
+from guard import call_plainly, run_guarded, same_bits
+from torch import Tensor
+
+from fastops.kernels import mse
+from fastops.kernels.launch import launch
+
+bf16.install()
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
+LAYOUTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "contiguous": lambda: (torch.randn(5, 7), torch.randn(5, 7)),
+    "0d": lambda: (torch.randn(()), torch.randn(())),
+    "transposed": lambda: (torch.randn(7, 5).t(), torch.randn(7, 5).t()),
+    "mixed": lambda: (torch.randn(5, 7), torch.randn(7, 5).t()),
+    "strided": lambda: (torch.randn(10, 21)[::2, ::3], torch.randn(5, 8)[:, 1:]),
+    "expanded": lambda: (torch.randn(5, 1).expand(5, 7), torch.randn(7).expand(5, 7)),
+    "channels_last": lambda: (channels_last(2, 3, 4, 5), channels_last(2, 3, 4, 5)),
+    "permuted": lambda: (torch.randn(2, 3, 4).permute(2, 0, 1), torch.randn(2, 3, 4).permute(2, 0, 1)),
+}
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of 16 elements, so that there are several."""
+    monkeypatch.setattr(mse, "mse_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1))
+
+
+def check(make: Callable[[], tuple[Tensor, Tensor]], reduction: str, grad_output: Tensor | None = None) -> None:
+    """Loss and both gradients against torch's: of a run under guard, and where rounded sums count of 15 more."""
+
+    def torchs(input: Tensor, target: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+        input, target = input.detach().requires_grad_(), target.detach().requires_grad_()
+        loss = F.mse_loss(input, target, reduction=reduction)
+        return loss.detach(), *torch.autograd.grad(loss, (input, target), grad_output)
+
+    def run(call: Callable[..., Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        input, target = make()
+        loss = call(mse.mse_loss, input, target, reduction)
+        grad = torch.randn_like(loss) if grad_output is None else grad_output
+        gradients = call(mse.mse_loss_backward, grad, input, target, reduction, True, True)
+        return (loss, *gradients), (input, target, grad)
+
+    guarded = run(run_guarded)
+    more = 0 if reduction == "none" or guarded[1][0].dtype.itemsize == 2 else 15
+    assert_as_accurate_as_torch(torchs, guarded, *(run(call_plainly) for _ in range(more)))
+
+
+@pytest.mark.usefixtures("tile_of_16")
+@pytest.mark.parametrize("size", [1, 13, 15, 16, 17, 37])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(dtype: torch.dtype, reduction: str, size: int) -> None:
+    check(lambda: (torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)), reduction)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_layouts(reduction: str, layout: str) -> None:
+    check(LAYOUTS[layout], reduction)
+    input, target = LAYOUTS[layout]()
+    loss = mse.mse_loss(input, target, reduction)
+    assert loss.stride() == F.mse_loss(input, target, reduction=reduction).stride()
+
+
+@pytest.mark.parametrize(
+    "grad_output",
+    [torch.tensor(3.0).expand(5, 7), torch.arange(5.0)[:, None].expand(5, 7), torch.arange(35.0).view(7, 5).t()],
+    ids=["scalar", "column", "transposed"],
+)
+def test_none_takes_every_gradient(grad_output: Tensor) -> None:
+    check(LAYOUTS["contiguous"], "none", grad_output)
+
+
+@pytest.mark.usefixtures("tile_of_16")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_spread_as_in_torch(value: float, reduction: str) -> None:
+    def make() -> tuple[Tensor, Tensor]:
+        input, target = torch.randn(40), torch.randn(40)
+        input[3] = input[20] = target[20] = value
+        return input, target
+
+    check(make, reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_only_needed_gradients(reduction: str) -> None:
+    input, target = torch.randn(40), torch.randn(40)
+    grad_output = torch.randn_like(mse.mse_loss(input, target, reduction))
+    both = mse.mse_loss_backward(grad_output, input, target, reduction, True, True)
+    for_input = run_guarded(mse.mse_loss_backward, grad_output, input, target, reduction, True, False)
+    for_target = run_guarded(mse.mse_loss_backward, grad_output, input, target, reduction, False, True)
+    assert for_input[1] is None and torch.equal(for_input[0], both[0])
+    assert for_target[0] is None and torch.equal(for_target[1], both[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mean_accumulates_in_float32(dtype: torch.dtype) -> None:
+    """A sum of 3000 ones stops growing at 256 in bfloat16 and at 2048 in float16."""
+    assert mse.mse_loss(torch.ones(3000, dtype=dtype), torch.zeros(3000, dtype=dtype), "mean") == 1
+
+
+@pytest.mark.usefixtures("tile_of_16")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_two_runs_are_equal(reduction: str) -> None:
+    input, target = torch.randn(100), torch.randn(100)
+    first, second = (mse.mse_loss(input, target, reduction) for _ in range(2))
+    assert same_bits(first, second)
+
+
+def test_second_backward_is_independent_of_the_first() -> None:
+    input, target = torch.randn(40), torch.randn(40)
+    first, _ = mse.mse_loss_backward(torch.tensor(1.0), input, target, "mean", True, False)
+    second, _ = mse.mse_loss_backward(torch.tensor(-4.0), input, target, "mean", True, False)
+    assert torch.equal(second, -4 * first)
+
+
+def test_many_partial_sums() -> None:
+    partials, total = torch.randint(9, (2500,)).float(), torch.empty(())
+    launch(mse.mse_total_kernel, (1,), partials, total, 2500, 4, BLOCK=1024)
+    assert total == partials.sum() / 4

@@ -285,23 +285,28 @@ def far_rows() -> Iterator[Callable[[int], Tensor]]:
     yield rows
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "columns"])
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "cross_entropy of columns"])
 def test_more_than_2_to_the_31_elements(op: str, far_rows: Callable[[int], Tensor]) -> None:
-    """Offsets are 64 bits wide."""
-    input, other = far_rows(3), far_rows(3)
-    torchs, ours, rest = {
-        "linear": (F.linear, FF.linear, (other,)),
-        "linear_relu": (torch_linear_relu, FF.linear_relu, (other,)),
-        "mse_loss": (F.mse_loss, FF.mse_loss, (other,)),
-        "cross_entropy": (F.cross_entropy, FF.cross_entropy, (torch.tensor([0, 2, 1]),)),
-        "columns": (lambda x: F.cross_entropy(x.t(), torch.tensor([0, 1, 1])),) * 2 + ((),),
-    }[op]
-    if op == "columns":
-        ours = lambda x: FF.cross_entropy(x.t(), torch.tensor([0, 1, 1]))  # noqa: E731
+    """Offsets are 64 bits wide: of arguments and of the gradient that comes in."""
+    input, other, grad_output = far_rows(3), far_rows(3), far_rows(3)
+    target = torch.tensor([0, 2, 1])
+
+    def run(namespace: Any, *tensors: Tensor) -> list[Tensor]:
+        input, other, grad_output = tensors
+        leaf = input.detach().requires_grad_()
+        if op.startswith("cross_entropy"):
+            return gradients(lambda x: namespace.cross_entropy(x.t() if "columns" in op else x, target), leaf)
+        if op == "mse_loss":
+            pointwise = gradients(
+                lambda x: namespace.mse_loss(x, other, reduction="none"), leaf, grad_output=grad_output
+            )
+            return [*pointwise, *gradients(namespace.mse_loss, leaf, other)]
+        function = linear_relu_of(namespace) if op == "linear_relu" else namespace.linear
+        return gradients(function, leaf, other, grad_output=grad_output)
+
     with fastops.backend("triton"):
-        found = gradients(ours, input.detach().requires_grad_(), *rest)
-    expected = gradients(torchs, input.detach().contiguous().requires_grad_(), *(t.contiguous() for t in rest))
-    torch.testing.assert_close(found, expected)
+        found = run(FF, input, other, grad_output)
+    torch.testing.assert_close(found, run(F, *(t.contiguous() for t in (input, other, grad_output))))
 
 
 # NaN, dtypes and autocast ---------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.CrossEntropyLoss: fnn.CrossEntropyLoss,
 }
 # Which layers run in one call with the ReLU behind them, known by their forward: parametrized layers share it.
-_WITH_RELU: Final[dict[Callable[..., Any], Callable[[Any, Tensor], Tensor]]] = {
+WITH_RELU: Final[dict[Callable[..., Any], Callable[[Any, Tensor], Tensor]]] = {
     fnn.Linear.forward: lambda layer, input: FF.linear_relu(input, layer.weight, layer.bias),
 }
 ORIGINALS: Final = {swapped: original for original, swapped in COUNTERPARTS.items()}
@@ -150,7 +150,7 @@ def fused_class(user_class: type, traces: tuple[Trace, ...]) -> type:
 
 def trace_to_fuse(module: nn.Module) -> list[Tracer]:
     """The traces of ``module`` if they fuse anything."""
-    if not any(type(child).forward in _WITH_RELU for child in module.modules()):
+    if not any(type(child).forward in WITH_RELU for child in module.modules()):
         return []
     try:
         tracers = traced(module)
@@ -218,7 +218,7 @@ def _reason_not_fused(input: fx.Node, name: str, root: nn.Module) -> str:
     if input.op != "call_module":
         return f"its input is {name}, not a layer"
     layer = root.get_submodule(name)
-    if type(layer).forward not in _WITH_RELU and COUNTERPARTS.get(type(layer), type(layer)).forward not in _WITH_RELU:
+    if type(layer).forward not in WITH_RELU and COUNTERPARTS.get(type(layer), type(layer)).forward not in WITH_RELU:
         return f"its input is {name}, a {type(layer).__name__}, which has no fused form"
     if len(input.users) > 1:
         return f"the output of {name} is used elsewhere too"
@@ -266,7 +266,7 @@ def _child(graph: fx.Graph, path: str) -> fx.Node:
 
 def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, replaces: bool) -> Any:
     """``relu(layer(input))`` in one call, or in two where something else could see the step between."""
-    fused = _WITH_RELU.get(type(layer).forward)
+    fused = WITH_RELU.get(type(layer).forward)
     if fused is not None and untouched(layer) and (relu is None or (type(relu) is nn.ReLU and untouched(relu))):
         return fused(layer, input)
     output = layer(input)

@@ -24,6 +24,7 @@ from . import nn as fnn
 from .fuse import (
     COUNTERPARTS,
     ORIGINALS,
+    WITH_RELU,
     Site,
     compile_trace,
     fused_class,
@@ -267,4 +268,6 @@ def _hooked(module: nn.Module, site: Site) -> str:
     for name in (site.layer, site.relu):
         if name is not None and not untouched(module.get_submodule(name)):
             return f"{name} has hooks or a replaced forward"
+    if site.layer is not None and type(module.get_submodule(site.layer)).forward not in WITH_RELU:
+        return f"{site.layer} is not swapped: swap again"
     return ""

@@ -418,6 +418,11 @@ class Tracer(fx.Tracer):
         """Refuse code with effects that a trace drops, and note the globals that it names."""
         code = frame.f_code
         if code not in self._scanned:
+            if not any(code in outer.co_consts for outer in self._scanned):  # variables of forward itself may change
+                _refuse_hidden_state(
+                    code, [frame.f_locals.get(name) for name in code.co_freevars if name != "__class__"]
+                )
+                _refuse_hidden_state(code, _defaults(getattr(type(self.root), code.co_name, None)))
             tested = self._scan_code(code, frame.f_globals)
             # The inputs of forward itself are known to be tensors.
             self._scanned[code] = [] if code is type(self.root).forward.__code__ else tested
@@ -444,6 +449,11 @@ class Tracer(fx.Tracer):
                 scope = self._note_global(namespace, name)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(scope, ModuleType):
                 scope = self._note_global(vars(scope), name)
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(scope, (type, FunctionType)):
+                value = getattr(scope, name, len)
+                if not (_trusted(scope.__module__) or callable(value) or isinstance(value, enum.Enum)):
+                    raise LeftAlone(f"its forward reads {scope.__name__}.{name}, which could change")
+                scope = None
             else:
                 scope = None
             if step.opname not in ("CACHE", "PRECALL", "NOP", "EXTENDED_ARG", "NOT_TAKEN"):
@@ -463,6 +473,8 @@ class Tracer(fx.Tracer):
                 raise LeftAlone(f"its forward names the function {name}")
         elif isinstance(value, FunctionType):
             if not _trusted(value.__module__):
+                cells = [cell.cell_contents for cell in value.__closure__ or ()]
+                _refuse_hidden_state(value.__code__, [*cells, *_defaults(value)])
                 self._globals[id(namespace), name] = namespace
         elif isinstance(value, _PLAIN):
             self._globals[id(namespace), name] = namespace
@@ -484,6 +496,26 @@ _EFFECTS: Final = {
     "SETUP_FINALLY": "has a try block",
     "PUSH_EXC_INFO": "has a try block",
 }
+
+
+def _is_fixed(value: object) -> bool:
+    """Whether no call can change ``value`` or make it give something else the next time."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return isinstance(value, (*_PLAIN, FunctionType, BuiltinFunctionType, ModuleType, nn.Module, fx.Proxy))
+
+
+def _defaults(function: object) -> list[object]:
+    """The defaults of the parameters of a function, nothing for any other object."""
+    if not isinstance(function, FunctionType):
+        return []
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _refuse_hidden_state(code: CodeType, values: list[object]) -> None:
+    for value in values:
+        if not _is_fixed(value):
+            raise LeftAlone(f"its forward uses a {type(value).__name__} that outlives the call of {code.co_name}")
 
 
 def _tested_name(operand: dis.Instruction, parameters: tuple[str, ...]) -> list[str]:
@@ -518,6 +550,8 @@ def _inputs(module: nn.Module) -> tuple[str, ...]:
     required = [parameter for parameter in parameters[1:] if parameter.default is parameter.empty]
     if any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
         raise LeftAlone("its forward has keyword-only inputs")
+    if any(parameter.kind is parameter.POSITIONAL_ONLY or parameter.name == "self" for parameter in required):
+        raise LeftAlone("its forward has positional-only inputs, or one that is called self")
     return tuple(p.name for p in required if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 

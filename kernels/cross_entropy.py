@@ -452,7 +452,8 @@ def cross_entropy_backward(
     launch(
         cross_entropy_backward_kernel,
         # Class probabilities are added up over all classes first: one program then also does all their tiles.
-        (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if probabilities else class_tiles),
+        # CUDA's grids are at most 65535 wide along their second axis.
+        (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if probabilities else min(class_tiles, 65535)),
         grad_output,
         input,
         target,

@@ -130,7 +130,10 @@ def matmul(
     N = b.shape[1]
     c = torch.empty((M, N), dtype=a.dtype, device=a.device)
     precision = input_precision(a)
-    aligned = all(max(operand.stride()) % 8 == 0 for operand in (a, b))
+    aligned = all(
+        min(operand.stride()) == 1 and max(operand.stride()) % 8 == 0 and operand.data_ptr() % 16 == 0
+        for operand in (a, b)
+    )
     config = config or matmul_config(a.device, a.dtype, precision, M, N, aligned)
     launch(
         matmul_kernel,

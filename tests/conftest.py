@@ -1,4 +1,4 @@
-"""All tests run with Triton's interpreter on, so that CPU tensors reach the kernels. What tests the plain CPU way says so.
+"""All tests run with Triton's interpreter on: CPU tensors reach the kernels. What tests the plain CPU way says so.
 
 `TRITON_INTERPRET` counts when a kernel module is imported: hence before everything else. One thread for each test
 process, and for those that it starts: tests run side by side, and threads that wait for each other's core are slow.
@@ -13,9 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreter import bf16
 
 import fastops
 from fastops import dispatch
+
+bf16.install()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, every_case, gradients, no_fallback, one_case_per_op, onednn_in_float64, torch_linear_relu
-from interpreter import bf16, guard
+from interpreter import guard
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,6 @@ from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.kernels import linear as linear_kernels
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
-bf16.install()
 NAN, INF = float("nan"), float("inf")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 MODULES = [

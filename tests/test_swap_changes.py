@@ -276,9 +276,7 @@ def test_change_after_swap(
 ) -> None:
     calls = []
     original = fastops.functional.linear_relu
-    monkeypatch.setattr(
-        fastops.functional, "linear_relu", lambda *arguments: calls.append(1) or original(*arguments)
-    )
+    monkeypatch.setattr(fastops.functional, "linear_relu", lambda *arguments: calls.append(1) or original(*arguments))
     model, reference = make().double(), make().double()
     reference.load_state_dict(model.state_dict())
     fastops.swap(model)

@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package not in DEMO_EXTRA:
             raise
         return _fail(f'this command needs {package}: pip install "torch-fastops[demo]"')
+    except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
+        sys.stdout = None
+        return 1
     except KeyboardInterrupt:
         print("fastops: interrupted", file=sys.stderr)
         return 130

@@ -95,14 +95,20 @@ def load(path: Path) -> Checkpoint:
         raise damaged from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CommandError(f"{path} was not written by fastops train --save")
-    return Checkpoint(**content)
+    try:
+        return Checkpoint(**content)
+    except TypeError as error:
+        raise damaged from error
 
 
 def restore(checkpoint: Checkpoint, learner: Learner, generator: torch.Generator) -> None:
     """Put the learner, the global generator and the one that shuffles the data into the state of the checkpoint."""
-    learner.model.load_state_dict(checkpoint.model)
-    learner.optimizer.load_state_dict(checkpoint.optimizer)
-    for name, values in checkpoint.measured.items():
-        getattr(learner, name).extend(values)
-    torch.set_rng_state(checkpoint.random_state)
-    generator.set_state(checkpoint.shuffle_state)
+    try:
+        learner.model.load_state_dict(checkpoint.model)
+        learner.optimizer.load_state_dict(checkpoint.optimizer)
+        for name, values in checkpoint.measured.items():
+            getattr(learner, name).extend(values)
+        torch.set_rng_state(checkpoint.random_state)
+        generator.set_state(checkpoint.shuffle_state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CommandError("cannot resume: the checkpoint's content is damaged") from error

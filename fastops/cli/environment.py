@@ -1,6 +1,7 @@
 """What the machine offers to a command: devices, backends, folders to write to."""
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -15,9 +16,20 @@ from fastops.cli import CommandError
 def positive_integer(text: str) -> int:
     """The type of an option that counts something."""
     number = int(text) if text.isdecimal() else 0
-    if number < 1:
+    if not 1 <= number < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return number
+
+
+def learning_rate(text: str) -> float:
+    """The type of an option that takes a learning rate."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not (math.isfinite(rate) and rate >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a learning rate")
+    return rate
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -55,6 +67,8 @@ def backend_lines(model: nn.Module, rows: int, device: torch.device) -> list[str
 
 def make_folder(path: Path) -> None:
     """Create a folder for results if it is not there. ``CommandError`` unless files can be written to it."""
+    if (path / "curves.png").is_dir():
+        raise CommandError(f"cannot write to {path / 'curves.png'}: it is a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

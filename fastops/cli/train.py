@@ -11,7 +11,14 @@ from rich.console import Console
 import fastops
 from fastops.cli import CommandError
 from fastops.cli.checkpoint import Checkpoint, Settings, check_writable, load, restore, save
-from fastops.cli.environment import backend_lines, check_backend, make_folder, pick_device, positive_integer
+from fastops.cli.environment import (
+    backend_lines,
+    check_backend,
+    learning_rate,
+    make_folder,
+    pick_device,
+    positive_integer,
+)
 from fastops.cli.tasks import TASKS, Data
 from fastops.cli.training import Learner, comparison, largest_difference, make_learner, save_curves, train
 
@@ -30,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=positive_integer, metavar="N", help="epochs in all, those before --resume included"
     )
     parser.add_argument("--batch-size", type=positive_integer, metavar="N")
-    parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate of plain SGD; 0.1 suits the digits")
+    parser.add_argument(
+        "--lr", type=learning_rate, metavar="RATE", help="learning rate of plain SGD; 0.1 suits the digits"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of weights and shuffling; default 0")
     parser.add_argument("--backend", choices=("auto", "triton", "onednn", "torch"), help="default: auto")
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")

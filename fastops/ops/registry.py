@@ -33,6 +33,15 @@ def register(
 
 def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
     """The vmap rule that calls ``op`` once per sample and stacks the results."""
+    if info.batch_size == 0:
+        samples = [
+            a if dim is None else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
+            for a, dim in zip(arguments, in_dims, strict=True)
+        ]
+        result = op(*samples)
+        if isinstance(result, tuple):
+            return tuple(part.new_empty((0, *part.shape)) for part in result), (0,) * len(result)
+        return result.new_empty((0, *result.shape)), 0
     results = [
         op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -53,7 +62,7 @@ _warned: set[tuple[str, torch.device]] = set()
 def run_kernel(op: str, kernel: Callable[..., Any], torch_expression: Callable[..., Any], *arguments: Any) -> Any:
     """Run ``kernel``; if Triton cannot compile or launch it, warn once per op and device and run ``torch_expression``.
 
-    An exhausted memory or a lost device is no failure of the kernel and is raised as it is.
+    An exhausted memory or a stopped device is no failure of the kernel and is raised as it is.
     """
     from triton.errors import TritonError
 
@@ -62,6 +71,8 @@ def run_kernel(op: str, kernel: Callable[..., Any], torch_expression: Callable[.
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (RuntimeError, TritonError) as error:
+        if any(words in str(error) for words in ("out of memory", "device-side assert", "illegal memory access")):
+            raise
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         device = tensors[0].device
         if (op, device) not in _warned:

@@ -14,6 +14,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from fastops import dispatch
+
 Array = np.ndarray[Any, Any]
 
 
@@ -62,6 +64,7 @@ def install() -> None:
     ) -> TensorHandle:
         return dot(self, as_float32(a), as_float32(b), accumulator, *options)
 
+    dispatch.interpreter_has_bfloat16 = True
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.binary_op = bf16_binary_op

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bf16
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,6 @@ from triton.runtime import interpreter
 
 from fastops.kernels import cross_entropy as kernels
 from fastops.kernels.launch import launch
-
-bf16.install()
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")

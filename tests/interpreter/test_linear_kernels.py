@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import bf16
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_torch
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from fastops.kernels import linear
 from fastops.kernels.configs import MatmulConfig
-
-bf16.install()
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALL = MatmulConfig(32, 16, 16, 1, 1)  # so that there are several tiles in each direction

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import bf16
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from fastops.kernels import mse
 from fastops.kernels.launch import launch
-
-bf16.install()
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")

@@ -116,7 +116,7 @@ def _cross_entropy_case(
 ) -> Case:
     def tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         classes = sizes.features
-        batch, positions = {"vector": ((), ()), "images": ((sizes.rows,), (1, 2))}.get(layout, ((sizes.rows,), ()))
+        batch, positions = {"vector": ((), ()), "images": ((2,), (1, sizes.rows))}.get(layout, ((sizes.rows,), ()))
         logits = torch.randn(*batch, classes, *positions, generator=generator)
         if layout == "transposed":
             logits = _transposed(logits)

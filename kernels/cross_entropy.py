@@ -254,7 +254,7 @@ def cross_entropy_backward_kernel(
     scale = scale.to(ACCUMULATOR) / tl.load(denominator_ptr)
     if PROBABILITIES:
         mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)
-        if NEED_INPUT:
+        if NEED_INPUT and not ONE_TILE:
             for step in range(0, class_tiles):
                 columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
                 pointers = target_rows[:, None] + columns[None, :] * target_class_stride
@@ -286,6 +286,8 @@ def cross_entropy_backward_kernel(
             if PROBABILITIES:
                 pointers = target_rows[:, None] + columns[None, :] * target_class_stride
                 t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+                if ONE_TILE:
+                    target_sum = tl.sum(tl.where(fresh[None, :], t, 0.0), 1)
             else:
                 t = tl.where(columns[None, :] == target[:, None], target_share[:, None], 0.0)
                 if LABEL_SMOOTHING > 0:

@@ -10,7 +10,7 @@ do the same again, so three fences surround it:
    classes, the plain attributes that ``forward`` read, the global constants and functions that it named.
 3. A trace covers calls whose inputs are all tensors, one for each parameter of ``forward`` that has no default.
 
-Not seen: variables of an enclosing function and class attributes read through the class, if they change later.
+Not seen: a number or the like of an enclosing function, if it is assigned anew later.
 """
 
 from __future__ import annotations

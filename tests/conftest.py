@@ -21,6 +21,11 @@ from fastops import dispatch
 bf16.install()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A kernel that fails is a failure here, not a fallback. (In the configuration file this would import fastops.)"""
+    config.addinivalue_line("filterwarnings", "error::fastops.FallbackWarning")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -316,8 +316,10 @@ class CrossEntropyConfig(NamedTuple):
     num_warps: int
 
 
-def cross_entropy_config(classes: int, inner: int, classes_adjacent: bool, device: torch.device) -> CrossEntropyConfig:
-    """The tile for ``inner`` positions side by side.
+def cross_entropy_config(
+    classes: int, inner: int, classes_adjacent: bool, dense: bool, device: torch.device
+) -> CrossEntropyConfig:
+    """The tile for ``inner`` positions side by side; ``dense``: t is nowhere 0, so that more sums are kept per lane.
 
     Logits whose classes lie side by side in memory get tiles that are long in classes: all of them up to 4096, then a
     loop. Other layouts, images for instance, get tiles that are long in positions.
@@ -332,7 +334,7 @@ def cross_entropy_config(classes: int, inner: int, classes_adjacent: bool, devic
         return CrossEntropyConfig(block_rows, min(all_classes, 1024 // block_rows), 4)
     if classes <= 1024:
         return CrossEntropyConfig(min(all_rows, 1024 // all_classes), all_classes, 4)
-    return CrossEntropyConfig(1, min(all_classes, 4096 if classes <= 32768 else 8192), 8)
+    return CrossEntropyConfig(1, min(all_classes, 4096 if classes <= 32768 or dense else 8192), 8)
 
 
 def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -372,7 +374,8 @@ def cross_entropy(
 
     input, target = outer_class_inner(input), outer_class_inner(target)
     outer, _, inner = input.shape
-    config = cross_entropy_config(classes, inner, input.stride(1) == 1, input.device)
+    dense = probabilities or label_smoothing > 0
+    config = cross_entropy_config(classes, inner, input.stride(1) == 1, dense, input.device)
     programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
     if reduction == "none":
         loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
@@ -448,7 +451,8 @@ def cross_entropy_backward(
 
     grad_output, input, target = outer_class_inner(grad_output), outer_class_inner(input), outer_class_inner(target)
     outer, _, inner = input.shape
-    config = cross_entropy_config(classes, inner, input.stride(1) == 1, input.device)
+    dense = probabilities or label_smoothing > 0
+    config = cross_entropy_config(classes, inner, input.stride(1) == 1, dense, input.device)
     class_tiles = triton.cdiv(classes, config.BLOCK_CLASSES)
     outputs = [input if grad is None else outer_class_inner(grad) for grad in (grad_input, grad_target)]
     launch(

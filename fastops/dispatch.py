@@ -7,6 +7,7 @@ message is torch's own.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .kernels.geometry import conv_output_size
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 
@@ -101,6 +104,9 @@ _onednn_from = _ONEDNN_FROM_MULTIPLY_ADDS.get((_cpu_vendor(), torch.backends.cpu
 # Autocast -------------------------------------------------------------------------------------------------------------
 
 
+_PRODUCTS: Final = ("linear", "linear_relu", *(f"conv{relu}{n}d" for relu in ("", "_relu") for n in (1, 2, 3)))
+
+
 def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants ``op`` to run (a loss in float32), or None where it is off."""
     if (
@@ -109,7 +115,7 @@ def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
         and input.device.type != "meta"
         and torch.is_autocast_enabled(input.device.type)
     ):
-        is_product = op in ("linear", "linear_relu")
+        is_product = op in _PRODUCTS
         return torch.get_autocast_dtype(input.device.type) if is_product else torch.float32
     return None
 
@@ -135,6 +141,7 @@ _TRITON = Explanation("triton", "a Triton kernel exists for these arguments")
 _ONEDNN_SELECTED = Explanation("onednn", "backend 'onednn' is selected")
 _ONEDNN_PAYS = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
 _ATEN_IS_FASTER = Explanation("torch", "on this processor ATen is at least as fast at this size")
+_ATEN_IS_ONEDNN = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _NO_PRODUCT = Explanation("torch", "a loss has no matrix product that oneDNN could take")
 _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
@@ -226,6 +233,100 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
     return _ONEDNN_SELECTED if _selected == "onednn" else _ONEDNN_PAYS
 
 
+class ConvNumbers(NamedTuple):
+    """A convolution's options as one number for each spatial dimension; ``extra`` is padding at the end alone."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    extra: tuple[int, ...]
+
+
+def conv_numbers(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> ConvNumbers | None:
+    """The options of `torch.nn.functional.conv2d` and its like, for a kernel of this size; None if not valid."""
+
+    def each(value: Any, least: int) -> tuple[int, ...] | None:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if len(values) == 1:
+            values *= len(kernel)
+        valid = len(values) == len(kernel) and all(type(number) is int and number >= least for number in values)
+        return values if valid else None
+
+    strides, dilations = each(stride, 1), each(dilation, 1)
+    if strides is None or dilations is None:
+        return None
+    extra = (0,) * len(kernel)
+    if padding == "same":
+        if any(number != 1 for number in strides):
+            return None
+        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        paddings: tuple[int, ...] | None = tuple(total // 2 for total in totals)
+        extra = tuple(total % 2 for total in totals)
+    else:
+        paddings = extra if padding == "valid" else each(padding, 0)
+    return None if paddings is None else ConvNumbers(strides, paddings, dilations, extra)
+
+
+def _unfit_conv(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> str | None:
+    unfit = _unfit(input, weight, bias) or _unfit_dtype(input, weight, bias)
+    if unfit is not None:
+        return unfit
+    if input.dim() not in (dimensions + 1, dimensions + 2) or weight.dim() != dimensions + 2:
+        return f"input and weight shapes do not make a convolution in {dimensions} dimensions"
+    if type(groups) is not int or groups < 1 or weight.shape[0] % groups != 0:
+        return "groups do not divide the channels"
+    if input.shape[-1 - dimensions] != weight.shape[1] * groups:
+        return "input and weight do not have the same channels"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "bias does not have one element per output channel"
+    kernel = tuple(weight.shape[2:])
+    numbers = conv_numbers(kernel, stride, padding, dilation)
+    if numbers is None:
+        return "stride, padding or dilation is not valid"
+    size = [n + end for n, end in zip(input.shape[-dimensions:], numbers.extra, strict=True)]
+    if any(n < 1 for n in conv_output_size(size, kernel, *numbers[:3])):
+        return "the kernel is larger than the input"
+    return None
+
+
+def conv(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Explanation:
+    """The way of `functional.conv1d`, `functional.conv_relu1d` and their like in two and three dimensions."""
+    if _selected == "torch":
+        return _SELECTED_TORCH
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        return _NO_TENSOR
+    if _selected == "auto" and input.is_cpu and not _INTERPRETER:
+        return _ATEN_IS_ONEDNN
+    if _selected != "onednn":
+        no_triton = _triton_applies(input.device)
+        if no_triton is not None:
+            return no_triton
+    unfit = _unfit_conv(dimensions, input, weight, bias, stride, padding, dilation, groups)
+    if unfit is None and _selected == "onednn" and (not input.is_cpu or input.dtype is not torch.float32):
+        unfit = "oneDNN convolutions are for float32 on the CPU"
+    if unfit is not None:
+        return Explanation("torch", unfit)
+    return _ONEDNN_SELECTED if _selected == "onednn" else _TRITON
+
+
 def _loss(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
     if _selected == "torch":
         return _SELECTED_TORCH
@@ -309,6 +410,7 @@ def cross_entropy(
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "linear": linear,
     "linear_relu": linear,
+    **{f"conv{relu}{n}d": functools.partial(conv, n) for relu in ("", "_relu") for n in (1, 2, 3)},
     "mse_loss": mse_loss,
     "cross_entropy": cross_entropy,
 }

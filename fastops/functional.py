@@ -6,6 +6,7 @@ goes it: through a hand-written `torch.autograd.Function`, or through the torch 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,170 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     output: Tensor = apply(LinearReLU, input, weight, bias, way)
     return output
+
+
+_Numbers = int | Sequence[int]
+
+
+def _conv(
+    function: Callable[..., Tensor],
+    dimensions: int,
+    relu: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: _Numbers,
+    padding: _Numbers | str,
+    dilation: _Numbers,
+    groups: int,
+) -> Tensor:
+    """What all convolutions are; ``function`` is the public one."""
+    options = (stride, padding, dilation, groups)
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(function, (input, weight, bias), input, weight, bias, *options)
+    if (dtype := autocast_dtype(function.__name__, input)) is not None:
+        return under_autocast(function, dtype, input, weight, bias, *options)
+    way = dispatch.conv(dimensions, input, weight, bias, *options).backend
+    if way == "torch":
+        output: Tensor = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1](input, weight, bias, *options)  # type: ignore[arg-type]
+        return output.relu_() if relu else output
+    from .autograd.conv import Conv, ConvReLU
+    from .autograd.function import apply
+
+    numbers = dispatch.conv_numbers(tuple(weight.shape[2:]), stride, padding, dilation)
+    assert numbers is not None
+    *symmetric, extra = numbers
+    if any(extra):  # padding="same" and an even kernel: torch too pads the end first
+        input = F.pad(input, [number for end in reversed(extra) for number in (0, end)])
+    batch = input if input.dim() == dimensions + 2 else input.unsqueeze(0)
+    flat = (number for numbers in symmetric for number in numbers)
+    output = apply(ConvReLU if relu else Conv, batch, weight, bias, way, groups, *flat)
+    return output if batch is input else output.squeeze(0)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution in one dimension, as `torch.nn.functional.conv1d`.
+
+    Args:
+        input: [N, C, L] or [C, L].
+        weight: [O, C / groups, K].
+        bias: [O] or None.
+        stride, dilation: a number, or one for each dimension.
+        padding: the same, or ``"valid"`` (none) or ``"same"`` (the output has the input's size; stride 1 only).
+        groups: divides C and O.
+
+    Returns:
+        [N, O, L'] or [O, L'], in the inputs' dtype (autocast's where that is on).
+
+    Raises:
+        RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
+    """
+    return _conv(conv1d, 1, False, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution in two dimensions, as `torch.nn.functional.conv2d`.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W].
+        weight: [O, C / groups, KH, KW].
+        bias: [O] or None.
+        stride, dilation: a number, or one for each dimension.
+        padding: the same, or ``"valid"`` (none) or ``"same"`` (the output has the input's size; stride 1 only).
+        groups: divides C and O.
+
+    Returns:
+        [N, O, H', W'] or [O, H', W'], in the inputs' dtype (autocast's where that is on).
+        It is channels-last if input or weight is.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
+    """
+    return _conv(conv2d, 2, False, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution in three dimensions, as `torch.nn.functional.conv3d`.
+
+    Args:
+        input: [N, C, D, H, W] or [C, D, H, W].
+        weight: [O, C / groups, KD, KH, KW].
+        bias: [O] or None.
+        stride, dilation: a number, or one for each dimension.
+        padding: the same, or ``"valid"`` (none) or ``"same"`` (the output has the input's size; stride 1 only).
+        groups: divides C and O.
+
+    Returns:
+        [N, O, D', H', W'] or [O, D', H', W'], in the inputs' dtype (autocast's where that is on).
+        It is channels-last if input or weight is.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
+    """
+    return _conv(conv3d, 3, False, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_relu1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv1d(..))`` in one kernel: see `conv1d`. NaN stays NaN, as in torch's ReLU."""
+    return _conv(conv_relu1d, 1, True, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_relu2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(..))`` in one kernel: see `conv2d`. NaN stays NaN, as in torch's ReLU."""
+    return _conv(conv_relu2d, 2, True, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_relu3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv3d(..))`` in one kernel: see `conv3d`. NaN stays NaN, as in torch's ReLU."""
+    return _conv(conv_relu3d, 3, True, input, weight, bias, stride, padding, dilation, groups)
 
 
 def mse_loss(

@@ -6,6 +6,7 @@ inside a training step. Entries were compiled offline for their architecture and
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ _FLOAT32 = (MatmulConfig(64, 64, 16, 4, 3),)
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
 # The interpreter pays per operation first, then per element: few large tiles, or one small one.
 _INTERPRETED = (MatmulConfig(128, 128, 128, 1, 1), MatmulConfig(16, 16, 64, 1, 1))
+_INTERPRETED_POSITIONS = 1024  # of a convolution, at a time
 
 
 def architecture(device: torch.device) -> str:
@@ -97,3 +99,88 @@ def matmul_config(
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:
             return config
     return candidates[-1]
+
+
+class ConvConfig(NamedTuple):
+    """Tile of a convolution. ``FLAT``: its channels are no multiple of the block, which then runs over taps too."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    FLAT: bool
+
+
+def _power_of_2_within(size: int, limit: int) -> int:
+    """The largest power of 2 that is at most ``size`` and ``limit``, but no less than the 16 that a dot needs."""
+    return max(16, min(limit, 1 << (size.bit_length() - 1)))
+
+
+def _channel_block(channels: int, block: int) -> tuple[int, bool]:
+    """A large part of the block that divides the channels, and False; if there is none the whole block, and True."""
+    divisor = math.gcd(channels, block)
+    return (divisor, False) if divisor >= min(32, block) else (block, True)
+
+
+def conv_config(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    positions: int,
+    columns: int,
+    products: int,
+    channels: int,
+    aligned: bool,
+) -> ConvConfig:
+    """Tile of ``products`` products [positions, taps x channels] x [taps x channels, columns].
+
+    The tile of `matmul_config`, no wider than the ``columns`` and with steps that divide the ``channels``.
+    """
+    tile = matmul_config(device, dtype, precision, positions, columns * products, aligned)
+    if device.type == "cpu":
+        tile = tile._replace(BLOCK_M=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
+    elif not aligned:  # addresses one by one, for a whole tile, take too many registers
+        tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32))
+    block_k, flat = _channel_block(channels, tile.BLOCK_K)
+    block_n = _power_of_2_within(columns, tile.BLOCK_N)
+    return ConvConfig(tile.BLOCK_M, block_n, block_k, _warps(tile, tile.BLOCK_M * block_n), tile.num_stages, flat)
+
+
+def conv_grad_weight_config(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    positions: int,
+    rows: int,
+    channels: int,
+    taps: int,
+    aligned: bool,
+) -> ConvConfig:
+    """Tile of a product [rows, positions] x [positions, taps x channels]: few tiles, as the positions are split."""
+    candidates = matmul_candidates(architecture(device), dtype, precision)
+    tile = candidates[0] if aligned else candidates[-1]._replace(num_warps=8)
+    if device.type == "cpu":
+        tile = candidates[0]._replace(BLOCK_K=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
+    block_m = _power_of_2_within(rows, tile.BLOCK_M)
+    block_n, flat = _channel_block(channels, tile.BLOCK_N)
+    if flat:
+        block_n = _power_of_2_within(taps * channels, tile.BLOCK_N)
+    return ConvConfig(block_m, block_n, tile.BLOCK_K, _warps(tile, block_m * block_n), tile.num_stages, flat)
+
+
+def _warps(tile: MatmulConfig, elements: int) -> int:
+    """Four warps hold the accumulators of 128 x 64 elements in registers."""
+    return tile.num_warps if elements > 128 * 64 else min(4, tile.num_warps)
+
+
+def conv_splits(device: torch.device, tiles: int, steps: int, result: int, operands: int) -> int:
+    """How many parts the sum over positions is split into: enough to give every multiprocessor two programs.
+
+    No more than four steps each allow, and not so many that the partial results (written, then read, in float32) move
+    more elements than the operands have.
+    """
+    if device.type == "cpu":  # the interpreter runs programs one by one: only so that there is a second stage
+        return min(2, max(steps, 1))
+    wanted = -(-2 * multiprocessors(device) // tiles)
+    return max(1, min(wanted, steps // 4, operands // (2 * result)))

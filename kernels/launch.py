@@ -30,7 +30,10 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def input_precision(tensor: Tensor) -> str:
-    """How a matrix product may round its float32 operands: what torch's own setting says for this device."""
-    tf32 = tensor.dtype is torch.float32 and tensor.is_cuda and torch.version.hip is None
-    return "tf32" if tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def input_precision(tensor: Tensor, op: str = "matmul") -> str:
+    """How "matmul" or "conv" may round float32 operands: what torch's own setting says for this device."""
+    if tensor.dtype is not torch.float32 or not tensor.is_cuda or torch.version.hip is not None:
+        return "ieee"
+    cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
+    setting = cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    return "tf32" if setting.fp32_precision == "tf32" else "ieee"

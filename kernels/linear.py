@@ -120,15 +120,20 @@ def alignment(size: int, block: int) -> int:
 
 
 def matmul(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False, config: MatmulConfig | None = None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    config: MatmulConfig | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
 
-    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table.
+    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table; ``out`` is written to.
     """
     M, K = a.shape
     N = b.shape[1]
-    c = torch.empty((M, N), dtype=a.dtype, device=a.device)
+    c = torch.empty((M, N), dtype=a.dtype, device=a.device) if out is None else out
     precision = input_precision(a)
     aligned = all(
         min(operand.stride()) == 1 and max(operand.stride()) % 8 == 0 and operand.data_ptr() % 16 == 0

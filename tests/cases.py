@@ -51,6 +51,28 @@ def _linear_cases() -> Iterator[Case]:
         yield Case(op, "3d", ours, torchs, ((2, 3, 3), (2, 3), (2,)))
 
 
+def _conv_cases() -> Iterator[Case]:
+    shapes: dict[str, tuple[int, tuple[tuple[int, ...], ...], dict[str, Any]]] = {
+        "bias": (2, ((2, 2, 5, 4), (3, 2, 3, 2), (3,)), {"stride": (2, 1), "padding": (1, 0)}),
+        "no_bias": (2, ((1, 3, 4, 4), (2, 3, 2, 2)), {"dilation": 2}),
+        "same": (2, ((1, 2, 4, 3), (2, 2, 2, 3), (2,)), {"padding": "same"}),
+        "groups": (2, ((1, 4, 4, 4), (2, 2, 2, 2), (2,)), {"groups": 2, "stride": 2}),
+        "unbatched": (2, ((2, 4, 4), (2, 2, 3, 3), (2,)), {"padding": "valid"}),
+        "pointwise": (2, ((2, 3, 2, 3), (2, 3, 1, 1), (2,)), {}),
+        "1d": (1, ((2, 2, 6), (3, 2, 3), (3,)), {"stride": 2, "padding": 1}),
+        "3d": (3, ((1, 2, 3, 4, 3), (2, 2, 2, 2, 1), (2,)), {"stride": (1, 2, 1)}),
+    }
+    for name, (dimensions, tensors, options) in shapes.items():
+        torch_conv = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+
+        def torch_conv_relu(*tensors: Tensor, torch_conv: Any = torch_conv, **options: Any) -> Tensor:
+            return F.relu(torch_conv(*tensors, **options))
+
+        for op, torchs in ((f"conv{dimensions}d", torch_conv), (f"conv_relu{dimensions}d", torch_conv_relu)):
+            ours = functools.partial(getattr(FF, op), **options)
+            yield Case(op, name, ours, functools.partial(torchs, **options), tensors)
+
+
 def _mse_cases() -> Iterator[Case]:
     for reduction in ("none", "mean", "sum"):
         ours = functools.partial(FF.mse_loss, reduction=reduction)
@@ -96,7 +118,7 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield Case("cross_entropy", name, ours, torchs, (shape, shape), torch.rand)
 
 
-CASES = [*_linear_cases(), *_mse_cases(), *_cross_entropy_cases()]
+CASES = [*_linear_cases(), *_conv_cases(), *_mse_cases(), *_cross_entropy_cases()]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 one_case_per_op = pytest.mark.parametrize(
     "case",
@@ -106,13 +128,14 @@ one_case_per_op = pytest.mark.parametrize(
 
 
 def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send float64 through the oneDNN way's Functions too (their products are ATen's then): for gradcheck."""
+    """Send float64 through the oneDNN way's Functions too (what they compute is ATen's then): for gradcheck."""
 
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dispatch.Explanation:
+    def forced(*_: Any) -> dispatch.Explanation:
         return dispatch.Explanation("onednn", "forced")
 
     if dispatch.selected_backend() == "onednn":
-        monkeypatch.setattr(dispatch, "linear", linear)
+        monkeypatch.setattr(dispatch, "linear", forced)
+        monkeypatch.setattr(dispatch, "conv", forced)
 
 
 def gradients(function: Callable[..., Tensor], *tensors: Tensor, grad_output: Tensor | None = None) -> list[Tensor]:

@@ -69,7 +69,7 @@ def inspect(assembly: dict[str, Any], shared_memory: int) -> Machine:
 def compiled(
     kernel: Any,
     architecture: str,
-    types: dict[str, str],
+    types: dict[str, str | list[str]],
     constants: dict[str, Any],
     unaligned: tuple[str, ...] = (),
     **options: int,
@@ -77,20 +77,26 @@ def compiled(
     """Compile ``kernel`` for ``architecture``.
 
     Args:
-        types: Triton type of each argument that is no constant ("*bf16", "i32", "fp32").
+        types: Triton type of each argument that is no constant ("*bf16", "i32", "fp32"), a list of them for a tuple;
+            "i32:1" for a number that is 1, which Triton makes a constant.
         constants: value of each constexpr argument, and 1 for strides that are 1.
-        unaligned: arguments that are no multiple of 16; all others are, as Triton finds at a launch.
+        unaligned: arguments that are no multiple of 16; all others are, as Triton finds at a launch. Nothing is known
+            of the numbers in a tuple.
         options: num_warps, num_stages.
     """
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    missing = [name for name, type_ in signature.items() if type_ == "constexpr" and name not in constants]
-    assert not missing, f"no type and no value for {missing}"
-    attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(kernel.arg_names)
-        if name in types and name not in unaligned and not types[name].startswith("fp")
-    }
-    result = triton.compile(ASTSource(kernel, signature, constants, attributes), target(architecture), options)
+    signature, fixed, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        type_ = types.get(name, "constexpr")
+        if type_ == "constexpr":
+            value = constants[name]
+            fixed[position,] = tuple(value) if isinstance(value, list) else value
+        elif isinstance(type_, list):
+            fixed |= {(position, index): 1 for index, part in enumerate(type_) if part == "i32:1"}
+            type_ = tuple("constexpr" if part == "i32:1" else part for part in type_)
+        elif name not in unaligned and not type_.startswith("fp"):
+            attributes[position,] = [["tt.divisibility", 16]]
+        signature[name] = type_
+    result = triton.compile(ASTSource(kernel, signature, fixed, attributes), target(architecture), options)
     return inspect(result.asm, result.metadata.shared)
 
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastops.kernels import configs, cross_entropy, linear, mse
+from fastops.kernels import configs, conv, cross_entropy, linear, mse
 
 ROOT = Path(__file__).parents[1]
-ARCHITECTURES = ("sm80", "sm90", "gfx942")
-SHARED_MEMORY = {"sm80": 163 << 10, "sm90": 227 << 10, "gfx942": 64 << 10}
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+SHARED_MEMORY = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
 TRITON_NAME = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -56,13 +56,15 @@ def recorded(
         launches.append((kernel.fn, values, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear, mse, cross_entropy):
+        for module in (linear, conv, mse, cross_entropy):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "architecture", lambda _: architecture)
         patch.setattr(configs, "multiprocessors", lambda _: 100)
         if tile is not None:
             patch.setattr(linear, "matmul_config", lambda *_: tile)
-        patch.setattr(linear, "input_precision", lambda _: precision)
+            patch.setattr(configs, "matmul_config", lambda *_: tile)
+        for module in (linear, conv):
+            patch.setattr(module, "input_precision", lambda *_: precision)
         result = launcher(*arguments)
     requests = []
     for function, values, constants in launches:
@@ -70,6 +72,8 @@ def recorded(
         for name, value in zip(inspect.signature(function).parameters, values, strict=False):
             if isinstance(value, Tensor):
                 types[name] = "*" + TRITON_NAME[value.dtype]
+            elif isinstance(value, tuple):
+                types[name] = ["i32:1" if number == 1 else "i32" for number in value]
             elif value == 1:
                 fixed[name] = 1
             else:
@@ -104,6 +108,53 @@ def linear_launches(architecture: str) -> Iterator[Launch]:
                 request,
                 matrix_units=product and (dtype.itemsize == 2 or precision == "tf32"),
                 wide_accesses=M == 512,
+            )
+
+
+def conv_launches(architecture: str) -> Iterator[Launch]:
+    """Every tile of the table, forward and backward; what is taken for few channels, odd ones, groups and volumes."""
+    half = configs.matmul_candidates(architecture, torch.bfloat16, "ieee")
+    body, stride_2 = (8, 64, (28, 28), 128, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
+    table: list[tuple[torch.dtype, str, configs.MatmulConfig | None, tuple[Any, ...]]]
+    table = [(torch.bfloat16, "ieee", tile, shape) for tile in half for shape in (body, stride_2)]
+    table += [
+        (torch.bfloat16, "ieee", None, shape)
+        for shape in (
+            (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
+            (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
+            (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
+            (8, 64, (28, 28), 64, (3, 3), 2, 64),  # depthwise
+            (8, 64, (28, 28), 128, (3, 3), 1, 2),
+            (8, 512, (7, 7), 512, (3, 3), 1, 1),
+            (8, 64, (100,), 64, (5,), 2, 1),
+            (2, 32, (8, 14, 14), 64, (3, 3, 3), 2, 1),
+        )
+    ]
+    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float64, "ieee")):
+        if precision == "ieee" or architecture.startswith("sm"):
+            tiles = configs.matmul_candidates(architecture, dtype, precision)
+            table += [(dtype, precision, tile, body) for tile in tiles]
+    for dtype, precision, tile, (N, C, size, out, kernel, stride, groups) in table:
+        n = len(size)
+        x, w, b = (
+            empty(N, C, *size, dtype=dtype),
+            empty(out, C // groups, *kernel, dtype=dtype),
+            empty(out, dtype=dtype),
+        )
+        options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, groups
+        contiguous = torch.contiguous_format
+        y, forward = recorded(architecture, tile, precision, conv.conv, x, w, b, *options, True, contiguous)
+        arguments = (y, x, w, y, x.shape, w.shape, *options, True, contiguous)
+        backward = recorded(architecture, tile, precision, conv.conv_backward, *arguments)[1]
+        for request in (*forward, *backward):
+            product = "conv.py:conv_kernel conv_grad_input_kernel conv_grad_weight_kernel"
+            name = request["kernel"].split(":")[1]
+            is_product = name in product
+            yield Launch(
+                f"{name} {dtype} {precision} {tile} {x.shape} {w.shape} stride {stride} groups {groups}",
+                request,
+                matrix_units=is_product and (dtype.itemsize == 2 or precision == "tf32"),
+                wide_accesses=is_product and dtype.itemsize == 2 and C // groups % 8 == 0 and out // groups % 8 == 0,
             )
 
 
@@ -166,7 +217,7 @@ def machine_code(requests: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("launches", [linear_launches, loss_launches])
+@pytest.mark.parametrize("launches", [linear_launches, conv_launches, loss_launches])
 def test_machine_code(architecture: str, launches: Callable[[str], Iterator[Launch]]) -> None:
     wanted = {json.dumps(launch.request): launch for launch in launches(architecture)}
     problems = []

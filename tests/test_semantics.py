@@ -318,7 +318,11 @@ def test_nan_is_never_lost(case: Case, backend: str) -> None:
         with torch.no_grad():
             tensors[position].view(-1)[0] = NAN
         found, expected = gradients(case.ours, *tensors), gradients(case.torchs, *tensors)
-        assert [t.isnan().tolist() for t in found] == [t.isnan().tolist() for t in expected]
+        for ours, torchs in zip(found, expected, strict=True):
+            lost, added = torchs.isnan() & ~ours.isnan(), ours.isnan() & ~torchs.isnan()
+            assert not lost.any()
+            # Zero padding times NaN is NaN for a kernel, and for some of torch's, where oneDNN leaves padding out.
+            assert not added.any() or ("conv" in case.op and position > 0)
 
 
 @every_case

@@ -1,6 +1,18 @@
 """Drop-in `torch.nn.Module` replacements, one file per family."""
 
+from .conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d
 from .linear import Linear, LinearReLU
 from .loss import CrossEntropyLoss, MSELoss
 
-__all__ = ["CrossEntropyLoss", "Linear", "LinearReLU", "MSELoss"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvReLU1d",
+    "ConvReLU2d",
+    "ConvReLU3d",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearReLU",
+    "MSELoss",
+]

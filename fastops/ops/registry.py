@@ -31,11 +31,11 @@ def register(
     torch.library.register_vmap(name, functools.partial(vmap, op), lib=_library)
 
 
-def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    """The vmap rule that calls ``op`` once per sample and stacks the results."""
+def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """The vmap rule that calls ``op`` once per sample and stacks the results. Only a tensor's dimension is a number."""
     if info.batch_size == 0:
         samples = [
-            a if dim is None else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
+            a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :]) if isinstance(dim, int) else a
             for a, dim in zip(arguments, in_dims, strict=True)
         ]
         result = op(*samples)
@@ -43,7 +43,7 @@ def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[int | None
             return tuple(part.new_empty((0, *part.shape)) for part in result), (0,) * len(result)
         return result.new_empty((0, *result.shape)), 0
     results = [
-        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(results[0], tuple):

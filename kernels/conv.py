@@ -1,0 +1,598 @@
+"""Convolution in one, two or three dimensions, optionally with ReLU, as implicit matrix products.
+
+Every tensor is seen in three spatial dimensions (the missing ones have size 1), channels last. With a position p of the
+output, a tap k of the kernel, and x(p, k) the input position that tap k meets at p::
+
+    y[p, o]    = relu(sum over k, c of x[x(p, k), c] w[o, k, c] + b[o])
+    gz         = gy where not y <= 0, else 0         (`relu_mask_and_column_sum`, which also sums the bias gradient)
+    gx[i, c]   = sum over k, o of gz[p, o] w[o, k, c]       with p such that x(p, k) = i
+    gw[o, k, c] = sum over p of gz[p, o] x[x(p, k), c]
+
+Each is a matrix product whose one operand is gathered while it is loaded; taps that meet the padding load zeros. A step
+of the inner loop lies within one tap where the channels are a multiple of its size. Where they are not (``FLAT``), its
+lanes run over taps and channels as one dimension.
+
+The gradient of the input is computed by *residue class*: the input positions i with equal ``i % stride`` meet the same
+taps, a tap out of ``stride`` (over its common divisor with the dilation), so that no tap is loaded in vain.
+The gradient of the weight sums over positions in a fixed number of parts, then adds up the parts: no atomics.
+
+A convolution of 1×1 with stride 1 is a linear layer over positions and runs as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import conv_config, conv_grad_weight_config, conv_splits
+from .geometry import POINTWISE, Geometry, three
+from .launch import accumulator_dtype, input_precision, launch
+from .linear import matmul, relu_mask_and_column_sum, tile_lanes, tile_start
+
+
+@triton.jit
+def unravel(index, size):
+    """Batch, depth, row and column of flat positions in [batch, *size]."""
+    column = index % size[2]
+    index = index // size[2]
+    row = index % size[1]
+    index = index // size[1]
+    return index // size[0], index % size[0], row, column
+
+
+@triton.jit
+def flat_position(batch, depth, row, column, size):
+    """The reverse of `unravel`."""
+    return ((batch * size[0] + depth) * size[1] + row) * size[2] + column
+
+
+@triton.jit
+def inside(depth, row, column, size):
+    """Whether a position lies in the tensor, not in its padding."""
+    return (depth >= 0) & (depth < size[0]) & (row >= 0) & (row < size[1]) & (column >= 0) & (column < size[2])
+
+
+@triton.jit
+def tap_and_channel(block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """Tap and channels of block number ``block`` of the dimension [taps, CHANNELS]: one tap unless FLAT."""
+    if FLAT:
+        lanes = block * BLOCK + tl.arange(0, BLOCK)
+        return lanes // CHANNELS, lanes % CHANNELS
+    else:
+        BLOCKS: tl.constexpr = CHANNELS // BLOCK
+        return tl.full((), 0, tl.int32) + block // BLOCKS, block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def conv_kernel(
+    input_ptr,  # [batch, *input_size, channels], contiguous
+    weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
+    bias_ptr,  # [out_channels]
+    output_ptr,  # [positions, out_channels], contiguous
+    positions,
+    input_size,
+    output_size,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of a group
+    OUT_CHANNELS: tl.constexpr,  # of a group
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    LARGE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per BLOCK_M positions and BLOCK_N output channels of a group, the channels fastest."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+    POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    TILES_N: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
+
+    program = tl.program_id(0)
+    tile_n = program % TILES_N
+    group = program // TILES_N % GROUPS
+    own_rows = (program // (TILES_N * GROUPS)).to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_start(tile_n, OUT_CHANNELS, BLOCK_N, ALIGNMENT_N) + tile_lanes(OUT_CHANNELS, BLOCK_N, ALIGNMENT_N)
+    columns += group * OUT_CHANNELS
+
+    rows = tl.minimum(own_rows, positions - 1)
+    batch, depth, row, column = unravel(rows[:, None], output_size)
+    depth = depth * STRIDE[0] - PADDING[0]
+    row = row * STRIDE[1] - PADDING[1]
+    column = column * STRIDE[2] - PADDING[2]
+    # What the first tap meets: it may lie in the padding.
+    origin = flat_position(batch, depth, row, column, input_size)
+    weight_rows = weight_ptr + columns[None, :] * (TAPS * CHANNELS)
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(0, (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K):
+        tap, channel = tap_and_channel(step, CHANNELS, BLOCK_K, FLAT)
+        across = tap[None, :] if FLAT else tap
+        d = across // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+        r = across // KERNEL[2] % KERNEL[1] * DILATION[1]
+        c = across % KERNEL[2] * DILATION[2]
+        met = inside(depth + d, row + r, column + c, input_size)
+        if FLAT:
+            met &= across < TAPS
+        position = tl.where(met, origin + flat_position(0, d, r, c, input_size), 0).to(tl.int64)
+        x_ptrs = input_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + channel)[None, :]
+        x = tl.load(x_ptrs, mask=met, other=0.0)
+        if FLAT:
+            real = (tap < TAPS)[:, None]
+            w = tl.load(weight_rows + (tl.where(real, tap[:, None], 0) * CHANNELS + channel[:, None]), real, other=0.0)
+        else:
+            w = tl.load(weight_rows + (tap * CHANNELS + channel)[:, None])
+        accumulator = tl.dot(x, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
+    if RELU:
+        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
+    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < OUT_CHANNELS
+    if ALIGNMENT_N != 0:
+        own_columns = columns >= group * OUT_CHANNELS + tile_n * BLOCK_N
+    output_ptrs = output_ptr + rows[:, None].to(tl.int64) * (GROUPS * OUT_CHANNELS) + columns[None, :]
+    own = (own_rows < positions)[:, None] & own_columns[None, :]
+    tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def first_tap(residue, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+              STEP: tl.constexpr):  # fmt: skip
+    """The first tap that meets input positions of this residue; KERNEL if none does. The others follow by STEP."""
+    tap = tl.full((), KERNEL, tl.int32)
+    for candidate in tl.static_range(STEP):
+        meets = (residue + PADDING - (STEP - 1 - candidate) * DILATION) % STRIDE == 0
+        tap = tl.where(meets, tl.minimum(STEP - 1 - candidate, KERNEL), tap)
+    return tap
+
+
+@triton.jit
+def conv_grad_input_kernel(
+    grad_ptr,  # [positions, out_channels], contiguous
+    weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
+    output_ptr,  # [batch, *input_size, channels], contiguous
+    batch_size,
+    tiles_m,
+    input_size,
+    output_size,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of a group
+    OUT_CHANNELS: tl.constexpr,  # of a group
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    STEP: tl.constexpr,  # from one tap of a class to the next: STRIDE / gcd(STRIDE, DILATION)
+    INPUT_PRECISION: tl.constexpr,
+    LARGE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per BLOCK_M input positions of a residue class and BLOCK_N channels of a group, the class slowest."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    TILES_N: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+
+    program = tl.program_id(0)
+    tile_n = program % TILES_N
+    group = program // TILES_N % GROUPS
+    tile_m = program // (TILES_N * GROUPS) % tiles_m
+    residue = program // (TILES_N * GROUPS) // tiles_m
+    depth0 = residue // (STRIDE[1] * STRIDE[2])
+    row0 = residue // STRIDE[2] % STRIDE[1]
+    column0 = residue % STRIDE[2]
+    # The positions of the class, in each dimension.
+    depths = (input_size[0] - depth0 + STRIDE[0] - 1) // STRIDE[0]
+    rows_ = (input_size[1] - row0 + STRIDE[1] - 1) // STRIDE[1]
+    columns_ = (input_size[2] - column0 + STRIDE[2] - 1) // STRIDE[2]
+    members = depths.to(POSITION) * rows_ * columns_ * batch_size
+    own_rows = tile_m.to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tile_m.to(POSITION) * BLOCK_M < members:
+        columns = tile_start(tile_n, CHANNELS, BLOCK_N, ALIGNMENT_N) + tile_lanes(CHANNELS, BLOCK_N, ALIGNMENT_N)
+        batch, depth, row, column = unravel(tl.minimum(own_rows, members - 1)[:, None], (depths, rows_, columns_))
+        depth = depth * STRIDE[0] + depth0
+        row = row * STRIDE[1] + row0
+        column = column * STRIDE[2] + column0
+
+        tap_d = first_tap(depth0, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], STEP[0])
+        tap_r = first_tap(row0, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], STEP[1])
+        tap_c = first_tap(column0, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2], STEP[2])
+        taps_r = (KERNEL[1] - tap_r + STEP[1] - 1) // STEP[1]
+        taps_c = (KERNEL[2] - tap_c + STEP[2] - 1) // STEP[2]
+        taps = (KERNEL[0] - tap_d + STEP[0] - 1) // STEP[0] * taps_r * taps_c
+        # What the first tap meets: these divisions leave no rest in a class that has taps.
+        out_d = (depth + PADDING[0] - tap_d * DILATION[0]) // STRIDE[0]
+        out_r = (row + PADDING[1] - tap_r * DILATION[1]) // STRIDE[1]
+        out_c = (column + PADDING[2] - tap_c * DILATION[2]) // STRIDE[2]
+
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+        for step in range(0, (taps * OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K):
+            number, channel = tap_and_channel(step, OUT_CHANNELS, BLOCK_K, FLAT)
+            if FLAT:
+                real = number < taps
+                number = tl.where(real, number, 0)
+            d = number // (taps_r * taps_c)
+            r = number // taps_c % taps_r
+            c = number % taps_c
+            tap = ((tap_d + d * STEP[0]) * KERNEL[1] + tap_r + r * STEP[1]) * KERNEL[2] + tap_c + c * STEP[2]
+            out_channel = group * OUT_CHANNELS + channel
+            w_ptrs = weight_ptr + out_channel[:, None].to(tl.int64) * (TAPS * CHANNELS) + columns[None, :]
+            if FLAT:
+                d, r, c = d[None, :], r[None, :], c[None, :]
+                w = tl.load(w_ptrs + tap[:, None] * CHANNELS, mask=real[:, None], other=0.0)
+            else:
+                w = tl.load(w_ptrs + tap * CHANNELS)
+            out_depth = out_d - d * (STEP[0] * DILATION[0] // STRIDE[0])
+            out_row = out_r - r * (STEP[1] * DILATION[1] // STRIDE[1])
+            out_column = out_c - c * (STEP[2] * DILATION[2] // STRIDE[2])
+            met = inside(out_depth, out_row, out_column, output_size)
+            if FLAT:
+                met &= real[None, :]
+            position = tl.where(met, flat_position(batch, out_depth, out_row, out_column, output_size), 0)
+            grad_ptrs = grad_ptr + position.to(tl.int64) * (GROUPS * OUT_CHANNELS) + out_channel[None, :]
+            grad = tl.load(grad_ptrs, mask=met, other=0.0)
+            accumulator = tl.dot(grad, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+
+        own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < CHANNELS
+        if ALIGNMENT_N != 0:
+            own_columns = columns >= tile_n * BLOCK_N
+        position = flat_position(batch, depth, row, column, input_size).to(tl.int64)
+        output_ptrs = output_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + columns)[None, :]
+        own = (own_rows < members)[:, None] & own_columns[None, :]
+        tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def conv_grad_weight_kernel(
+    grad_ptr,  # [positions, out_channels], contiguous
+    input_ptr,  # [batch, *input_size, channels], contiguous
+    partial_ptr,  # [splits, out_channels, taps, CHANNELS], contiguous
+    positions,
+    positions_per_split,
+    input_size,
+    OUTPUT_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of a group
+    OUT_CHANNELS: tl.constexpr,  # of a group
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    LARGE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGNMENT_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per BLOCK_M output channels, BLOCK_N taps and channels, group and part of the positions."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
+    INNER: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2] * CHANNELS
+    TILES_M: tl.constexpr = (OUT_CHANNELS + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+
+    program = tl.program_id(0)
+    tile_m = program % TILES_M
+    tile_n = program // TILES_M % TILES_N
+    group = program // (TILES_M * TILES_N) % GROUPS
+    split = program // (TILES_M * TILES_N * GROUPS)
+    rows = tile_start(tile_m, OUT_CHANNELS, BLOCK_M, ALIGNMENT_M) + tile_lanes(OUT_CHANNELS, BLOCK_M, ALIGNMENT_M)
+    rows += group * OUT_CHANNELS
+    tap, channel = tap_and_channel(tile_n, CHANNELS, BLOCK_N, FLAT)
+    across = tap[None, :] if FLAT else tap
+    d = across // (KERNEL[1] * KERNEL[2]) * DILATION[0] - PADDING[0]
+    r = across // KERNEL[2] % KERNEL[1] * DILATION[1] - PADDING[1]
+    c = across % KERNEL[2] * DILATION[2] - PADDING[2]
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    start = split.to(POSITION) * positions_per_split
+    end = tl.minimum(start + positions_per_split, positions)
+    for first in range(start, end, BLOCK_K):
+        own = first + tl.arange(0, BLOCK_K)
+        position = tl.minimum(own, end - 1)
+        grad_ptrs = grad_ptr + position[None, :].to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows[:, None]
+        grad = tl.load(grad_ptrs, mask=(own < end)[None, :], other=0.0)
+        batch, depth, row, column = unravel(position[:, None], OUTPUT_SIZE)
+        depth = depth * STRIDE[0] + d
+        row = row * STRIDE[1] + r
+        column = column * STRIDE[2] + c
+        met = inside(depth, row, column, input_size) & (own < end)[:, None]
+        if FLAT:
+            met &= across * CHANNELS < INNER
+        position = tl.where(met, flat_position(batch, depth, row, column, input_size), 0).to(tl.int64)
+        x_ptrs = input_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + channel)[None, :]
+        x = tl.load(x_ptrs, mask=met, other=0.0)
+        accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+
+    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < OUT_CHANNELS
+    if ALIGNMENT_M != 0:
+        own_rows = rows >= group * OUT_CHANNELS + tile_m * BLOCK_M
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    partial_rows = (split.to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows) * INNER
+    partial_ptrs = partial_ptr + partial_rows[:, None] + column[None, :]
+    tl.store(partial_ptrs, accumulator, mask=own_rows[:, None] & (column < INNER)[None, :])
+
+
+@triton.jit
+def conv_sum_of_splits_kernel(
+    partial_ptr,  # [splits, out_channels, TAPS, CHANNELS], contiguous
+    output_ptr,  # [out_channels, channels, taps], any strides
+    splits,
+    size,
+    channels,  # without the channels that only pad
+    output_strides,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements of the weight's gradient: the sum of its parts, one after the other."""
+    own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.minimum(own, size - 1)
+    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
+    for _ in range(0, splits):
+        total += tl.load(partial_ptr + index)
+        index += size
+    index = tl.minimum(own, size - 1)
+    channel = index % CHANNELS
+    offsets = index // (TAPS * CHANNELS) * output_strides[0] + channel * output_strides[1]
+    offsets += index // CHANNELS % TAPS * output_strides[2]
+    own_element = (own < size) & (channel < channels)
+    tl.store(output_ptr + offsets, total.to(output_ptr.dtype.element_ty), mask=own_element)
+
+
+def channels_last(tensor: Tensor, pad: bool) -> Tensor:
+    """[N, C, ...] -> contiguous [N, ..., C]: a view of a dense channels-last tensor, else a copy.
+
+    With ``pad``, channels of zeros fill up each position to a multiple of 16 bytes: for 128-bit loads.
+    """
+    missing = -tensor.shape[1] % (16 // tensor.element_size()) if pad else 0
+    tensor = tensor.movedim(1, -1)
+    if missing == 0:
+        return tensor.contiguous()
+    padded = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + missing)
+    padded[..., :-missing] = tensor
+    return padded
+
+
+def rows_of_channels(tensor: Tensor) -> Tensor:
+    """[N, C, ...] -> contiguous [positions, C]: a view of a dense channels-last tensor, else a copy."""
+    return channels_last(tensor, pad=False).view(-1, tensor.shape[1])
+
+
+def written(
+    like: Tensor, shape: Sequence[int], memory_format: torch.memory_format, write: Callable[[Tensor], None]
+) -> Tensor:
+    """A new tensor of ``shape`` [N, C, ...] in ``memory_format``, whose [positions, C] rows ``write`` has filled.
+
+    Not a view: autograd lets nobody change a view from a Function in place.
+    """
+    result = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+    if memory_format is not torch.contiguous_format:
+        write(rows_of_channels(result))
+        return result
+    rows = like.new_empty(result.numel() // shape[1], shape[1])
+    write(rows)
+    return result.copy_(rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """``relu(conv(input, weight) + bias)``: [N, C, ...], [O, C / groups, ...], [O] -> [N, O, ...], nothing empty.
+
+    One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``.
+    """
+    geometry = Geometry.of(weight.shape[2:], stride, padding, dilation)
+    input_size = three(input.shape[2:])
+    output_size = geometry.output_size(input_size)
+    out_channels = weight.shape[0]
+    shape = (input.shape[0], out_channels, *output_size[5 - input.dim() :])
+
+    def write(rows: Tensor) -> None:
+        if geometry == POINTWISE and groups == 1:
+            matmul(rows_of_channels(input), weight.reshape(out_channels, -1).t(), bias, relu, out=rows)
+            return
+        x, w = (channels_last(tensor, pad=groups == 1) for tensor in (input, weight))
+        positions, channels, outputs = rows.shape[0], w.shape[-1], out_channels // groups
+        precision = input_precision(x, "conv")
+        aligned = channels * x.element_size() % 16 == 0
+        config = conv_config(x.device, x.dtype, precision, positions, outputs, groups, channels, aligned)
+        launch(
+            conv_kernel,
+            (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
+            x,
+            w,
+            rows if bias is None else bias.contiguous(),
+            rows,
+            positions,
+            input_size,
+            output_size,
+            GROUPS=groups,
+            CHANNELS=channels,
+            OUT_CHANNELS=outputs,
+            **geometry._asdict(),
+            HAS_BIAS=bias is not None,
+            RELU=relu,
+            INPUT_PRECISION=precision,
+            LARGE=is_large(x, rows),
+            ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
+            **config._asdict(),
+        )
+
+    return written(input, shape, memory_format, write)
+
+
+def is_large(*tensors: Tensor) -> bool:
+    """Whether flat positions of [..., channels], and those of a last tile behind them, need 64 bits."""
+    return any(tensor.numel() // tensor.shape[-1] >= 2**31 - 2**12 for tensor in tensors)
+
+
+def alignment(size: int, block: int) -> int:
+    """The `tile_start` alignment of a dimension whose size the kernel knows."""
+    return math.gcd(size, block, 16) if size >= block else 0
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need_bias: bool,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `conv` for input (needs ``weight``), weight (needs ``input``) and bias.
+
+    ``output`` is the forward's result if it had a ReLU, else None. The first two results have ``memory_format``.
+    """
+    geometry = Geometry.of(weight_shape[2:], stride, padding, dilation)
+    output_rows = None if output is None else rows_of_channels(output)
+    grad, grad_bias = relu_mask_and_column_sum(rows_of_channels(grad_output), output_rows, need_bias)
+    output_size = three(grad_output.shape[2:])
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = _grad_input(grad, weight, input_shape, output_size, geometry, groups, memory_format)
+    if input is not None:
+        grad_weight = _grad_weight(grad, input, weight_shape, output_size, geometry, groups, memory_format)
+    return grad_input, grad_weight, grad_bias
+
+
+def _grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    output_size: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """``grad`` [positions, O], ``weight`` [O, C / groups, ...] -> ``input_shape`` [N, C, ...]."""
+
+    def write(rows: Tensor) -> None:
+        if geometry == POINTWISE and groups == 1:
+            matmul(grad, weight.reshape(grad.shape[1], -1), out=rows)
+            return
+        w = channels_last(weight, pad=False)
+        input_size, channels, outputs = three(input_shape[2:]), w.shape[-1], weight.shape[0] // groups
+        precision = input_precision(grad, "conv")
+        classes = math.prod(geometry.STRIDE)
+        largest = input_shape[0] * math.prod(-(-n // s) for n, s in zip(input_size, geometry.STRIDE, strict=True))
+        aligned = all(count * grad.element_size() % 16 == 0 for count in (channels, outputs))
+        config = conv_config(grad.device, grad.dtype, precision, largest, channels, groups * classes, outputs, aligned)
+        tiles_m = triton.cdiv(largest, config.BLOCK_M)
+        launch(
+            conv_grad_input_kernel,
+            (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
+            grad,
+            w,
+            rows,
+            input_shape[0],
+            tiles_m,
+            input_size,
+            output_size,
+            GROUPS=groups,
+            CHANNELS=channels,
+            OUT_CHANNELS=outputs,
+            **geometry._asdict(),
+            STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
+            INPUT_PRECISION=precision,
+            LARGE=is_large(grad, rows),
+            ALIGNMENT_N=alignment(channels, config.BLOCK_N),
+            **config._asdict(),
+        )
+
+    return written(grad, input_shape, memory_format, write)
+
+
+def _grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    output_size: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """``grad`` [positions, O], ``input`` [N, C, ...] -> ``weight_shape`` [O, C / groups, ...]."""
+    result = torch.empty(tuple(weight_shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+    if geometry == POINTWISE and groups == 1:
+        return result.copy_(matmul(grad.t(), rows_of_channels(input)).view(result.shape))
+    x = channels_last(input, pad=groups == 1)
+    positions, out_channels = grad.shape
+    channels, outputs, taps = x.shape[-1] // groups, out_channels // groups, math.prod(geometry.KERNEL)
+    precision = input_precision(grad, "conv")
+    aligned = all(count * grad.element_size() % 16 == 0 for count in (channels, outputs))
+    config = conv_grad_weight_config(grad.device, grad.dtype, precision, positions, outputs, channels, taps, aligned)
+    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * groups
+    size = out_channels * taps * channels
+    splits = conv_splits(grad.device, tiles, positions // config.BLOCK_K, size, grad.numel() + x.numel())
+    positions_per_split = triton.cdiv(triton.cdiv(positions, splits), config.BLOCK_K) * config.BLOCK_K
+    splits = triton.cdiv(positions, positions_per_split)
+    partial = grad.new_empty(splits, size, dtype=accumulator_dtype(grad.dtype))
+    launch(
+        conv_grad_weight_kernel,
+        (tiles * splits,),
+        grad,
+        x,
+        partial,
+        positions,
+        positions_per_split,
+        three(input.shape[2:]),
+        OUTPUT_SIZE=output_size,
+        GROUPS=groups,
+        CHANNELS=channels,
+        OUT_CHANNELS=outputs,
+        **geometry._asdict(),
+        INPUT_PRECISION=precision,
+        LARGE=is_large(grad, x),
+        ALIGNMENT_M=alignment(outputs, config.BLOCK_M),
+        **config._asdict(),
+    )
+    by_tap = result.flatten(2)
+    block = 1024
+    launch(
+        conv_sum_of_splits_kernel,
+        (triton.cdiv(size, block),),
+        partial,
+        result,
+        splits,
+        size,
+        weight_shape[1],
+        by_tap.stride(),
+        TAPS=taps,
+        CHANNELS=channels,
+        BLOCK=block,
+    )
+    return result

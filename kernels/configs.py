@@ -174,6 +174,11 @@ def _warps(tile: MatmulConfig, elements: int) -> int:
     return tile.num_warps if elements > 128 * 64 else min(4, tile.num_warps)
 
 
+def register_limit(device: torch.device) -> dict[str, int]:
+    """Compiler options that let each thread have all registers: left alone, ptxas spills some on sm_100 at a third."""
+    return {"maxnreg": 255} if architecture(device) == "sm100" else {}
+
+
 def conv_splits(device: torch.device, tiles: int, steps: int, result: int, operands: int) -> int:
     """How many parts the sum over positions is split into: enough to give every multiprocessor two programs.
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import conv_config, conv_grad_weight_config, conv_splits
+from .configs import conv_config, conv_grad_weight_config, conv_splits, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import accumulator_dtype, input_precision, launch
 from .linear import matmul, relu_mask_and_column_sum, tile_lanes, tile_start
@@ -444,6 +444,7 @@ def conv(
             LARGE=is_large(x, rows),
             ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
             **config._asdict(),
+            **register_limit(rows.device),
         )
 
     return written(input, shape, memory_format, write)
@@ -531,6 +532,7 @@ def _grad_input(
             LARGE=is_large(grad, rows),
             ALIGNMENT_N=alignment(channels, config.BLOCK_N),
             **config._asdict(),
+            **register_limit(rows.device),
         )
 
     return written(grad, input_shape, memory_format, write)
@@ -579,6 +581,7 @@ def _grad_weight(
         LARGE=is_large(grad, x),
         ALIGNMENT_M=alignment(outputs, config.BLOCK_M),
         **config._asdict(),
+        **register_limit(grad.device),
     )
     by_tap = result.flatten(2)
     block = 1024
@@ -594,5 +597,6 @@ def _grad_weight(
         TAPS=taps,
         CHANNELS=channels,
         BLOCK=block,
+        **register_limit(grad.device),
     )
     return result

@@ -30,7 +30,7 @@ TRITON_NAME = {
     torch.float16: "fp16",
     torch.int64: "i64",
 }
-OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")
 
 
 class Launch(NamedTuple):

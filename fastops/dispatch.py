@@ -142,7 +142,7 @@ _ONEDNN_SELECTED = Explanation("onednn", "backend 'onednn' is selected")
 _ONEDNN_PAYS = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
 _ATEN_IS_FASTER = Explanation("torch", "on this processor ATen is at least as fast at this size")
 _ATEN_IS_ONEDNN = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
-_NO_PRODUCT = Explanation("torch", "a loss has no matrix product that oneDNN could take")
+_NO_PRODUCT = Explanation("torch", "there is no product here that oneDNN could take")
 _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
@@ -327,7 +327,7 @@ def conv(
     return _ONEDNN_SELECTED if _selected == "onednn" else _TRITON
 
 
-def _loss(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
+def _without_product(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
     if _selected == "torch":
         return _SELECTED_TORCH
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
@@ -341,6 +341,17 @@ def _loss(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Exp
         return no_triton
     reason = unfit()
     return _TRITON if reason is None else Explanation("torch", reason)
+
+
+def add_relu(input: Tensor, other: Tensor) -> Explanation:
+    """The way of `functional.add_relu`."""
+
+    def unfit() -> str | None:
+        if input.shape != other.shape:
+            return "the shapes differ"
+        return _unfit(input, other) or _unfit_dtype(input, other)
+
+    return _without_product(input, other, unfit)
 
 
 def mse_loss(
@@ -362,7 +373,7 @@ def mse_loss(
             return f"{reduction!r} is no reduction"
         return _unfit(input, target) or _unfit_dtype(input, target)
 
-    return _loss(input, target, unfit)
+    return _without_product(input, target, unfit)
 
 
 def cross_entropy(
@@ -404,13 +415,14 @@ def cross_entropy(
             return "label_smoothing is not a number from 0 to 1"
         return None
 
-    return _loss(input, target, unfit)
+    return _without_product(input, target, unfit)
 
 
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "linear": linear,
     "linear_relu": linear,
     **{f"conv{relu}{n}d": functools.partial(conv, n) for relu in ("", "_relu") for n in (1, 2, 3)},
+    "add_relu": add_relu,
     "mse_loss": mse_loss,
     "cross_entropy": cross_entropy,
 }

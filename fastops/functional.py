@@ -235,6 +235,25 @@ def conv_relu3d(
     return _conv(conv_relu3d, 3, True, input, weight, bias, stride, padding, dilation, groups)
 
 
+def add_relu(input: Tensor, other: Tensor) -> Tensor:
+    """``relu(input + other)`` in one pass, as at the end of a residual block. NaN stays NaN, as in torch's ReLU.
+
+    Args:
+        input: any shape.
+        other: the same shape (another one is broadcast, and another dtype promoted, as torch does).
+    """
+    if has_torch_function_variadic(input, other):
+        return handle_torch_function(add_relu, (input, other), input, other)
+    way = dispatch.add_relu(input, other).backend
+    if way == "torch":
+        return torch.add(input, other).relu_()
+    from .autograd.add_relu import AddReLU
+    from .autograd.function import apply
+
+    output: Tensor = apply(AddReLU, input, other, way)
+    return output
+
+
 def mse_loss(
     input: Tensor,
     target: Tensor,

@@ -73,11 +73,16 @@ def _conv_cases() -> Iterator[Case]:
             yield Case(op, name, ours, functools.partial(torchs, **options), tensors)
 
 
-def _mse_cases() -> Iterator[Case]:
+def torch_add_relu(input: Tensor, other: Tensor) -> Tensor:
+    return F.relu(input + other)
+
+
+def _elementwise_cases() -> Iterator[Case]:
     for reduction in ("none", "mean", "sum"):
         ours = functools.partial(FF.mse_loss, reduction=reduction)
         torchs = functools.partial(F.mse_loss, reduction=reduction)
         yield Case("mse_loss", reduction, ours, torchs, ((4, 3), (4, 3)))
+    yield Case("add_relu", "pair", FF.add_relu, torch_add_relu, ((4, 3), (4, 3)))
     yield Case("mse_loss", "0d", FF.mse_loss, F.mse_loss, ((), ()))
 
 
@@ -118,11 +123,11 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield Case("cross_entropy", name, ours, torchs, (shape, shape), torch.rand)
 
 
-CASES = [*_linear_cases(), *_conv_cases(), *_mse_cases(), *_cross_entropy_cases()]
+CASES = [*_linear_cases(), *_conv_cases(), *_elementwise_cases(), *_cross_entropy_cases()]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 one_case_per_op = pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.options in ("bias", "mean", "mean_weight_smooth", "probabilities_mean")],
+    [case for case in CASES if case.options in ("bias", "pair", "mean", "mean_weight_smooth", "probabilities_mean")],
     ids=lambda case: case.name,
 )
 

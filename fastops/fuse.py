@@ -1,8 +1,8 @@
 """Traces with their ReLUs fused, and the classes that run them.
 
-Where the output of a layer goes into a ReLU and nowhere else, a trace calls both at once. The class of the module that
-was traced gives way to a subclass that runs the trace as long as that does what ``forward`` would do, and ``forward``
-itself otherwise.
+Where the output of a layer, or a sum, goes into a ReLU and nowhere else, a trace calls both at once; on request also a
+convolution and the batch norm behind it. The class of the module that was traced gives way to a subclass that runs the
+trace as long as that does what ``forward`` would do, and ``forward`` itself otherwise.
 """
 
 from __future__ import annotations
@@ -23,17 +23,28 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional as FF
 from . import nn as fnn
+from .dispatch import explain
+from .fold import BATCH_NORMS, folded_weights
+from .nn.conv import convolved
 from .trace import Assumptions, LeftAlone, Tracer, in_place, trace
 
 # What takes the place of what: one line for each layer.
 COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.Linear: fnn.Linear,
+    nn.Conv1d: fnn.Conv1d,
+    nn.Conv2d: fnn.Conv2d,
+    nn.Conv3d: fnn.Conv3d,
     nn.MSELoss: fnn.MSELoss,
     nn.CrossEntropyLoss: fnn.CrossEntropyLoss,
 }
-# Which layers run in one call with the ReLU behind them, known by their forward: parametrized layers share it.
-WITH_RELU: Final[dict[Callable[..., Any], Callable[[Any, Tensor], Tensor]]] = {
-    fnn.Linear.forward: lambda layer, input: FF.linear_relu(input, layer.weight, layer.bias),
+# How layers run with given weights, without and with a ReLU behind them, known by their forward: parametrized layers
+# share it.
+_Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+WITH_RELU: Final[dict[Callable[..., Any], tuple[_Run, _Run]]] = {
+    fnn.Linear.forward: (lambda _, x, w, b: FF.linear(x, w, b), lambda _, x, w, b: FF.linear_relu(x, w, b)),
+    fnn.Conv1d.forward: (lambda *a: convolved(FF.conv1d, *a), lambda *a: convolved(FF.conv_relu1d, *a)),
+    fnn.Conv2d.forward: (lambda *a: convolved(FF.conv2d, *a), lambda *a: convolved(FF.conv_relu2d, *a)),
+    fnn.Conv3d.forward: (lambda *a: convolved(FF.conv3d, *a), lambda *a: convolved(FF.conv_relu3d, *a)),
 }
 ORIGINALS: Final = {swapped: original for original, swapped in COUNTERPARTS.items()}
 
@@ -48,16 +59,19 @@ def plain_class(found: type) -> type:
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a ReLU in a traced ``forward``.
+    """One call of a ReLU or a batch norm in a traced ``forward``.
 
-    ``relu`` is the path of the ReLU module, None for a function; ``input`` names what it is applied to; ``layer`` is
-    the path of the layer that it is fused with, None if it is not, and then ``reason`` says why.
+    ``module`` is its path, None for a function; ``input`` names what it is applied to; ``layer`` is the path of the
+    layer that it runs with, None for a sum, and ``norm`` that of the batch norm between the two. If it runs on its own,
+    ``reason`` says why.
     """
 
-    relu: str | None
+    module: str | None
     input: str
-    layer: str | None
+    layer: str | None = None
+    norm: str | None = None
     reason: str = ""
+    is_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,15 +162,15 @@ def fused_class(user_class: type, traces: tuple[Trace, ...]) -> type:
     return type.__new__(type(user_class), user_class.__name__, (_Fused, user_class), namespace)
 
 
-def trace_to_fuse(module: nn.Module) -> list[Tracer]:
-    """The traces of ``module`` if they fuse anything."""
+def trace_to_fuse(module: nn.Module, fold: bool) -> list[Tracer]:
+    """The traces of ``module`` if they fuse anything. ``fold``: batch norms too."""
     if not any(type(child).forward in WITH_RELU for child in module.modules()):
         return []
     try:
         tracers = traced(module)
     except LeftAlone:
         return []
-    return tracers if any(site.layer for tracer in tracers for site in sites_of(tracer)) else []
+    return tracers if any(not site.reason for tracer in tracers for site in sites_of(tracer, fold)) else []
 
 
 def traced(module: nn.Module) -> list[Tracer]:
@@ -194,32 +208,78 @@ def _relu_of(node: fx.Node, root: nn.Module) -> tuple[str | None, bool, fx.Node]
     return (path, replaces, input) if isinstance(input, fx.Node) else None
 
 
-def sites_of(tracer: Tracer) -> list[Site]:
-    return [site for site, _, _ in _relus(tracer)]
+def sites_of(tracer: Tracer, fold: bool = False) -> list[Site]:
+    """Every ReLU of a trace and, with ``fold``, every batch norm."""
+    return [site for site, _, _ in _calls(tracer, fold)]
 
 
-def _relus(tracer: Tracer) -> Iterator[tuple[Site, fx.Node, bool]]:
-    """Every ReLU of a trace, the node that applies it and whether it replaces its input in place."""
+def _calls(tracer: Tracer, fold: bool) -> Iterator[tuple[Site, fx.Node, bool]]:
+    """The sites of a trace, the node of each call and whether it replaces its input in place."""
     root = tracer.root
     assert isinstance(root, nn.Module)
+    norms: dict[fx.Node, str] = {}  # those that are folded, and into what
     for node in tracer.graph.nodes:
+        if fold and _module_of(node, root, *BATCH_NORMS) is not None:
+            input = node.all_input_nodes[0]
+            name = _name_of(input)
+            reason = _reason_not_fused(input, name, root, nn.modules.conv._ConvNd)
+            if not reason:
+                norms[node] = name
+            yield Site(str(node.target), name, None if reason else name, reason=reason, is_norm=True), node, False
         relu = _relu_of(node, root)
         if relu is None:
             continue
         path, replaces, input = relu
-        name = getattr(input.target, "__name__", str(input.target))
-        if input.target is in_place:
-            name = str(input.args[0])
-        reason = _reason_not_fused(input, name, root)
-        yield Site(path, name, None if reason else name, reason), node, replaces
+        name = _name_of(input)
+        if input in norms and len(input.users) == 1:
+            yield Site(path, name, norms[input], norm=name), node, replaces
+        elif len(input.users) == 1 and _summands(input, root) is not None:
+            yield Site(path, name), node, replaces
+        else:
+            reason = _reason_not_fused(input, name, root)
+            yield Site(path, name, None if reason else name, reason=reason), node, replaces
 
 
-def _reason_not_fused(input: fx.Node, name: str, root: nn.Module) -> str:
+def _name_of(node: fx.Node) -> str:
+    if node.target is in_place:
+        return str(node.args[0])
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _module_of(node: fx.Node, root: nn.Module, *classes: type) -> nn.Module | None:
+    """The module that ``node`` calls, if it is of just one of these classes."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if type(module) in classes else None
+
+
+def _summands(node: fx.Node, root: nn.Module) -> tuple[fx.Node, fx.Node, str | None] | None:
+    """If ``node`` adds two values: both, and where it adds to the first in place the path of the layer that made it.
+
+    In place that counts only if nothing else can see the first value: a new result of a layer, used here alone.
+    """
+    arguments: tuple[Any, ...] = node.args
+    replaces = (node.op, node.target) == ("call_method", "add_")
+    if node.target is in_place and arguments[0] == "iadd":
+        arguments, replaces = arguments[1:], True
+    elif node.target not in ((operator.add, torch.add) if node.op == "call_function" else ("add", "add_")):
+        return None
+    if node.kwargs or len(arguments) != 2 or not all(isinstance(argument, fx.Node) for argument in arguments):
+        return None
+    left, right = arguments
+    if not replaces:
+        return left, right, None
+    is_new = _module_of(left, root, *BATCH_NORMS, *COUNTERPARTS, *ORIGINALS) is not None
+    return (left, right, str(left.target)) if is_new and len(left.users) == 1 and left is not right else None
+
+
+def _reason_not_fused(input: fx.Node, name: str, root: nn.Module, kind: type[nn.Module] = nn.Module) -> str:
+    """Why the layer that makes ``input`` cannot run together with what is applied to it; empty if it can."""
     if input.op != "call_module":
         return f"its input is {name}, not a layer"
     layer = root.get_submodule(name)
-    if type(layer).forward not in WITH_RELU and COUNTERPARTS.get(type(layer), type(layer)).forward not in WITH_RELU:
-        return f"its input is {name}, a {type(layer).__name__}, which has no fused form"
+    forward = COUNTERPARTS.get(type(layer), type(layer)).forward
+    if forward not in WITH_RELU or not isinstance(layer, kind):
+        return f"its input is {name}, a {plain_class(type(layer)).__name__}, which has no fused form"
     if len(input.users) > 1:
         return f"the output of {name} is used elsewhere too"
     if len(input.args) + len(input.kwargs) != 1 or (input.kwargs and "input" not in input.kwargs):
@@ -227,23 +287,33 @@ def _reason_not_fused(input: fx.Node, name: str, root: nn.Module) -> str:
     return ""
 
 
-def compile_trace(tracer: Tracer, user_class: type) -> Trace:
-    """The trace with its ReLUs fused, as Python code."""
-    graph, sites = tracer.graph, []
-    for site, node, replaces in list(_relus(tracer)):
-        sites.append(site)
-        if site.layer is None:
+def compile_trace(tracer: Tracer, user_class: type, fold: bool) -> Trace:
+    """The trace with its ReLUs fused, and with ``fold`` its batch norms folded, as Python code."""
+    graph, root = tracer.graph, tracer.root
+    assert isinstance(root, nn.Module)
+    calls = list(_calls(tracer, fold))
+    merged: set[fx.Node] = set()
+    for site, node, replaces in reversed(calls):  # a ReLU first, then what it was merged with
+        if site.reason or node in merged:
             continue
-        layer_call = node.all_input_nodes[0]
-        (input,) = (*layer_call.args, *layer_call.kwargs.values())
-        # At the place of the layer: its input may be changed in place between the layer and the ReLU.
-        with graph.inserting_before(layer_call):
-            layer = _child(graph, site.layer)
-            relu = None if site.relu is None else _child(graph, site.relu)
-            fused = graph.call_function(_layer_relu, (layer, input, relu, replaces))
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        graph.erase_node(layer_call)
+        (input, *_) = node.all_input_nodes
+        relu = None if site.module is None or site.is_norm else site.module
+        if site.layer is None:
+            operands = _summands(input, root)
+            assert operands is not None
+            *summands, producer = operands
+            _replace(graph, [node, input], _add_relu, [producer, relu], [*summands, replaces])
+        elif site.norm is not None or site.is_norm:
+            nodes = [node] if site.is_norm else [node, input]
+            layer_call = nodes[-1].all_input_nodes[0]
+            norm = site.module if site.is_norm else site.norm
+            tail = [not site.is_norm, replaces]
+            merged.update(nodes)
+            _replace(
+                graph, [*nodes, layer_call], _layer_norm_relu, [site.layer, norm, relu], [_input_of(layer_call), *tail]
+            )
+        else:
+            _replace(graph, [node, input], _layer_relu, [site.layer, relu], [_input_of(input), replaces])
     for node in graph.find_nodes(op="call_module"):
         with graph.inserting_before(node):
             called = graph.call_method("__call__", (_child(graph, str(node.target)), *node.args), node.kwargs)
@@ -254,7 +324,27 @@ def compile_trace(tracer: Tracer, user_class: type) -> Trace:
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
-    return Trace(code.src, code.globals, tuple(sites), tracer.assumptions(plain_class), namespace["forward"])
+    sites = tuple(site for site, _, _ in calls)
+    return Trace(code.src, code.globals, sites, tracer.assumptions(plain_class), namespace["forward"])
+
+
+def _input_of(call: fx.Node) -> Any:
+    return (*call.args, *call.kwargs.values())[0]
+
+
+def _replace(
+    graph: fx.Graph, nodes: list[fx.Node], function: Callable[..., Any], modules: list[str | None], values: list[Any]
+) -> None:
+    """Put one call of ``function`` with children and values in place of ``nodes``, which go from last to first.
+
+    At the place of the first: what that takes may be changed in place before the last.
+    """
+    with graph.inserting_before(nodes[-1]):
+        children = [None if path is None else _child(graph, path) for path in modules]
+        fused = graph.call_function(function, (*children, *values))
+    nodes[0].replace_all_uses_with(fused)
+    for node in nodes:
+        graph.erase_node(node)
 
 
 def _child(graph: fx.Graph, path: str) -> fx.Node:
@@ -264,15 +354,48 @@ def _child(graph: fx.Graph, path: str) -> fx.Node:
     return graph.call_function(operator.getitem, (children, name))
 
 
-def _layer_relu(layer: Any, input: Tensor, relu: nn.Module | None, replaces: bool) -> Any:
-    """``relu(layer(input))`` in one call, or in two where something else could see the step between."""
-    fused = WITH_RELU.get(type(layer).forward)
-    if fused is not None and untouched(layer) and (relu is None or (type(relu) is nn.ReLU and untouched(relu))):
-        return fused(layer, input)
-    output = layer(input)
+def _relu(input: Any, relu: nn.Module | None, replaces: bool) -> Any:
     if relu is not None:
-        return relu(output)
-    return torch.relu_(output) if replaces else torch.relu(output)
+        return relu(input)
+    return torch.relu_(input) if replaces else torch.relu(input)
+
+
+def _is_plain(relu: nn.Module | None) -> bool:
+    return relu is None or (type(relu) is nn.ReLU and untouched(relu))
+
+
+def _layer_relu(layer: Any, relu: nn.Module | None, input: Tensor, replaces: bool) -> Any:
+    """``relu(layer(input))`` in one call, or in two where something else could see the step between."""
+    runs = WITH_RELU.get(type(layer).forward)
+    if runs is not None and untouched(layer) and _is_plain(relu):
+        return runs[1](layer, input, layer.weight, layer.bias)
+    return _relu(layer(input), relu, replaces)
+
+
+def _layer_norm_relu(
+    layer: Any, norm: Any, relu: nn.Module | None, input: Tensor, has_relu: bool, replaces: bool
+) -> Any:
+    """``relu(norm(layer(input)))``, or without a ReLU, with the batch norm folded into the layer where that may be."""
+    runs = WITH_RELU.get(type(layer).forward)
+    if runs is not None and untouched(layer) and type(norm) in BATCH_NORMS and untouched(norm) and _is_plain(relu):
+        weights = folded_weights(layer, norm)
+        if weights is not None and input.dim() == layer.weight.dim():  # the batch norm takes no unbatched input
+            return runs[has_relu](layer, input, *weights)
+    output = norm(layer(input))
+    return _relu(output, relu, replaces) if has_relu else output
+
+
+def _add_relu(producer: Any, relu: nn.Module | None, left: Any, right: Any, replaces: bool) -> Any:
+    """``relu(left + right)`` in one call; with a ``producer``, which made ``left``, the sum is written into that."""
+    if _is_plain(relu) and isinstance(left, Tensor) and isinstance(right, Tensor):
+        if producer is None:
+            return FF.add_relu(left, right)
+        if untouched(producer) and left.dtype is right.dtype and explain("add_relu", left, right).backend != "torch":
+            return FF.add_relu(left, right)
+    if producer is None:
+        return _relu(left + right, relu, replaces)
+    left += right
+    return _relu(left, relu, replaces)
 
 
 def untouched(module: nn.Module) -> bool:

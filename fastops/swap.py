@@ -5,7 +5,8 @@
 1. Every layer with a counterpart in `fastops.nn` changes its class. It stays the same object, so parameters, optimizer
    state, hooks, parametrizations, tied weights and keys are untouched.
 2. The ``forward`` of each module that the user wrote is traced on its own, its children as leaves. Where the output of
-   a layer goes into a ReLU and nowhere else, the two become one call (`fastops.fuse`).
+   a layer goes into a ReLU and nowhere else, the two become one call (`fastops.fuse`), and so do a sum and its ReLU
+   and, on request, a convolution and its batch norm.
 
 Nothing is stored on the modules or beside them: what was swapped is written in their classes alone.
 """
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import torch
 from torch import nn
 
 from . import nn as fnn
@@ -34,12 +36,19 @@ from .fuse import (
     traced,
     untouched,
 )
+from .ops.conv import is_channels_last
 from .trace import LeftAlone
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def swap(model: _Model, *, fuse: bool = True) -> _Model:
+def swap(
+    model: _Model,
+    *,
+    fuse: bool = True,
+    fold_batchnorm: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> _Model:
     """Swap fastops layers into ``model``, in place, and fuse them with the ReLUs behind them.
 
     Parameters, their names, hooks and results stay as they are. Whatever cannot be swapped or fused safely is left
@@ -48,24 +57,36 @@ def swap(model: _Model, *, fuse: bool = True) -> _Model:
     Args:
         model: any module, a loss too.
         fuse: whether layers may run in one call with a ReLU behind them. If not, only classes of layers change.
+        fold_batchnorm: whether batch norms in evaluation mode run as part of the convolution before them wherever no
+            gradient of the parameters is wanted. That changes results by rounding, and parameters not at all: the
+            folded weights are derived, kept beside the model, and follow every change of a parameter that autograd
+            would notice (one through ``.data`` is not).
+        memory_format: `torch.channels_last`, say: what ``model.to(memory_format=...)`` does to the weights, and so to
+            the outputs of their layers. It helps with large feature maps and costs with small ones. `unswap` leaves it.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: if ``model`` is not a module.
+        ValueError: if batch norms are to be folded and layers not to be fused.
     """
     _check("swap", model)
+    if fold_batchnorm and not fuse:
+        raise ValueError("fold_batchnorm=True needs fuse=True: a batch norm is folded where layers are fused")
+    if memory_format is not None:
+        model.to(memory_format=memory_format)
     for module in model.modules():
         if type(module) not in ORIGINALS:
             _set_class(module, plain_class(type(module)))
         with suppress(LeftAlone):
             _set_class(module, _swapped_class(module))
     if fuse:
-        traces = {module: tracers for module in model.modules() if (tracers := trace_to_fuse(module))}
-        for module, tracers in reversed(traces.items()):  # children first: a trace notes their classes
-            found = tuple(compile_trace(tracer, type(module)) for tracer in tracers)
-            _set_class(module, fused_class(type(module), found))
+        tracers = {module: trace_to_fuse(module, fold_batchnorm) for module in model.modules()}
+        for module, found in reversed(tracers.items()):  # children first: a trace notes their classes
+            if found:
+                traces = tuple(compile_trace(tracer, type(module), fold_batchnorm) for tracer in found)
+                _set_class(module, fused_class(type(module), traces))
     return model
 
 
@@ -135,8 +156,13 @@ def _with_bases(found: type, bases: tuple[type, ...]) -> type:
 
 # Report ---------------------------------------------------------------------------------------------------------------
 
-_GROUPS: Final = {"linear layers": nn.Linear, "losses": nn.modules.loss._Loss}
-_RELUS: Final = "ReLUs"
+_GROUPS: Final = {
+    "linear layers": nn.Linear,
+    "convolutions": nn.modules.conv._ConvNd,
+    "losses": nn.modules.loss._Loss,
+}
+_RELUS, _NORMS = "ReLUs", "batch norms"
+_VERBS: Final = {_RELUS: "fused", _NORMS: "folded"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +178,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What fastops does in a model. ``str(report)`` is a table of ``rows`` with the totals below it."""
+    """What fastops does in a model. ``str(report)`` is a table of ``rows`` with the totals and ``notes`` below it."""
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> int:
@@ -163,19 +190,24 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """The number of ReLU calls that run in one call with the layer before them."""
+        """The number of ReLU calls that run in one call with the layer or the sum before them."""
         return sum(row.done for row in self.rows if row.group == _RELUS)
+
+    @property
+    def folded(self) -> int:
+        """The number of batch norms that run as part of the convolution before them."""
+        return sum(row.done for row in self.rows if row.group == _NORMS)
 
     def __str__(self) -> str:
         cells = [(row.name, row.layer, row.outcome) for row in self.rows]
         first, second = (max((len(cell[column]) for cell in cells), default=0) for column in (0, 1))
         lines = [f"{name:{first}}  {layer:{second}}  {outcome}" for name, layer, outcome in cells]
         totals = []
-        for group in (*_GROUPS, _RELUS):
+        for group in (*_GROUPS, _RELUS, _NORMS):
             done = [row.done for row in self.rows if row.group == group]
             if done:
-                totals.append(f"{sum(done)} of {len(done)} {group} {'fused' if group == _RELUS else 'swapped'}")
-        return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows"])
+                totals.append(f"{sum(done)} of {len(done)} {group} {_VERBS.get(group, 'swapped')}")
+        return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows", *self.notes])
 
 
 def report(model: nn.Module) -> Report:
@@ -196,12 +228,16 @@ def report(model: nn.Module) -> Report:
                 containers[path] = Row(path or "(model)", type(module).__name__, f"not traced: {reason}", False, "")
             continue
         for site, outcome, done in calls:
-            # A ReLU module has its own place in the table; a ReLU function stands behind the layer it is applied to.
-            place = site.relu if site.relu is not None else site.layer
+            # A module has its own place in the table; a ReLU function stands behind the layer it is applied to.
+            place = site.module if site.module is not None else site.layer
             place = path if place is None else _join(path, place)
-            name = place if site.relu is not None else _join(path, f"relu({site.input})")
+            name = place if site.module is not None else _join(path, f"relu({site.input})")
+            if site.is_norm:
+                norm = type(module.get_submodule(str(site.module))).__name__
+                relus.setdefault(place, []).append(Row(name, norm, outcome, done, _NORMS))
+                continue
             relus.setdefault(place, []).append(Row(name, "ReLU", outcome, done, _RELUS))
-            if done and site.layer is not None:
+            if done and site.layer is not None and site.norm is None:
                 fused_layers.add(module.get_submodule(site.layer))
     rows: list[Row] = []
     for path, module in modules.items():
@@ -213,7 +249,17 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, nn.ReLU) and path not in relus:
             rows.append(Row(path or "(model)", "ReLU", "not fused: no traced forward calls it", False, _RELUS))
         rows += relus.get(path, [])
-    return Report(tuple(rows))
+    return Report(tuple(rows), (_CHANNELS_LAST,) if any(map(_is_channels_last, modules.values())) else ())
+
+
+_CHANNELS_LAST: Final = (
+    "channels_last weights: large feature maps gain from that memory format, small ones lose; measure yours"
+)
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    weight = module.weight if isinstance(module, nn.modules.conv._ConvNd) else None
+    return weight is not None and not weight.is_contiguous() and is_channels_last(weight, weight)
 
 
 def _join(path: str, name: str) -> str:
@@ -255,7 +301,11 @@ def _relu_calls(module: nn.Module) -> list[tuple[Site, str, bool]]:
         where = [mode for mode, sites in modes if site in sites]
         only = "" if len(where) == len(modes) else f" in {where[0]} mode only"
         reason = site.reason or obstacle or _hooked(module, site)
-        outcome = f"not fused: {reason}" if reason else f"fused with {site.layer}"
+        verb = "folded" if site.is_norm else "fused"
+        partner = f"{'into' if site.is_norm else 'with'} {site.layer or 'the sum'}"
+        outcome = f"not {verb}: {reason}" if reason else f"{verb} {partner}"
+        if not reason and (site.is_norm or site.norm is not None):
+            outcome += " in evaluation without gradients"
         calls += [(site, outcome + only, not reason)] * max(sites[site] for _, sites in modes)
     return calls
 
@@ -265,7 +315,7 @@ def _mode(reads: Sequence[tuple[object, str, object]]) -> str:
 
 
 def _hooked(module: nn.Module, site: Site) -> str:
-    for name in (site.layer, site.relu):
+    for name in (site.layer, site.norm, site.module):
         if name is not None and not untouched(module.get_submodule(name)):
             return f"{name} has hooks or a replaced forward"
     if site.layer is not None and type(module.get_submodule(site.layer)).forward not in WITH_RELU:

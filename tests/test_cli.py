@@ -1,8 +1,10 @@
 """The command line: demo, train and doctor, and the data they read."""
 
+import pickle
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import oracles
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 import fastops
 from fastops.cli import COMMANDS, CommandError, checkpoint, main
 from fastops.cli.data import CSVImages, digits, folder
-from fastops.models import FASHION_CLASSES, FashionMLP
+from fastops.models import CIFAR_CLASSES, FASHION_CLASSES, FashionMLP
 from fastops.models.linear_regression import points
 
 TRAIN_ROWS, TEST_ROWS = 130, 20
@@ -41,6 +43,20 @@ def fashion(tmp_path: Path) -> Path:
         raw = tmp_path / "data" / "FashionMNIST" / "raw"
         write_idx(raw / f"{prefix}-images-idx3-ubyte", torch.randint(256, (rows, 28, 28)))
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", torch.randint(10, (rows,)))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small CIFAR-10, in the true format but for the checksums of the true files."""
+    batches = tmp_path / "data" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        pixels = torch.randint(256, (6, 3072), dtype=torch.uint8).numpy()
+        content = {"data": pixels, "labels": torch.randint(10, (6,)).tolist()}
+        (batches / name).write_bytes(pickle.dumps(content))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR_CLASSES}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
     return tmp_path / "data"
 
 
@@ -129,7 +145,7 @@ def test_missing_extra_is_named_with_its_pip_command(
         ("train lenet --backend cudnn", "argument --backend: invalid choice: 'cudnn'"),
         ("train lenet --device toaster", "cannot use device 'toaster'"),
         ("train lenet --device meta", "cannot use device 'meta'"),
-        ("train lenet --data .", "this model makes its own data: --data is only for fashion-mlp"),
+        ("train lenet --data .", "this model makes its own data: --data is only for fashion-mlp and cifar-net"),
         ("train lenet --compare --save x.pt", "leave out --save and --resume"),
         ("train lenet --output {tmp}/file", "cannot write to {tmp}/file: File exists"),
         ("train lenet --save {tmp}", "cannot save to {tmp}: it is a folder"),
@@ -137,7 +153,10 @@ def test_missing_extra_is_named_with_its_pip_command(
         ("train lenet --resume {tmp}/no.pt", "cannot read checkpoint {tmp}/no.pt: No such file or directory"),
         ("train lenet --resume {tmp}/file", "cannot read checkpoint {tmp}/file: damaged, or not a checkpoint"),
         ("train fashion-mlp --data {tmp}/no", "{tmp}/no is not a folder"),
-        ("train fashion-mlp --data {tmp}", "{tmp} holds no FashionMNIST/raw, MNIST/raw, or train.csv and test.csv"),
+        (
+            "train fashion-mlp --data {tmp}",
+            "{tmp} holds no FashionMNIST/raw, MNIST/raw, cifar-10-batches-py, or train.csv and test.csv",
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(
@@ -324,6 +343,43 @@ def test_digits_are_split_with_all_classes_in_both_parts() -> None:
     assert torch.equal(digits().test.tensors[0], images.test.tensors[0])
 
 
+def test_cifar_folder(cifar: Path) -> None:
+    images = folder(cifar)
+    assert (images.name, images.shape, images.classes) == ("CIFAR10", (3, 32, 32), CIFAR_CLASSES)
+    assert (len(images.train), len(images.test)) == (30, 6)
+    raw = pickle.loads((cifar / "cifar-10-batches-py" / "test_batch").read_bytes())
+    image, label = images.test[2]
+    assert torch.equal(image, torch.tensor(raw["data"][2]).view(3, 32, 32) / 255) and label == raw["labels"][2]
+
+
+def test_cifar_net_trains_on_it(cifar: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed = run(capsys, *f"train cifar-net --epochs 1 --compare --data {cifar} --output {tmp_path}".split())
+    assert "4 of 4 ReLUs fused" in printed and "losses of all 8 steps are equal to the last bit" in printed
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "Dataset not found or corrupted"),
+        (lambda path: path.write_bytes(b"no pickle"), "damaged file"),
+        (lambda path: path.write_bytes(pickle.dumps({"data": [], "labels": [1]})), ""),
+    ],
+    ids=["missing", "no pickle", "empty"],
+)
+def test_damaged_cifar_folder(damage: Any, message: str, cifar: Path, tmp_path: Path, capsys: Any) -> None:
+    damage(cifar / "cifar-10-batches-py" / "test_batch")
+    line = fail(capsys, "train", "cifar-net", "--data", cifar, "--output", tmp_path)
+    assert line.startswith(f"fastops: error: cannot read {cifar / 'cifar-10-batches-py'}: ") and message in line
+
+
+@pytest.mark.parametrize(("model", "data"), [("cifar-net", "fashion"), ("fashion-mlp", "cifar")])
+def test_images_of_the_wrong_shape(
+    model: str, data: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fail(capsys, "train", model, "--data", request.getfixturevalue(data), "--output", tmp_path)
+    assert "28x28" in line and "3x32x32" in line
+
+
 @pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])
 def test_idx_folder(name: str, fashion: Path) -> None:
     (fashion / "FashionMNIST").rename(fashion / name)
@@ -369,7 +425,7 @@ def other_size(raw: Path) -> None:
     ("damage", "message"),
     [
         (cut_images, "cannot read "),
-        (wrong_type, "damaged IDX file"),
+        (wrong_type, "damaged file"),
         (no_labels, "Dataset not found"),
         (fewer_labels, f"{TEST_ROWS} images but 7 labels"),
         (large_label, "expected images of 28x28 pixels and labels from 0 to 9"),

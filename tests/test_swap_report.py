@@ -13,14 +13,16 @@ from torch import Tensor, nn
 import fastops
 
 LENET = """\
-relu(conv1)       ReLU    not fused: its input is conv1, a Conv2d, which has no fused form
 relu(max_pool2d)  ReLU    not fused: its input is max_pool2d, not a layer
+conv1             Conv2d  fastops.nn.Conv2d fused with its ReLU
+relu(conv1)       ReLU    fused with conv1
+conv2             Conv2d  fastops.nn.Conv2d
 fc1               Linear  fastops.nn.Linear fused with its ReLU
 relu(fc1)         ReLU    fused with fc1
 fc2               Linear  fastops.nn.Linear fused with its ReLU
 relu(fc2)         ReLU    fused with fc2
 fc3               Linear  fastops.nn.Linear
-3 of 3 linear layers swapped, 2 of 4 ReLUs fused"""
+3 of 3 linear layers swapped, 2 of 2 convolutions swapped, 3 of 4 ReLUs fused"""
 
 UNSWAPPED = """\
 0  Linear  not swapped
@@ -69,7 +71,7 @@ LEVEL_0 = """\
 fc1   Linear  fastops.nn.Linear
 fc2   Linear  fastops.nn.Linear
 relu  ReLU    not fused: fastops.swap would fuse it
-relu  ReLU    not fused: its input is iadd, not a layer
+relu  ReLU    not fused: fastops.swap would fuse it
 2 of 2 linear layers swapped, 0 of 2 ReLUs fused"""
 
 
@@ -152,7 +154,8 @@ def test_counts(case: object) -> None:
     model = fastops.swap(case.make())  # type: ignore[attr-defined]
     report = fastops.report(model)
     assert isinstance(report, fastops.Report)
-    assert report.swapped == sum(isinstance(m, fastops.nn.Linear) for m in model.modules())
+    ours = (fastops.nn.Linear, fastops.nn.Conv2d)
+    assert report.swapped == sum(isinstance(m, ours) for m in model.modules())
     assert report.fused == sum(row.outcome.startswith("fused with") for row in report.rows)
     reasons = [row.outcome for row in report.rows if not row.done]
     assert all(reason.startswith(("not swapped", "not fused: ", "not traced: ")) for reason in reasons)

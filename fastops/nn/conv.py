@@ -12,52 +12,54 @@ from torch import Tensor
 from .. import functional as FF
 
 
-def convolved(function: Callable[..., Tensor], layer: Any, input: Tensor) -> Tensor:
-    """``function`` of `fastops.functional` with the weights and all options of a `torch.nn` convolution."""
+def convolved(
+    function: Callable[..., Tensor], layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``function`` of `fastops.functional` with all options of a `torch.nn` convolution."""
     padding = layer.padding
     if layer.padding_mode != "zeros":
         input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = 0
-    return function(input, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 class Conv1d(torch.nn.Conv1d):
     """`torch.nn.Conv1d` on `fastops.functional.conv1d`: [N, C, L] or [C, L] -> [N, O, L'] or [O, L']."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv1d, self, input)
+        return convolved(FF.conv1d, self, input, self.weight, self.bias)
 
 
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` on `fastops.functional.conv2d`: [N, C, H, W] or [C, H, W] -> [N, O, H', W'] or [O, H', W']."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv2d, self, input)
+        return convolved(FF.conv2d, self, input, self.weight, self.bias)
 
 
 class Conv3d(torch.nn.Conv3d):
     """`torch.nn.Conv3d` on `fastops.functional.conv3d`: [N, C, D, H, W] or [C, D, H, W] -> the same with O channels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv3d, self, input)
+        return convolved(FF.conv3d, self, input, self.weight, self.bias)
 
 
 class ConvReLU1d(torch.nn.Conv1d):
     """`Conv1d` followed by ReLU, in one kernel. The name is that of `torch.ao.nn.intrinsic.ConvReLU1d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv_relu1d, self, input)
+        return convolved(FF.conv_relu1d, self, input, self.weight, self.bias)
 
 
 class ConvReLU2d(torch.nn.Conv2d):
     """`Conv2d` followed by ReLU, in one kernel. The name is that of `torch.ao.nn.intrinsic.ConvReLU2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv_relu2d, self, input)
+        return convolved(FF.conv_relu2d, self, input, self.weight, self.bias)
 
 
 class ConvReLU3d(torch.nn.Conv3d):
     """`Conv3d` followed by ReLU, in one kernel. The name is that of `torch.ao.nn.intrinsic.ConvReLU3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv_relu3d, self, input)
+        return convolved(FF.conv_relu3d, self, input, self.weight, self.bias)

@@ -1,0 +1,446 @@
+"""Convolutional models swapped: fused ReLUs and sums, folded batch norms, memory formats, and ResNet-18 whole."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastops
+import fastops.functional as FF
+from fastops import fold
+from fastops.accuracy import error_share
+from fastops.models import LeNet
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """On the torch expression, where a test names no backend, a swapped model computes what eager does bit for bit."""
+    with fastops.backend("torch"):
+        yield
+
+
+# ResNet-18 ------------------------------------------------------------------------------------------------------------
+
+
+def resnet() -> nn.Module:
+    """Torchvision's, with statistics and affine parameters that matter."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+def image(rows: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 3, 64, 64, generator=generator), torch.randn(rows, 1000, generator=generator)
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
+    """The tutorial's step: output and all gradients, before the update."""
+    model.zero_grad()
+    prediction = model(x)
+    (prediction - labels).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    if optimizer is not None:
+        optimizer.step()
+    return [prediction.detach(), *gradients]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_resnet18_on_the_torch_path_is_eager_to_the_last_bit(training: bool) -> None:
+    """Outputs, all 62 gradients, buffers and parameters of 20 steps of SGD with momentum."""
+    eager = resnet().train(training)
+    swapped = fastops.swap(copy.deepcopy(eager))
+    assert list(swapped.state_dict()) == list(eager.state_dict())
+    x, labels = image()
+    models = (eager, swapped)
+    lr = 1e-2 if training else 1e-6  # in evaluation mode nothing bounds the activations
+    optimizers = [torch.optim.SGD(model.parameters(), lr, momentum=0.9) for model in models]
+    for _ in range(20):
+        left, right = (step(m, x, labels, o) for m, o in zip(models, optimizers, strict=True))
+        assert len(left) == 1 + 62 and left[0].isfinite().all()
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    for (name, a), b in zip(eager.state_dict().items(), swapped.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "onednn"])
+def test_resnet18_through_the_kernels(backend: str) -> None:
+    """One step, output and gradients in evaluation mode: eager's error against float64 twice, no more."""
+    model = resnet().eval()
+    exact = step(copy.deepcopy(model).double(), *(t.double() for t in image()))
+    expected = step(model, *image())
+    fastops.swap(model)
+    with fastops.backend(backend):
+        found = step(model, *image())
+    shares = [error_share(*tensors) for tensors in zip(found, expected, exact, strict=True)]
+    assert max(shares) <= 1
+
+
+def test_resnet18_report_names_every_relu_and_why_it_is_not_fused() -> None:
+    report = fastops.report(fastops.swap(resnet()))
+    assert (report.swapped, report.fused, report.folded) == (21, 8, 0)
+    relus = [row for row in report.rows if row.layer == "ReLU"]
+    assert len(relus) == 17
+    reasons = {row.outcome for row in relus if not row.done}
+    assert reasons == {"not fused: its input is bn1, a BatchNorm2d, which has no fused form"}
+    assert {row.outcome for row in relus if row.done} == {"fused with the sum"}
+
+
+def test_resnet18_with_batch_norms_folded(backend: str) -> None:
+    eager = resnet().eval()
+    swapped = fastops.swap(copy.deepcopy(eager), fold_batchnorm=True)
+    report = fastops.report(swapped)
+    assert (report.swapped, report.fused, report.folded) == (21, 17, 20)
+    x, _ = image()
+    with fastops.backend(backend), torch.no_grad(), Norms() as norms:
+        found = swapped(x)
+    assert norms.count == 0
+    with torch.no_grad():
+        expected = eager(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Folded batch norms ---------------------------------------------------------------------------------------------------
+
+
+class Norms(TorchDispatchMode):
+    """Counts batch norms that run on their own."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+        self.count += "batch_norm" in str(func)
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+class Block(nn.Module):
+    """A convolution with its batch norm, with and without a ReLU, in one to three dimensions."""
+
+    def __init__(self, dimensions: int = 2, bias: bool = True, affine: bool = True, track: bool = True) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
+        self.conv1, self.conv2 = conv(3, 5, 3, padding=1, bias=bias), conv(5, 4, 2, bias=bias)
+        self.bn1, self.bn2 = (norm(c, affine=affine, track_running_stats=track) for c in (5, 4))
+        self.train()
+        with torch.no_grad():
+            for _ in range(3):
+                self(torch.randn(4, 3, *(5,) * dimensions) * 2 + 1)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+
+def folded_pair(**options: object) -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    eager = Block(**options).double()  # type: ignore[arg-type]
+    return eager, fastops.swap(copy.deepcopy(eager), fold_batchnorm=True), torch.randn(2, 3, 5, 5).double()
+
+
+def count_of_norms(model: nn.Module, *inputs: Tensor) -> int:
+    with Norms() as norms:
+        model(*inputs)
+    return norms.count
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_folded_results(dimensions: int, bias: bool, affine: bool, backend: str) -> None:
+    eager, swapped, _ = folded_pair(dimensions=dimensions, bias=bias, affine=affine)
+    x = torch.randn(2, 3, *(5,) * dimensions).double()
+    with fastops.backend(backend), torch.no_grad():
+        torch.testing.assert_close(swapped(x), eager(x))
+        assert count_of_norms(swapped, x) == 0
+
+
+def test_folding_leaves_the_model_as_it_was() -> None:
+    eager, swapped, x = folded_pair()
+    with torch.no_grad():
+        swapped(x)
+    assert [name for name, _ in swapped.named_parameters()] == [name for name, _ in eager.named_parameters()]
+    for (name, a), b in zip(eager.state_dict().items(), swapped.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for ours, theirs in zip(swapped.modules(), eager.modules(), strict=True):
+        assert ours.__dict__.keys() == theirs.__dict__.keys()
+    buffer = io.BytesIO()
+    torch.save(swapped.state_dict(), buffer)
+    assert type(pickle.loads(pickle.dumps(swapped))) is Block
+    fastops.unswap(swapped)
+    assert [type(m) for m in swapped.modules()] == [type(m) for m in eager.modules()]
+    with torch.no_grad():
+        assert torch.equal(swapped(x), eager(x))
+        assert count_of_norms(swapped, x) == 2
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "weight in place": lambda m: m.conv1.weight.mul_(2),
+    "bias in place": lambda m: m.conv2.bias.add_(1),
+    "scale": lambda m: m.bn1.weight.mul_(-1),
+    "shift": lambda m: m.bn2.bias.sub_(3),
+    "mean": lambda m: m.bn1.running_mean.add_(1),
+    "variance": lambda m: m.bn2.running_var.mul_(4),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "new parameter": lambda m: setattr(m.conv1, "weight", nn.Parameter(m.conv1.weight * 3)),
+    "no bias": lambda m: setattr(m.conv1, "bias", None),
+    "dtype": lambda m: m.float().double(),
+    "state_dict": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "an epoch of training": lambda m: (m.train()(torch.ones(4, 3, 5, 5).double()), m.eval()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_folded_weights_follow_every_change(change: str) -> None:
+    eager, swapped, x = folded_pair()
+    with torch.no_grad():
+        before = swapped(x)
+        for model in (eager, swapped):
+            CHANGES[change](model)
+        assert change == "dtype" or not torch.allclose(swapped(x), before)
+        torch.testing.assert_close(swapped(x), eager(x))
+        assert count_of_norms(swapped, x) == 0
+
+
+def test_an_optimizer_step_is_followed() -> None:
+    eager, swapped, x = folded_pair()
+    with torch.no_grad():
+        swapped(x)
+    for model in (eager, swapped):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(swapped(x), eager(x))
+
+
+NOT_FOLDED: dict[str, Callable[[nn.Module], object]] = {
+    "training": lambda m: m.train(),
+    "batch norms alone in training": lambda m: (m.bn1.train(), m.bn2.train()),
+    "no statistics": lambda m: [norm._buffers.update(running_mean=None, running_var=None) for norm in (m.bn1, m.bn2)],
+    "hooks on the convolutions": lambda m: [c.register_forward_hook(lambda *_: None) for c in (m.conv1, m.conv2)],
+    "forward replaced": lambda m: [setattr(n, "forward", type(n).forward.__get__(n)) for n in (m.bn1, m.bn2)],
+}
+
+
+@pytest.mark.parametrize("case", NOT_FOLDED)
+def test_not_folded(case: str) -> None:
+    eager, swapped, x = folded_pair()
+    with torch.no_grad():
+        swapped(x)
+        for model in (eager, swapped):
+            NOT_FOLDED[case](model)
+        assert torch.equal(swapped(x), eager(x))
+        assert count_of_norms(swapped, x) == 2
+
+
+def test_a_hook_keeps_its_own_batch_norm_from_being_folded() -> None:
+    _, swapped, x = folded_pair()
+    seen = []
+    swapped.bn1.register_forward_hook(lambda *_: seen.append("bn1"))
+    with torch.no_grad():
+        assert count_of_norms(swapped, x) == 1
+    assert seen == ["bn1"]
+
+
+def test_gradients_and_transforms_see_the_parameters() -> None:
+    """Where derivatives of the parameters are wanted the two run on their own: eager's gradients, to the last bit."""
+    eager, swapped, x = folded_pair()
+    gradients = []
+    for model in (eager, swapped):
+        model(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    parameters = {name: p.detach() for name, p in swapped.named_parameters()}
+    buffers = dict(swapped.named_buffers())
+
+    def loss(model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    found, expected = (torch.func.grad(lambda p, m=m: loss(m, p))(parameters) for m in (swapped, eager))
+    torch.testing.assert_close(found, expected)
+    _, found = torch.func.jvp(lambda p: loss(swapped, p), (parameters,), (parameters,))
+    _, expected = torch.func.jvp(lambda p: loss(eager, p), (parameters,), (parameters,))
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradient_of_the_input_goes_through_folded_weights() -> None:
+    eager, swapped, x = folded_pair()
+    for model in (eager, swapped):
+        model.requires_grad_(False)
+    found, expected = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x) for m in (swapped, eager))
+    torch.testing.assert_close(found, expected)
+    x.requires_grad_()
+    found, expected = (torch.autograd.grad(m(x).square().sum(), x) for m in (swapped, eager))
+    torch.testing.assert_close(found, expected)
+    with torch.enable_grad():
+        assert count_of_norms(swapped, x) == 0
+
+
+def test_inference_mode_and_after() -> None:
+    eager, swapped, x = folded_pair()
+    with torch.inference_mode():
+        torch.testing.assert_close(swapped(x), eager(x))
+    for model in (eager, swapped):
+        model.requires_grad_(False)
+    x.requires_grad_()
+    found, expected = (torch.autograd.grad(m(x).sum(), x) for m in (swapped, eager))
+    torch.testing.assert_close(found, expected)
+    with torch.inference_mode():
+        made_there = fastops.swap(Block().double(), fold_batchnorm=True)
+        twin = fastops.unswap(copy.deepcopy(made_there))
+        for model in (made_there, twin):
+            model(x)
+            model.conv1.weight.mul_(2)  # an inference tensor: nothing counts its changes
+        torch.testing.assert_close(made_there(x), twin(x))
+
+
+def test_folded_weights_die_with_their_model() -> None:
+    _, swapped, x = folded_pair()
+    gc.collect()
+    before = len(fold._folded)
+    with torch.no_grad():
+        swapped(x)
+    assert len(fold._folded) == before + 2
+    del swapped
+    gc.collect()
+    assert len(fold._folded) == before
+
+
+def test_compiled_model_folds_nothing_and_is_right() -> None:
+    eager, swapped, x = folded_pair()
+    with torch.no_grad(), fastops.backend("torch"):
+        compiled = torch.compile(swapped, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), eager(x))
+
+
+def test_swapped_again_without_folding() -> None:
+    _, swapped, x = folded_pair()
+    assert fastops.report(fastops.swap(swapped)).folded == 0
+    with torch.no_grad():
+        assert count_of_norms(swapped, x) == 2
+
+
+def test_folding_needs_fusing() -> None:
+    with pytest.raises(ValueError, match="fold_batchnorm=True needs fuse=True"):
+        fastops.swap(Block(), fuse=False, fold_batchnorm=True)
+
+
+# Sums -----------------------------------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu, self.identity = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Identity()
+
+
+class InPlace(Sum):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.fc(x)
+        out += y
+        return self.relu(out)
+
+
+class IntoAnInput(Sum):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = self.identity(x)  # x itself: the sum is written into it
+        out += y
+        return F.relu(out) + x
+
+
+class FirstSummandKept(Sum):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = kept = self.fc(x)
+        out += y
+        return self.relu(out) + kept
+
+
+def form(function: Callable[[Sum, Tensor, Tensor], Tensor]) -> type[Sum]:
+    return type("Form", (Sum,), {"forward": function})
+
+
+FORMS: dict[str, type[Sum]] = {
+    "operator": form(lambda m, x, y: F.relu(m.fc(x) + y)),
+    "torch.add": form(lambda m, x, y: torch.relu(torch.add(x, m.fc(y)))),
+    "method": form(lambda m, x, y: x.add(m.fc(y)).relu()),
+    "in place": InPlace,
+    "add_": form(lambda m, x, y: m.fc(x).add_(y).relu_()),
+    "broadcast": form(lambda m, x, y: F.relu(m.fc(x) + y[0])),
+    "in place into an input": IntoAnInput,
+    "used twice": form(lambda m, x, y: (lambda out: F.relu(out) + out)(m.fc(x) + y)),
+    "first summand kept": FirstSummandKept,
+    "alpha": form(lambda m, x, y: torch.add(m.fc(x), y, alpha=2).relu()),
+    "number": form(lambda m, x, y: F.relu(m.fc(x) + 1.0) * y),
+}
+FUSED = ("operator", "torch.add", "method", "in place", "add_", "broadcast")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sums(name: str, backend: str) -> None:
+    eager = FORMS[name]().double()
+    swapped = fastops.swap(copy.deepcopy(eager))
+    assert fastops.report(swapped).fused == (name in FUSED)
+    results = []
+    for model in (eager, swapped):
+        x, y = (torch.randn(3, 4, generator=torch.Generator().manual_seed(s)).double() for s in (1, 2))
+        given = x.clone().requires_grad_(), y.clone().requires_grad_()
+        output = model(*(tensor * 1 for tensor in given))
+        output.square().sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in given), *(p.grad for p in model.parameters())])
+    for ours, torchs in zip(results[1], results[0], strict=True):
+        assert (ours is None) == (torchs is None)
+        if ours is not None and torchs is not None:
+            torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("hooked", ["fc", "relu"])
+def test_hooks_see_the_steps_of_a_sum(hooked: str) -> None:
+    eager = InPlace().double()
+    swapped = fastops.swap(copy.deepcopy(eager))
+    seen: list[list[Tensor]] = [[], []]
+    x, y = torch.randn(2, 3, 4).double()
+    for model, kept in zip((eager, swapped), seen, strict=True):
+        getattr(model, hooked).register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
+        with fastops.backend("triton"):
+            model(x, y)
+    torch.testing.assert_close(seen[1], seen[0])  # the very tensor, which the sum and the ReLU were written into
+
+
+# Memory formats -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_format_of_a_model(backend: str) -> None:
+    torch.manual_seed(0)
+    model = LeNet()
+    eager = copy.deepcopy(model)
+    parameters = list(model.parameters())
+    assert fastops.swap(model, memory_format=torch.channels_last) is model
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert "channels_last weights: large feature maps gain" in str(fastops.report(model))
+    assert "channels_last" not in str(fastops.report(fastops.swap(copy.deepcopy(eager))))
+    x = torch.randn(3, 1, 32, 32)
+    with fastops.backend(backend):
+        hidden = FF.conv_relu2d(x, model.conv1.weight, model.conv1.bias)
+        assert hidden.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-5)
+    loaded = LeNet()
+    loaded.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded(x), eager(x), rtol=0, atol=0)

@@ -1,0 +1,483 @@
+"""The convolution kernels in the interpreter."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_torch
+from guard import call_plainly, run_guarded, same_bits
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+import fastops
+import fastops.functional as FF
+from fastops.kernels import conv, linear
+from fastops.kernels.configs import ConvConfig
+from fastops.kernels.geometry import conv_output_size
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TORCHS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def small_config(channels: int) -> ConvConfig:
+    """Tiles so small that there are several in each direction."""
+    return ConvConfig(16, 16, 16, 1, 1, channels % 16 != 0)
+
+
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[6]))
+    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[5]))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_tiles(monkeypatch)
+
+
+@pytest.fixture(params=["small", "table"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small tiles, and those of the table, which hold all of a small convolution."""
+    if request.param == "small":
+        use_small_tiles(monkeypatch)
+    return request.param
+
+
+# Every option against torch -------------------------------------------------------------------------------------------
+
+
+def every_second(shape: Sequence[int]) -> Tensor:
+    """A slice of a larger tensor: no two of its elements lie side by side."""
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+def channels_last(shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+LAYOUTS: dict[str, Callable[[Sequence[int]], Tensor]] = {
+    "NCHW": torch.randn,
+    "channels_last": channels_last,
+    "slice": every_second,
+}
+DIMENSIONS = (1, 2, 3)
+KERNELS: dict[int, tuple[int | tuple[int, ...], ...]] = {
+    1: (1, 2, 3, 5, 7),
+    2: (1, 2, 3, 5, 7, (3, 2)),
+    3: (1, 2, 3, (3, 2, 1)),
+}
+STRIDES = (1, 2, 3)
+PADDINGS = (0, 1, "same", "valid")
+DILATIONS = (1, 2)
+GROUPS = ("1", "2", "channels")
+# Channels of a group, and output channels of a group; for as many groups as channels the second alone counts.
+CHANNELS = ((2, 3), (8, 4), (5, 1), (3, 8), (32, 4), (4, 33), (48, 17))
+
+
+MOST_STEPS = 24  # of small tiles: the interpreter takes a second for a few hundred
+
+
+class Setting(NamedTuple):
+    """One convolution of the sampled product."""
+
+    dimensions: int
+    kernel: int | tuple[int, ...]
+    stride: int
+    padding: int | str
+    dilation: int
+    groups: str
+    layout: str
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        kernel = self.kernel if isinstance(self.kernel, int) else "x".join(map(str, self.kernel))
+        numbers = f"k{kernel}-s{self.stride}-p{self.padding}-d{self.dilation}-g{self.groups}"
+        return f"{self.dimensions}d-{numbers}-{self.layout}-{str(self.dtype)[6:]}"
+
+
+def all_settings() -> Iterator[Setting]:
+    for dimensions in DIMENSIONS:
+        axes = (KERNELS[dimensions], STRIDES, PADDINGS, DILATIONS, GROUPS, LAYOUTS, DTYPES)
+        for values in itertools.product(*axes):
+            setting = Setting(dimensions, *values)
+            if setting.padding != "same" or setting.stride == 1:  # as torch has it
+                yield setting
+
+
+SETTINGS = tuple(all_settings())
+SAMPLE = random.Random(0).sample(SETTINGS, 64)
+
+
+def check_setting(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and all gradients against torch. The setting itself draws what is left to choose."""
+    draw = random.Random(setting.name)
+    n = setting.dimensions
+    kernel = (setting.kernel,) * n if isinstance(setting.kernel, int) else setting.kernel
+    per_group, out_per_group = draw.choice(CHANNELS)
+    groups = int(setting.groups) if setting.groups != "channels" else draw.choice((3, 5))
+    if setting.groups == "channels":
+        per_group, out_per_group = 1, min(out_per_group, 3)
+    batch, relu, has_bias = draw.choice((1, 2)), draw.random() < 0.5, draw.random() < 0.75
+    padding = setting.padding if isinstance(setting.padding, int) else 0
+    least = (setting.dilation * (k - 1) + 1 - 2 * padding for k in kernel)
+    size = tuple(max(1, number) + draw.choice(((3, 4, 6), (1, 2, 3), (0, 1, 2))[n - 1]) for number in least)
+    draws = max(1, 32 // (groups * out_per_group * per_group * math.prod(kernel)))
+    numbers = batch * math.prod(size), max(per_group, out_per_group), per_group * math.prod(kernel)
+    if draws * groups * math.prod(-(-number // 16) for number in numbers) <= MOST_STEPS:
+        use_small_tiles(monkeypatch)
+
+    make = LAYOUTS[setting.layout]
+    out_channels = groups * out_per_group
+    shapes = (batch, groups * per_group, *size), (out_channels, per_group, *kernel)
+    options = {"stride": setting.stride, "padding": setting.padding, "dilation": setting.dilation, "groups": groups}
+
+    def results(function: Callable[..., Tensor], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *leaves, grad_output = (None if t is None else t.detach().requires_grad_() for t in tensors)
+        output = function(*leaves, **options)
+        output = torch.relu(output) if relu and function is TORCHS[n] else output
+        return output.detach(), *torch.autograd.grad(output, [t for t in leaves if t is not None], grad_output)
+
+    def run() -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        input, weight = (make(shape).to(setting.dtype) for shape in shapes)
+        bias = torch.randn(out_channels).to(setting.dtype) if has_bias else None
+        output = TORCHS[n](input, weight, None, **options)
+        # Eighths: the few sums that are the gradient of the bias are exact, and no luck decides about them.
+        grad_output = make(output.shape).mul(8).round().clamp(-16, 16).div(8).to(setting.dtype)
+        tensors = input, weight, bias, grad_output
+        with fastops.backend("triton"):
+            return results(getattr(FF, f"conv_relu{n}d" if relu else f"conv{n}d"), *tensors), tensors
+
+    reference = functools.partial(results, TORCHS[n])
+    assert_as_accurate_as_torch(reference, *(run() for _ in range(draws)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("setting", SAMPLE, ids=lambda setting: setting.name)
+def test_sample_of_all_options(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_setting(setting, monkeypatch)
+
+
+def test_sample_has_every_value_of_every_option() -> None:
+    for sampled, every in zip(zip(*SAMPLE, strict=True), zip(*SETTINGS, strict=True), strict=True):
+        assert set(sampled) == set(every)
+    assert {(s.dimensions, s.kernel) for s in SAMPLE} == {(s.dimensions, s.kernel) for s in SETTINGS}
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("dimensions", DIMENSIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_options(dtype: torch.dtype, dimensions: int) -> None:
+    for setting in SETTINGS:
+        if (setting.dtype, setting.dimensions) == (dtype, dimensions):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                check_setting(setting, monkeypatch)
+
+
+# Addresses ------------------------------------------------------------------------------------------------------------
+
+# Shapes of input and weight, then what differs from stride 1, no padding, dilation 1 and one group.
+GUARDED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "one": ((1, 1, 1), (1, 1, 1), {"stride": 2}),
+    "tile-1": ((1, 15, 15), (15, 15, 3), {"padding": 1}),
+    "tile": ((1, 16, 16), (16, 16, 3), {"padding": 1}),
+    "tile+1": ((1, 17, 17), (17, 17, 3), {"padding": 1}),
+    "whole channels": ((1, 32, 5, 4), (48, 32, 2, 2), {}),
+    "64 to 33 channels": ((1, 64, 4, 3), (33, 64, 2, 1), {"padding": 1}),
+    "24 to 13 channels": ((2, 24, 4, 3), (13, 24, 3, 2), {"stride": 2, "padding": 1}),
+    "3 to 8 channels": ((2, 3, 7, 6), (8, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "pointwise": ((2, 5, 3, 3), (7, 5, 1, 1), {}),
+    "pointwise groups": ((2, 6, 3, 3), (4, 3, 1, 1), {"groups": 2}),
+    "groups": ((1, 32, 4, 4), (48, 16, 3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((2, 5, 5, 4), (10, 1, 3, 2), {"groups": 5, "stride": 2, "padding": 1}),
+    "stride beyond kernel": ((2, 3, 8, 7), (2, 3, 2, 1), {"stride": 3}),
+    "padding beyond kernel": ((1, 3, 3, 2), (4, 3, 2, 2), {"stride": 2, "padding": 4}),
+    "dilation": ((1, 2, 7, 8), (3, 2, 3, 3), {"dilation": 2, "padding": 1}),
+    "dilation and stride": ((1, 2, 9, 8), (3, 2, 3, 3), {"dilation": 2, "stride": 4, "padding": 2}),
+    "1d": ((2, 3, 20), (4, 3, 5), {"stride": 2, "padding": 2}),
+    "3d": ((1, 2, 3, 4, 5), (3, 2, 2, 1, 3), {"stride": 2, "padding": 1}),
+}
+
+
+def numbers(weight_shape: Sequence[int], options: dict[str, Any]) -> tuple[Any, ...]:
+    """Stride, padding, dilation and groups as the kernels take them."""
+    n = len(weight_shape) - 2
+    each = ((options.get(name, default),) * n for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    return (*each, options.get("groups", 1))
+
+
+def memory_format(dimensions: int, last: bool) -> torch.memory_format:
+    return CHANNELS_LAST[dimensions] if last and dimensions > 1 else torch.contiguous_format
+
+
+Call = Callable[..., Any]
+
+
+def forward_and_backward(
+    call: Call, tensors: Sequence[Tensor | None], options: dict[str, Any], relu: bool, last: bool = False
+) -> tuple[Tensor, ...]:
+    """``(y, gx, gw, gb)`` of the kernels for ``(x, w, b, gy)``."""
+    input, weight, bias, grad_output = tensors
+    assert input is not None and weight is not None
+    of_all = numbers(weight.shape, options)
+    layout = memory_format(weight.dim() - 2, last)
+    output = call(conv.conv, input, weight, bias, *of_all, relu, layout)
+    shapes = tuple(input.shape), tuple(weight.shape)
+    mask = output if relu else None
+    gradients = call(conv.conv_backward, grad_output, input, weight, mask, *shapes, *of_all, True, layout)
+    return output, *gradients
+
+
+def torchs(options: dict[str, Any], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """torch's `forward_and_backward`."""
+    *leaves, grad_output = (tensor.detach().requires_grad_() for tensor in tensors)
+    output = TORCHS[leaves[0].dim() - 2](*leaves, **options)
+    output = torch.relu(output) if relu else output
+    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+
+def whole_numbers(shape: Sequence[int]) -> Tensor:
+    """Values whose products and sums are exact in float32 in any order."""
+    return torch.randint(-4, 5, tuple(shape)).float()
+
+
+def whole_tensors(name: str, make: Callable[[Sequence[int]], Tensor] = whole_numbers) -> tuple[Tensor, ...]:
+    """``(x, w, b, gy)`` for an entry of `GUARDED`."""
+    input_shape, weight_shape, options = GUARDED[name]
+    size = conv_output_size(input_shape[2:], weight_shape[2:], *numbers(weight_shape, options)[:3])
+    shapes = input_shape, weight_shape, weight_shape[:1], (input_shape[0], weight_shape[0], *size)
+    return tuple(make(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("name", GUARDED)
+def test_kernels_touch_nothing_else(name: str, last: bool, tiles: str) -> None:
+    """Poisoned memory, checked addresses, and exact results."""
+    input, weight, bias, grad_output = whole_tensors(name)
+    options, relu = GUARDED[name][2], not last
+    tensors = input, weight, bias, grad_output
+    if last:
+        spread = [torch.zeros(*t.shape[:-1], 2 * t.shape[-1]) for t in tensors]
+        for wide, tensor in zip(spread, tensors, strict=True):
+            wide[..., ::2] = tensor
+        tensors = tuple(wide[..., ::2] for wide in spread)
+    found = forward_and_backward(run_guarded, tensors, options, relu, last)
+    for ours, theirs in zip(found, torchs(options, relu, input, weight, bias, grad_output), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["3 to 8 channels", "depthwise", "dilation and stride", "3d"])
+def test_positions_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a GPU's memory can hold runs with 64-bit positions: here they must change nothing."""
+    tensors, options = whole_tensors(name, torch.randn), GUARDED[name][2]
+    narrow = forward_and_backward(call_plainly, tensors, options, True)
+    monkeypatch.setattr(conv, "is_large", lambda *_: True)
+    assert same_bits(forward_and_backward(run_guarded, tensors, options, True), narrow)
+
+
+def test_positions_take_64_bits_where_they_must() -> None:
+    for positions, large in ((2**31 - 2**12 - 1, False), (2**31 - 2**12, True)):
+        assert conv.is_large(torch.empty(1, 8), torch.empty(positions, 8, device="meta")) is large
+
+
+# The sum over positions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["3 to 8 channels", "depthwise", "groups", "1d", "3d"])
+def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of parts has one sum, and the same bits each time: also where some parts would be empty."""
+    options = GUARDED[name][2]
+
+    def grad_weight(call: Call, input: Tensor, weight: Tensor, grad_output: Tensor) -> Tensor:
+        shapes = tuple(input.shape), tuple(weight.shape)
+        options_of_all = (*numbers(weight.shape, options), False, torch.contiguous_format)
+        return call(conv.conv_backward, grad_output, input, None, None, *shapes, *options_of_all)[1]
+
+    input, weight, bias, grad_output = whole_tensors(name)
+    expected = torchs(options, False, input, weight, bias, grad_output)[2]
+    for splits in (1, 2, 3, 100):
+        monkeypatch.setattr(conv, "conv_splits", lambda *_, splits=splits: splits)
+        call = run_guarded if splits == 3 else call_plainly
+        assert torch.equal(grad_weight(call, input, weight, grad_output), expected)
+    rounded = input + torch.randn(input.shape), weight, grad_output + torch.randn(grad_output.shape)
+    first, second = (grad_weight(call_plainly, *rounded) for _ in range(2))
+    assert same_bits(first, second), "not deterministic"
+
+
+# What runs ------------------------------------------------------------------------------------------------------------
+
+MASK_AND_SUM = "relu_mask_and_column_sum_kernel"
+FOR_WEIGHT = ["conv_grad_weight_kernel", "conv_sum_of_splits_kernel"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that would be launched: none runs."""
+    names: list[str] = []
+    for module in (conv, linear):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    return names
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
+@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise"])
+def test_only_what_is_needed_is_computed(
+    name: str, needed: tuple[bool, bool, bool], relu: bool, launched: list[str]
+) -> None:
+    input, weight, _, grad_output = whole_tensors(name)
+    needs_input, needs_weight, needs_bias = needed
+    results = conv.conv_backward(
+        grad_output,
+        input if needs_weight else None,
+        weight if needs_input else None,
+        grad_output if relu else None,
+        tuple(input.shape),
+        tuple(weight.shape),
+        *numbers(weight.shape, GUARDED[name][2]),
+        needs_bias,
+        torch.contiguous_format,
+    )
+    assert tuple(result is not None for result in results) == needed
+    products = ["matmul_kernel"], ["matmul_kernel"]
+    if name != "pointwise":
+        products = ["conv_grad_input_kernel"], FOR_WEIGHT
+    expected = [MASK_AND_SUM] * (relu or needs_bias) + products[0] * needs_input + products[1] * needs_weight
+    assert launched == expected
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
+    input, weight, bias, _ = whole_tensors(name)
+    conv.conv(input, weight, bias, *numbers(weight.shape, GUARDED[name][2]), True, torch.contiguous_format)
+    assert launched == ["matmul_kernel" if name == "pointwise" else "conv_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "channels"), [(1, 0, 64), (1, 0, 128), (3, 1, 64), (3, 1, 128), (5, 2, 64)]
+)
+def test_gradient_of_a_strided_input_wastes_no_products(
+    kernel: int, padding: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most a tenth more multiply-adds than the pairs of an input position and a tap that meet an output position.
+
+    With a GPU's tile. Of all taps of all input positions, as many as a gather over them would multiply, a quarter meets
+    an output position: it would take four times the products.
+    """
+    executed = 0
+    dot = InterpreterBuilder.create_dot
+
+    def counted(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        nonlocal executed
+        executed += math.prod(a.data.shape) * b.data.shape[1]
+        return dot(self, a, b, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    monkeypatch.setattr(conv, "conv_config", lambda *_: ConvConfig(128, 64, 64, 8, 3, False))
+    input_shape, weight_shape = (4, channels, 32, 32), (channels, channels, kernel, kernel)
+    grad = torch.ones(4, channels, 16, 16)
+    options = numbers(weight_shape, {"stride": 2, "padding": padding})
+    conv.conv_backward(
+        grad, None, torch.ones(weight_shape), None, input_shape, weight_shape, *options, False, torch.channels_last
+    )
+    pairs = torch.nn.grad.conv2d_input((4, 1, 32, 32), torch.ones(1, 1, kernel, kernel), grad[:, :1], 2, padding).sum()
+    useful = int(pairs) * channels**2
+    assert useful <= executed <= 1.1 * useful
+
+
+# Memory formats -------------------------------------------------------------------------------------------------------
+
+FORMATS: dict[str, Callable[[Sequence[int]], Tensor]] = {
+    **LAYOUTS,
+    "expanded": lambda shape: torch.randn(1, *shape[1:]).expand(*shape),
+}
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "1d": ((2, 3, 6), (4, 3, 3), {}),
+    "2d": ((2, 3, 6, 5), (4, 3, 3, 3), {"padding": 1}),
+    "3d": ((2, 3, 4, 3, 5), (4, 3, 2, 1, 3), {"stride": 2}),
+    "pointwise": ((2, 3, 6, 5), (4, 3, 1, 1), {}),
+    "one channel": ((2, 1, 6, 5), (4, 1, 3, 3), {}),
+    "one output": ((2, 3, 6, 5), (1, 3, 3, 3), {}),
+    "one position": ((2, 3, 3, 3), (4, 3, 3, 3), {}),
+    "depthwise": ((2, 4, 6, 5), (4, 1, 3, 3), {"groups": 4}),
+}
+
+
+def strides_that_count(tensor: Tensor) -> list[int]:
+    """Without those of dimensions of size 1, which say nothing."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("input_format", FORMATS)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_strides_are_torchs(shapes: str, input_format: str, weight_format: str) -> None:
+    """Of the output and the gradients, for each layout of the input beside each of the weight.
+
+    Two are left out, as they depend on which of its own kernels torch takes for so many threads: a permuted weight in
+    one dimension, and a single sample in three.
+    """
+    input_shape, weight_shape, options = SHAPES[shapes]
+    n = len(input_shape) - 2
+    input, weight = FORMATS[input_format](input_shape), FORMATS[weight_format](weight_shape)
+    if n == 1 and weight_format == "channels_last":
+        return
+    for given in (input, input[0]) if n < 3 else (input,):
+        found = []
+        for function in (getattr(FF, f"conv{n}d"), TORCHS[n]):
+            leaves = given.detach().requires_grad_(), weight.detach().requires_grad_()
+            with fastops.backend("triton"):
+                output = function(*leaves, **options)
+            gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+            found.append([strides_that_count(tensor) for tensor in (output, *gradients)])
+        assert found[0] == found[1]
+
+
+# Values that are no numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["3 to 8 channels", "groups", "stride beyond kernel", "dilation and stride", "3d"])
+def test_nan_and_inf_of_the_input_spread_as_in_torch(name: str, value: float, tiles: str) -> None:
+    tensors, options = whole_tensors(name, lambda shape: torch.randn(shape).abs() + 0.5), GUARDED[name][2]
+    tensors[0].view(-1)[tensors[0].numel() // 2] = value
+    found = forward_and_backward(call_plainly, tensors, options, True)
+    for ours, theirs in zip(found, torchs(options, True, *tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise", "groups"])
+def test_gradient_through_relu_at_zero_and_nan_is_torchs(name: str) -> None:
+    """NaN lets its gradient through; neither zero does."""
+    input, weight, _, grad_output = whole_tensors(name)
+    output = whole_numbers(grad_output.shape)
+    output.view(-1)[:3] = torch.tensor([float("nan"), -0.0, 0.0])
+    of_all, options = numbers(weight.shape, GUARDED[name][2]), GUARDED[name][2]
+    shapes = tuple(input.shape), tuple(weight.shape)
+    found = run_guarded(
+        conv.conv_backward, grad_output, input, weight, output, *shapes, *of_all, True, torch.contiguous_format
+    )
+    masked = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    _, *expected = torchs(options, False, input, weight, torch.zeros(weight.shape[0]), masked)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_relu_keeps_nan_and_drops_negative_zero() -> None:
+    input = torch.tensor([[[float("nan"), -1.0, -0.0, 0.0, 2.0]]])
+    output = conv.conv(input, torch.ones(1, 1, 1), None, (2,), (0,), (1,), 1, True, torch.contiguous_format)
+    torch.testing.assert_close(output, torch.tensor([[[float("nan"), 0.0, 2.0]]]), rtol=0, atol=0, equal_nan=True)
+    assert not torch.signbit(output[0, 0, 1])

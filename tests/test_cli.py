@@ -361,15 +361,15 @@ def test_cifar_net_trains_on_it(cifar: Path, capsys: pytest.CaptureFixture[str],
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "Dataset not found or corrupted"),
-        (lambda path: path.write_bytes(b"no pickle"), "damaged file"),
-        (lambda path: path.write_bytes(pickle.dumps({"data": [], "labels": [1]})), ""),
+        (lambda path: path.write_bytes(b"no pickle"), "invalid load key"),
+        (lambda path: path.write_bytes(pickle.dumps({"data": [], "labels": [1]})), "0 images but 1 labels"),
     ],
     ids=["missing", "no pickle", "empty"],
 )
 def test_damaged_cifar_folder(damage: Any, message: str, cifar: Path, tmp_path: Path, capsys: Any) -> None:
     damage(cifar / "cifar-10-batches-py" / "test_batch")
     line = fail(capsys, "train", "cifar-net", "--data", cifar, "--output", tmp_path)
-    assert line.startswith(f"fastops: error: cannot read {cifar / 'cifar-10-batches-py'}: ") and message in line
+    assert line.startswith("fastops: error: ") and str(cifar / "cifar-10-batches-py") in line and message in line
 
 
 @pytest.mark.parametrize(("model", "data"), [("cifar-net", "fashion"), ("fashion-mlp", "cifar")])

@@ -27,6 +27,8 @@ INF, NAN = float("inf"), float("nan")
 TYPICAL = {
     "linear": ["vector"],
     "linear_relu": ["matrix"],
+    **{f"conv{relu}{n}d": ["3, padding 1"] for n in (1, 2, 3) for relu in ("", "_relu")},
+    "add_relu": ["two tensors"],
     "mse_loss": ["none, transposed target", "mean", "mean, element weights"],
     "cross_entropy": ["indices, mean, weight, smoothing, ignore_index", "probabilities, none, weight"],
 }

@@ -6,13 +6,16 @@ within such pairs, and every second pair runs in the other order.
 
 import argparse
 import copy
+import functools
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +26,11 @@ import fastops
 import fastops.functional as FF
 from fastops.cli import CommandError
 from fastops.cli.doctor import _interpreting, _processor
-from fastops.cli.environment import check_backend, pick_device, positive_integer
+from fastops.cli.environment import backend_lines, check_backend, pick_device, positive_integer
 from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
-from fastops.models import FashionMLP, TwoLayerNet
+from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
+from fastops.models.cifar_net import random_images
 
 Call = Callable[[], object]
 
@@ -68,6 +72,7 @@ def _op_cases(
     shape: str,
     reference: Callable[..., Tensor],
     inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    options: dict[str, int] | None = None,
 ) -> list[Case]:
     """Forward without gradients, and forward and backward. ``inputs`` draws what gets a gradient and what gets none."""
 
@@ -87,8 +92,9 @@ def _op_cases(
 
             return _synchronized(forward_backward if backward else forward, device)
 
-        backend = fastops.explain(op, *arguments).backend
-        return Contest(contestant(reference), contestant(getattr(FF, op)), backend)
+        backend = fastops.explain(op, *arguments, **(options or {})).backend
+        ours = functools.partial(getattr(FF, op), **(options or {}))
+        return Contest(contestant(reference), contestant(ours), backend)
 
     return [
         Case(f"{op}/{shape}/forward", lambda device: prepare(device, backward=False)),
@@ -106,6 +112,38 @@ def _linear_cases(op: str, rows: int, features: int, outputs: int, bias: bool = 
 
     reference = linear_relu if op == "linear_relu" else F.linear
     return _op_cases(op, f"{rows}x{features}-{outputs}", reference, inputs)
+
+
+def _conv_cases(
+    op: str,
+    batch: int,
+    size: int,
+    channels: int,
+    outputs: int,
+    kernel: int,
+    channels_last: bool = False,
+    **options: int,
+) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        parameters = (parameter.detach() for parameter in nn.Conv2d(channels, outputs, kernel).parameters())
+        tensors = [torch.randn(batch, channels, size, size), *parameters]
+        if channels_last:
+            tensors[:2] = (tensor.to(memory_format=torch.channels_last) for tensor in tensors[:2])
+        return tensors, []
+
+    def reference(*arguments: Tensor) -> Tensor:
+        output: Tensor = F.conv2d(*arguments, **options)  # type: ignore[call-overload]
+        return F.relu(output) if "relu" in op else output
+
+    shown = "".join(f"-{name}{value}" for name, value in options.items()) + ("-channels_last" if channels_last else "")
+    return _op_cases(op, f"{batch}x{channels}x{size}x{size}-{outputs}k{kernel}{shown}", reference, inputs, options)
+
+
+def _add_relu_cases(*shape: int) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.randn(shape), torch.randn(shape)], []
+
+    return _op_cases("add_relu", "x".join(map(str, shape)), lambda a, b: F.relu(a + b), inputs)
 
 
 def _mse_cases(rows: int, columns: int) -> list[Case]:
@@ -136,16 +174,19 @@ def _model_cases(
     loss: Callable[[], nn.Module],
     batch: Callable[[], tuple[Tensor, Tensor]],
     lr: float,
+    momentum: float = 0.0,
+    eager_format: torch.memory_format = torch.contiguous_format,
+    **options: Any,
 ) -> list[Case]:
-    """A whole training step with plain SGD, and inference, of a model and of its swapped copy."""
+    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``."""
 
     def prepare(device: torch.device, training: bool) -> Contest:
         inputs, targets = (tensor.to(device) for tensor in batch())
-        eager = build().to(device).train(training)
-        swapped = fastops.swap(copy.deepcopy(eager))
+        eager = build().to(device).to(memory_format=eager_format).train(training)
+        swapped = fastops.swap(copy.deepcopy(eager), **options)
 
         def contestant(model: nn.Module, criterion: nn.Module) -> Call:
-            optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
             def step() -> Tensor:
                 optimizer.zero_grad()
@@ -161,17 +202,50 @@ def _model_cases(
 
             return _synchronized(step if training else predict, device)
 
-        layers = [layer for layer in swapped.modules() if isinstance(layer, nn.Linear)]
-        backends = {
-            fastops.explain("linear", inputs.new_empty(len(inputs), layer.in_features), layer.weight).backend
-            for layer in layers
-        }
+        lines = backend_lines(swapped, len(inputs), device)
+        backends = {line.partition(" runs on ")[2].partition(":")[0] for line in lines}
         return Contest(contestant(eager, loss()), contestant(swapped, fastops.swap(loss())), "+".join(sorted(backends)))
 
     return [
         Case(f"{name}/step", lambda device: prepare(device, training=True)),
         Case(f"{name}/inference", lambda device: prepare(device, training=False)),
     ]
+
+
+def _lenet_batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(64, 1, 32, 32), torch.randn(64, 10)
+
+
+def _cifar_batch() -> tuple[Tensor, Tensor]:
+    return random_images(64, torch.default_generator)
+
+
+def _resnet_cases(batch: int, size: int) -> list[Case]:
+    """ResNet-18 swapped plainly, with channels_last, and for inference with batch norms folded too, against eager.
+
+    None where torchvision, whose model it is, is not installed.
+    """
+    if find_spec("torchvision") is None:
+        return []
+
+    def build() -> nn.Module:
+        from torchvision.models import resnet18
+
+        model: nn.Module = resnet18()
+        return model
+
+    def images() -> tuple[Tensor, Tensor]:
+        return torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+
+    def cases(name: str, **options: Any) -> list[Case]:
+        return _model_cases(name, build, nn.CrossEntropyLoss, images, 1e-4, 0.9, **options)
+
+    name, last = f"ResNet18-{batch}x3x{size}x{size}", torch.channels_last
+    folded = cases(f"{name}-folded", fold_batchnorm=True)
+    folded_last = cases(f"{name}-folded-channels_last", fold_batchnorm=True, memory_format=last)
+    both_last = cases(f"{name}-folded-both_channels_last", fold_batchnorm=True, eager_format=last)
+    inference = [rows[1] for rows in (folded, folded_last, both_last)]
+    return [*cases(name), *cases(f"{name}-channels_last", memory_format=last), *inference]
 
 
 LINEAR_CASES = [
@@ -183,6 +257,17 @@ LINEAR_CASES = [
     *_linear_cases("linear_relu", 512, 784, 512),
     *_linear_cases("linear_relu", 256, 1024, 4096),
     *_linear_cases("linear", 256, 1024, 1000),
+]
+CONV_CASES = [
+    *_conv_cases("conv_relu2d", 64, 32, 1, 6, 3),  # LeNet
+    *_conv_cases("conv_relu2d", 64, 15, 6, 16, 3),
+    *_conv_cases("conv2d", 8, 56, 64, 64, 3, padding=1),  # ResNet-18
+    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1),
+    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1, channels_last=True),
+    *_conv_cases("conv2d", 8, 56, 64, 128, 3, padding=1, stride=2),
+    *_conv_cases("conv2d", 8, 56, 64, 128, 1, stride=2),
+    *_conv_cases("conv_relu2d", 8, 56, 64, 256, 1),
+    *_add_relu_cases(8, 64, 56, 56),
 ]
 LOSS_CASES = [
     *_mse_cases(64, 10),
@@ -199,8 +284,13 @@ MODEL_CASES = [
     *_model_cases("FashionMLP-64", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(64, 784, 10), 1e-3),
     *_model_cases("FashionMLP-512", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(512, 784, 10), 1e-3),
     *_model_cases("WideMLP-256", _wide_mlp, nn.CrossEntropyLoss, lambda: _classification(256, 1024, 1000), 1e-3),
+    *_model_cases("LeNet-64", LeNet, nn.MSELoss, _lenet_batch, 0.1),
+    *_model_cases("LeNet-64-channels_last", LeNet, nn.MSELoss, _lenet_batch, 0.1, memory_format=torch.channels_last),
+    *_model_cases("CIFARNet-64", CIFARNet, nn.CrossEntropyLoss, _cifar_batch, 1e-3, 0.9),
+    *_resnet_cases(4, 64),
+    *_resnet_cases(8, 224),
 ]
-CASES = [*LINEAR_CASES, *LOSS_CASES, *MODEL_CASES]
+CASES = [*LINEAR_CASES, *CONV_CASES, *LOSS_CASES, *MODEL_CASES]
 
 # Measurement ----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from pickle import PickleError
 
 import numpy as np
 import torch
@@ -85,7 +86,16 @@ def _torchvision_images(root: Path, name: str) -> Images:
         try:
             split = getattr(datasets, name)(root, train=train, download=False, transform=transforms.ToTensor())
         # torchvision has no exception of its own: a damaged file ends in whichever line of its reader met it.
-        except (OSError, RuntimeError, AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            AssertionError,
+            LookupError,
+            TypeError,
+            ValueError,
+            EOFError,
+            PickleError,
+        ) as error:
             reason = str(error).partition("\n")[0].partition(". You can use download")[0] or "damaged file"
             raise CommandError(f"cannot read {files}: {reason}") from error
         labels = torch.as_tensor(split.targets)

@@ -106,6 +106,11 @@ def _choices(device: torch.device) -> list[str]:
         for op in ("linear", "linear_relu"):
             choice = fastops.explain(op, x, weight, bias)
             lines.append(f"{op} {rows}x{inputs} to {outputs}: {choice.backend}: {choice.reason}")
+    for shape, channels, outputs, kernel in (((64, 1, 32, 32), 1, 6, 3), ((8, 64, 56, 56), 64, 64, 3)):
+        x, weight = torch.zeros(shape, device=device), torch.zeros(outputs, channels, kernel, kernel, device=device)
+        choice = fastops.explain("conv_relu2d", x, weight)
+        size = f"{'x'.join(map(str, shape))} to {outputs} channels"
+        lines.append(f"conv_relu2d {size}: {choice.backend}: {choice.reason}")
     logits, labels = torch.zeros(64, 10, device=device), torch.zeros(64, dtype=torch.long, device=device)
     for op, target in (("mse_loss", logits), ("cross_entropy", labels)):
         choice = fastops.explain(op, logits, target)

@@ -90,6 +90,37 @@ def _linear_cases(op: str) -> Iterator[Case]:
     yield case("transposed input and weight", lambda sizes: (sizes.rows,), transposed=True)
 
 
+def _conv_cases(dimensions: int, relu: str) -> Iterator[Case]:
+    def case(
+        name: str, kernel: int, groups: int = 1, bias: bool = True, channels_last: bool = False, **options: Any
+    ) -> Case:
+        def tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            channels, outputs = groups * (1 + sizes.outputs // 4), groups * (1 + sizes.features // 8)
+            size = 6 - dimensions if sizes is TINY else 11 - 2 * dimensions
+            variables = {
+                "input": torch.randn(2, channels, *(size,) * dimensions, generator=generator),
+                "weight": torch.randn(outputs, channels // groups, *(kernel,) * dimensions, generator=generator),
+            }
+            if channels_last:
+                variables = {n: t.to(memory_format=torch.channels_last) for n, t in variables.items()}
+            if bias:
+                variables["bias"] = torch.randn(outputs, generator=generator)
+            return variables, {}
+
+        return Case(f"conv{relu}{dimensions}d", name, tensors, {"groups": groups, **options})
+
+    yield case("3, padding 1", 3, padding=1)
+    if dimensions == 2:
+        yield case("1", 1)
+        yield case("3, stride 2, dilation 2, no bias", 3, stride=2, dilation=2, padding=2, bias=False)
+        yield case("3, groups 2, channels_last", 3, groups=2, channels_last=True)
+
+
+def _add_relu_tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+    shape = sizes.rows, sizes.features
+    return {name: torch.randn(shape, generator=generator) for name in ("input", "other")}, {}
+
+
 def _mse_cases() -> Iterator[Case]:
     def case(name: str, reduction: str, transposed: bool = False, weight: bool = False) -> Case:
         def tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
@@ -151,13 +182,23 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield _cross_entropy_case(probabilities, "mean", layout=layout)
 
 
-CASES = [*_linear_cases("linear"), *_linear_cases("linear_relu"), *_mse_cases(), *_cross_entropy_cases()]
+CASES = [
+    *_linear_cases("linear"),
+    *_linear_cases("linear_relu"),
+    *(case for dimensions, relu in product((1, 2, 3), ("", "_relu")) for case in _conv_cases(dimensions, relu)),
+    Case("add_relu", "two tensors", _add_relu_tensors),
+    *_mse_cases(),
+    *_cross_entropy_cases(),
+]
 OPS = list(dict.fromkeys(case.op for case in CASES))
 
 
 def _torch_function(op: str) -> Callable[..., Tensor]:
-    if op == "linear_relu":
-        return lambda **arguments: F.relu(F.linear(**arguments))
+    if op == "add_relu":
+        return lambda input, other: F.relu(input + other)
+    if "_relu" in op:
+        plain: Callable[..., Tensor] = getattr(F, op.replace("_relu", ""))
+        return lambda **arguments: F.relu(plain(**arguments))
     function: Callable[..., Tensor] = getattr(F, op)
     return function
 
@@ -203,12 +244,13 @@ def _check_derivatives(case: Case, kind: str, backend: str, variables: Named, co
 
     values = [tensor.requires_grad_() for tensor in variables.values()]
     torch.manual_seed(0)  # torch draws directions and outer gradients by itself
+    fast = case.op.startswith("conv")  # along random directions: an interpreted convolution takes its time
     if kind == "gradcheck":
-        gradcheck(function, values)
+        gradcheck(function, values, fast_mode=fast)
     elif kind == "forward AD":
-        gradcheck(function, values, check_forward_ad=True, check_backward_ad=False)
+        gradcheck(function, values, check_forward_ad=True, check_backward_ad=False, fast_mode=fast)
     else:
-        gradgradcheck(function, values)
+        gradgradcheck(function, values, fast_mode=fast)
         if backend != "torch":  # torch's own mse_loss cannot do this one where the gradient is a scalar
             gradgradcheck(
                 function,

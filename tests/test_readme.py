@@ -19,6 +19,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page.name, text) for page in PAGES for text in fence.findall(page.read_text())]
 
 
+EXAMPLES: dict[str, list[str]] = {"resnet18.py": []}  # and their arguments here
 COMMANDS = list(
     dict.fromkeys(
         " ".join(words)
@@ -47,6 +48,14 @@ def test_python_block(page: str, block: str, tmp_path: Path) -> None:
         [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example(script: Path) -> None:
+    words = [sys.executable, str(script), *EXAMPLES[script.name]]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import functional, nn
+from . import compile, functional, nn
 from .dispatch import backend, explain
 from .ops import FallbackWarning
 from .swap import Report, report, swap, unswap
@@ -12,6 +12,7 @@ __all__ = [
     "Report",
     "__version__",
     "backend",
+    "compile",
     "explain",
     "functional",
     "nn",

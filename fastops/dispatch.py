@@ -16,6 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from .kernels.geometry import conv_output_size
@@ -23,6 +25,8 @@ from .kernels.geometry import conv_output_size
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 
 _KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Plain tensors, and what stands for one while a compiler traces. Other subclasses may mean something else by an op.
+_PLAIN: Final = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 _TRITON_DEVICES: Final = ("cuda", "xpu")
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
@@ -176,7 +180,7 @@ def _unfit(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in _PLAIN:
             return f"no kernel for arguments of type {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"no kernel for layout {tensor.layout}"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,148 @@ CROSS_ENTROPY: list[tuple[Any, ...]] = [
     (torch.randn(2, 3, 4, 5), zeros.view(2, 2, 1)),
     (x, q, None, None, 1),
 ]
+images, kernels, offsets = torch.randn(2, 4, 6, 5), torch.randn(6, 4, 3, 3), torch.randn(6)
+CONV2D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    *(
+        (arguments, {})
+        for arguments in (
+            ([1, 2], kernels),
+            (None, kernels),
+            (images, None),
+            (images, "w"),
+            (images, kernels, [1, 2]),
+            (images, kernels, "b"),
+            (images, torch.randn(6, 4, 3)),
+            (images, torch.randn(6)),
+            (images, torch.tensor(1.0)),
+            (images, torch.randn(6, 4, 3, 3, 3)),
+            (torch.tensor(1.0), kernels),
+            (images[0, 0], kernels),
+            (images[None], kernels),
+            (images[0], kernels),
+            (images[:, :3], kernels),
+            (images[0, :3], kernels),
+            (images[..., :2], kernels),
+            (images, kernels, offsets[:5]),
+            (images, kernels, torch.randn(1)),
+            (images, kernels, torch.randn(6, 1)),
+            (images, kernels, torch.tensor(1.0)),
+            (images.double(), kernels),
+            (images, kernels.double()),
+            (images, kernels, offsets.double()),
+            (images.half(), kernels.bfloat16()),
+            (images.half(), kernels.half(), offsets),
+            (images.int(), kernels),
+            (images.int(), kernels.int()),
+            (images.bool(), kernels.bool()),
+            (images.cfloat(), kernels),
+            (images.cfloat(), kernels.cfloat()),
+            (on_meta(2, 4, 6, 5), kernels),
+            (on_meta(2, 4, 6, 5), on_meta(6, 4, 3, 3)),
+            (images, on_meta(6, 4, 3, 3)),
+            (images.to_sparse(), kernels),
+            (images, kernels.to_sparse()),
+            (images.to_mkldnn(), kernels),
+            (images[:0], kernels, offsets),
+            (images[:, :, :0], kernels),
+            (images[:, :0], kernels[:, :0], offsets),
+            (images, kernels[:0]),
+            (images, kernels[:, :, :0]),
+        )
+    ),
+    *(
+        ((images, kernels, offsets), options)
+        for options in (
+            {"stride": 0},
+            {"stride": -1},
+            {"stride": (2, 0)},
+            {"stride": (1, 1, 1)},
+            {"stride": ()},
+            {"stride": (2,)},
+            {"stride": [1, 2]},
+            {"stride": 1.0},
+            {"stride": None},
+            {"stride": "1"},
+            {"stride": True},
+            {"stride": (True, 2)},
+            {"stride": np.int64(2)},
+            {"stride": (np.int64(2), 1)},
+            {"stride": torch.tensor(2)},
+            {"stride": torch.Size([2, 1])},
+            {"stride": 2**40},
+            {"padding": -1},
+            {"padding": (0, -2)},
+            {"padding": (1, 1, 1)},
+            {"padding": ()},
+            {"padding": [1]},
+            {"padding": 0.5},
+            {"padding": None},
+            {"padding": "full"},
+            {"padding": "SAME"},
+            {"padding": ""},
+            {"padding": "same"},
+            {"padding": "valid", "stride": 2},
+            {"padding": "same", "stride": 2},
+            {"padding": "same", "stride": (1, 2)},
+            {"padding": "same", "stride": (1, 1, 1)},
+            {"padding": "same", "dilation": 0},
+            {"padding": False},
+            {"dilation": 0},
+            {"dilation": -1},
+            {"dilation": 3},
+            {"dilation": (1, 2, 1)},
+            {"dilation": (2, 1)},
+            {"dilation": None},
+            {"groups": 0},
+            {"groups": -1},
+            {"groups": 3},
+            {"groups": 4},
+            {"groups": True},
+            {"groups": 1.0},
+            {"groups": None},
+            {"groups": (1,)},
+        )
+    ),
+    ((images, kernels[:, :2], offsets), {"groups": 2}),
+    ((images, kernels[:5, :2], offsets[:5]), {"groups": 2}),
+    ((images[:, :3], kernels[:, :2]), {"groups": 2}),
+]
+lines, line_kernels = torch.randn(2, 4, 7), torch.randn(6, 4, 3)
+CONV1D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((lines, kernels), {}),
+    ((images, line_kernels), {}),
+    ((lines[0, 0], line_kernels), {}),
+    ((lines[0], line_kernels, offsets), {}),
+    ((lines, line_kernels, offsets[:1]), {}),
+    ((lines[:, :3], line_kernels), {}),
+    ((lines[..., :2], line_kernels), {}),
+    ((lines[..., :0], line_kernels), {}),
+    ((lines, line_kernels), {"stride": 0}),
+    ((lines, line_kernels), {"stride": (1, 1)}),
+    ((lines, line_kernels), {"padding": -1}),
+    ((lines, line_kernels), {"padding": "same", "stride": 2}),
+    ((lines, line_kernels), {"padding": "none"}),
+    ((lines, line_kernels), {"dilation": 0}),
+    ((lines, line_kernels), {"groups": 0}),
+    ((lines, line_kernels), {"groups": 4}),
+]
+volumes, volume_kernels = torch.randn(1, 2, 3, 4, 3), torch.randn(3, 2, 2, 2, 2)
+CONV3D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((volumes, kernels), {}),
+    ((images, volume_kernels), {}),
+    ((volumes[0], volume_kernels), {}),
+    ((volumes, volume_kernels, offsets), {}),
+    ((volumes[:, :1], volume_kernels), {}),
+    ((volumes[:, :, :1], volume_kernels), {}),
+    ((volumes, volume_kernels), {"stride": (1, 0, 1)}),
+    ((volumes, volume_kernels), {"stride": (1, 1)}),
+    ((volumes, volume_kernels), {"padding": (0, 0, -1)}),
+    ((volumes, volume_kernels), {"padding": "same", "stride": (1, 1, 2)}),
+    ((volumes, volume_kernels), {"padding": "none"}),
+    ((volumes, volume_kernels), {"dilation": (1, 1, 0)}),
+    ((volumes, volume_kernels), {"groups": 0}),
+    ((volumes, volume_kernels), {"groups": 3}),
+]
 OPTIONS: list[dict[str, Any]] = [
     {"reduction": "bad"},
     {"reduction": None},
@@ -156,9 +299,21 @@ OPTIONS: list[dict[str, Any]] = [
     {"size_average": False},
     {"reduce": False},
 ]
+
+
+def all_seven(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """A convolution's arguments, all by position: torch's TypeError lists those that were passed, and how."""
+    given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options
+    return (*arguments, *list(given.values())[len(arguments) - 2 :])
+
+
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("linear", arguments, {}) for arguments in LINEAR),
     *(("linear_relu", arguments, {}) for arguments in LINEAR),
+    *(("conv1d", all_seven(*call), {}) for call in CONV1D),
+    *(("conv2d", all_seven(*call), {}) for call in CONV2D),
+    *(("conv_relu2d", all_seven(*call), {}) for call in CONV2D),
+    *(("conv3d", all_seven(*call), {}) for call in CONV3D),
     *(("mse_loss", arguments, {}) for arguments in MSE_LOSS),
     *(("cross_entropy", arguments, {}) for arguments in CROSS_ENTROPY),
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
@@ -183,6 +338,12 @@ def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
     return f"{op}({', '.join([*map(describe, arguments), *(f'{k}={v!r}' for k, v in options.items())])})"
 
 
+def torchs_of(op: str) -> Callable[..., Tensor]:
+    """The torch function that ``functional.<op>`` must equal."""
+    plain: Callable[..., Tensor] = getattr(F, op.replace("_relu", ""))
+    return plain if "_relu" not in op else lambda *arguments, **options: F.relu(plain(*arguments, **options))
+
+
 def outcome(function: Callable[..., Tensor], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     try:
         return function(*arguments, **options)
@@ -194,8 +355,7 @@ def outcome(function: Callable[..., Tensor], arguments: tuple[Any, ...], options
 @pytest.mark.parametrize("call", CALLS, ids=name)
 def test_outcome_is_torchs(call: tuple[str, tuple[Any, ...], dict[str, Any]], selected: str) -> None:
     op, arguments, options = call
-    torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
-    expected = outcome(torchs, arguments, options)
+    expected = outcome(torchs_of(op), arguments, options)
     with fastops.backend(selected):
         found = outcome(getattr(FF, op), arguments, options)
     if isinstance(expected, Exception):
@@ -227,8 +387,7 @@ def test_outcome_is_torchs_without_the_interpreter(
     """The short ways of backend 'auto' look at shapes too: with an oneDNN threshold and without one."""
     if len(arguments) == 1:
         arguments = (*arguments, w)
-    torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
-    expected = outcome(torchs, arguments, {})
+    expected = outcome(torchs_of(op), arguments, {})
     for threshold in (None, 1, 10**9):
         monkeypatch.setattr(fastops.dispatch, "_onednn_from", threshold)
         found = outcome(getattr(FF, op), arguments, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -32,6 +33,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def raw_op(case: Case) -> str:
+    """The name of the raw op behind a function."""
+    return next((op for op in ("linear", "conv") if case.op.startswith(op)), case.op)
+
+
 class Recorder:
     """The compile backend 'aot_eager' that remembers the names of the ops in every graph."""
 
@@ -58,10 +64,10 @@ def test_compiled_function(case: Case, way: str) -> None:
     with fastops.backend(way):
         compiled = torch.compile(case.ours, backend=recorder, fullgraph=True)
         torch.testing.assert_close(gradients(compiled, *tensors), gradients(case.ours, *tensors))
-    op = "linear" if case.op == "linear_relu" else case.op
+    op = raw_op(case)
     raw_ops = {f"fastops.{op}.default", f"fastops.{op}_backward.default"}
     assert {name for name in recorder.ops if name.startswith("fastops")} == (
-        raw_ops if way == "triton" or op == "linear" else set()
+        raw_ops if way == "triton" or op in ("linear", "conv") else set()
     )
 
 
@@ -81,6 +87,33 @@ def test_compiled_model_of_any_batch_size(way: str) -> None:
     with fastops.backend(way), torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (7, 3, 12):
             input, target = torch.randn(batch, 3), torch.randint(4, (batch,))
+            found = gradients(lambda *_: compiled(input, target), *model.parameters())  # noqa: B023
+            expected = gradients(lambda *_: model(input, target), *model.parameters())  # noqa: B023
+            torch.testing.assert_close(found, expected)
+
+
+class ConvNet(nn.Module):
+    """Convolutions of every kind of padding, channels-last between two of them, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = fnn.ConvReLU2d(2, 4, 3, stride=2, padding=1)
+        self.second = fnn.Conv2d(4, 6, 2, padding="same", groups=2)
+        self.third = fnn.Conv2d(6, 3, 3, padding=1, padding_mode="reflect")
+        self.out, self.loss = fnn.Linear(3, 4), fnn.CrossEntropyLoss()
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        features = self.first(input).contiguous(memory_format=torch.channels_last)
+        return self.loss(self.out(self.third(self.second(features)).mean((2, 3))), target)
+
+
+@KERNEL_WAYS
+def test_compiled_convolutions_of_any_batch_size(way: str) -> None:
+    model = ConvNet()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with fastops.backend(way), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 2, 5):
+            input, target = torch.randn(batch, 2, 7, 6), torch.randint(4, (batch,))
             found = gradients(lambda *_: compiled(input, target), *model.parameters())  # noqa: B023
             expected = gradients(lambda *_: model(input, target), *model.parameters())  # noqa: B023
             torch.testing.assert_close(found, expected)
@@ -148,6 +181,29 @@ def test_exported_program_without_strictness(strict: bool) -> None:
     torch.testing.assert_close(torch.export.load(buffer).module()(input, target), model(input, target))
 
 
+def raw_convolutions(way: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Both ops in one to three dimensions: inputs and weights of either memory format, and what is not needed."""
+    for n in (1, 2, 3):
+        options = ((2, 1, 1)[:n], (1, 0, 1)[:n], (1, 2, 1)[:n])
+        size, kernel = (5, 4, 3)[:n], (3, 2, 2)[:n]
+        output_size = tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip(size, kernel, *options))  # noqa: B905
+        layouts = itertools.product((False, True), repeat=2) if n > 1 else ((False, False),)
+        for groups, (input_last, weight_last) in zip(itertools.cycle((1, 2)), layouts, strict=False):
+            last = input_last or weight_last
+            x, w = torch.randn(2, 4, *size), torch.randn(6, 4 // groups, *kernel)
+            x, w = (
+                tensor.movedim(1, -1).contiguous().movedim(-1, 1) if permuted else tensor
+                for tensor, permuted in ((x, input_last), (w, weight_last))
+            )
+            b, g = torch.randn(6), torch.randn(2, 6, *output_size)
+            yield "conv", (x, w, b, *options, groups, True, way)
+            yield "conv", (x[:1], w, None, *options, groups, False, way)
+            shapes = tuple(x.shape), tuple(w.shape)
+            yield "conv_backward", (g, None, w, None, *shapes, *options, groups, False, last, way)
+            yield "conv_backward", (g, x, None, g, *shapes, *options, groups, True, last, way)
+            yield "conv_backward", (g, x, w, g, *shapes, *options, groups, True, last, way)
+
+
 def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments for every raw op, with the layouts that its results follow."""
     a, w, b, g = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2), torch.randn(4, 2)
@@ -158,6 +214,7 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "linear_backward", (g, a, w, g, True, way)
         yield "linear_backward", (g, None, w, None, False, way)
         yield "linear_backward", (torch.ones(()).expand(4, 2), a, None, g, False, way)
+        yield from raw_convolutions(way)
     layouts = {
         "contiguous": a,
         "transposed": torch.randn(3, 4).t(),

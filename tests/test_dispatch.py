@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ def auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_onednn_from", None)
 
 
+def raw_op(case: Case) -> str:
+    """The name of the raw op behind a function."""
+    return next((op for op in ("linear", "conv") if case.op.startswith(op)), case.op)
+
+
 class Spy(TorchDispatchMode):
     """Records which raw ops run, and with which backend."""
 
@@ -47,6 +53,8 @@ class Spy(TorchDispatchMode):
 
 x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
 indices = torch.tensor([0, 1, 2, 0])
+images, kernels = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 3, 3)
+PRODUCTS = ("linear", "linear_relu", "conv1d", "conv2d", "conv3d", "conv_relu1d", "conv_relu2d", "conv_relu3d")
 
 
 class Machine:
@@ -66,7 +74,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-# (selected, Triton installed, interpreter on) -> ways of: float32, float64, int32 linear layers; MSE; cross-entropy
+# (selected, Triton installed, interpreter on) -> ways of: float32, float64, int32 linear layers; MSE; cross-entropy.
+# A convolution of the same dtype goes the way of a linear layer.
 CPU_RULES = [
     ("auto", True, True, ["triton", "triton", "torch", "triton", "triton"]),
     ("auto", False, True, ["torch", "torch", "torch", "torch", "torch"]),
@@ -91,8 +100,14 @@ def test_rule_on_the_cpu(machine: Machine, selected: str, triton: bool, interpre
             fastops.explain("mse_loss", x, x),
             fastops.explain("cross_entropy", x, indices),
         ]
+        convolutions = [
+            fastops.explain("conv2d", images, kernels),
+            fastops.explain("conv_relu1d", images[..., 0].double(), kernels[..., 0].double(), padding="same"),
+            fastops.explain("conv2d", images.int(), kernels.int()),
+        ]
     assert [explanation.backend for explanation in explanations] == ways
-    assert all(explanation.reason for explanation in explanations)
+    assert [explanation.backend for explanation in convolutions] == ways[:3]
+    assert all(explanation.reason for explanation in (*explanations, *convolutions))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +121,11 @@ def test_rule_on_a_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype:
     has_kernel = triton and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     a, weight = torch.empty(4, 3, dtype=dtype, device="meta"), torch.empty(2, 3, dtype=dtype, device="meta")
     target = torch.empty(4, dtype=torch.int64, device="meta")
+    image, kernel = a.view(1, 3, 2, 2), weight.view(2, 3, 1, 1)
     for selected, way in {"auto": "triton" if has_kernel else "torch", "onednn": "torch", "torch": "torch"}.items():
         with fastops.backend(selected):
             assert fastops.explain("linear", a, weight).backend == way
+            assert fastops.explain("conv2d", image, kernel, stride=2).backend == way
             assert fastops.explain("mse_loss", a, a).backend == way
             assert fastops.explain("cross_entropy", a, target).backend == way
 
@@ -121,6 +138,7 @@ def test_auto_takes_onednn_from_the_table_on(machine: Machine, from_multiply_add
     assert fastops.explain("linear", x, w, b).backend == way
     assert fastops.explain("linear", x.double(), w.double()).backend == "torch"
     assert fastops.explain("mse_loss", x, x).backend == "torch"
+    assert fastops.explain("conv2d", images, kernels).backend == "torch"
 
 
 UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {
@@ -141,6 +159,28 @@ UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "trained class weights": ("cross_entropy", (x, indices, torch.rand(3).requires_grad_()), "differentiated"),
     "smoothing": ("cross_entropy", (x, indices, None, None, -100, None, "mean", 2.0), "label_smoothing"),
     "ignored probabilities": ("cross_entropy", (x, x, None, None, 1), "negative ignore_index"),
+    "convolved sparse": ("conv2d", (images.to_sparse(), kernels), "layout"),
+    "convolved dtypes": ("conv2d", (images, kernels.double()), "dtypes differ"),
+    "convolved empty": ("conv2d", (images[:0], kernels), "empty"),
+    "convolved subclass": ("conv2d", (images.as_subclass(type("Marked", (Tensor,), {})), kernels), "Marked"),
+    "too few dimensions": ("conv2d", (images[0, 0], kernels), "in 2 dimensions"),
+    "too many dimensions": ("conv1d", (images, kernels[..., 0]), "in 1 dimensions"),
+    "other weight": ("conv_relu3d", (images, kernels), "in 3 dimensions"),
+    "channels": ("conv2d", (images[:, :3], kernels), "same channels"),
+    "channels of groups": ("conv2d", (images, kernels, None, 1, 0, 1, 2), "same channels"),
+    "groups": ("conv2d", (images, kernels, None, 1, 0, 1, 4), "groups"),
+    "no groups": ("conv2d", (images, kernels, None, 1, 0, 1, 0), "groups"),
+    "groups of truth": ("conv2d", (images, kernels, None, 1, 0, 1, True), "groups"),
+    "output channels": ("conv2d", (images, kernels, x[0]), "bias"),
+    "stride of 0": ("conv2d", (images, kernels, None, 0), "not valid"),
+    "stride of truth": ("conv2d", (images, kernels, None, True), "not valid"),
+    "stride of NumPy": ("conv2d", (images, kernels, None, np.int64(2)), "not valid"),
+    "three strides": ("conv2d", (images, kernels, None, (1, 1, 1)), "not valid"),
+    "negative padding": ("conv2d", (images, kernels, None, 1, (0, -1)), "not valid"),
+    "unknown padding": ("conv2d", (images, kernels, None, 1, "full"), "not valid"),
+    "strided same": ("conv2d", (images, kernels, None, 2, "same"), "not valid"),
+    "no dilation": ("conv2d", (images, kernels, None, 1, 0, 0), "not valid"),
+    "large kernel": ("conv2d", (images, kernels, None, 1, 0, 3), "larger than the input"),
     "subclass": ("linear", (x.as_subclass(type("Marked", (Tensor,), {})), w), "Marked"),
 }
 
@@ -160,7 +200,7 @@ def test_reason_why_no_kernel_is_taken(case: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     explanations = []
-    for op in ("linear", "mse_loss", "cross_entropy"):
+    for op in ("linear", "conv", "add_relu", "mse_loss", "cross_entropy"):
         rule = getattr(dispatch, op)
         monkeypatch.setattr(
             dispatch, op, lambda *a, rule=rule, **k: explanations.append(rule(*a, **k)) or explanations[-1]
@@ -182,7 +222,7 @@ def test_explain_takes_keywords_and_refuses_unknown_ops() -> None:
         fastops.explain("conv9d", x)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+@pytest.mark.parametrize("op", [*PRODUCTS, "mse_loss", "cross_entropy"])
 @pytest.mark.parametrize(
     ("triton", "interpreter", "message"),
     [
@@ -195,7 +235,7 @@ def test_triton_that_cannot_run_says_so(
     machine: Machine, op: str, triton: bool, interpreter: bool, message: str
 ) -> None:
     machine.has(triton=triton, interpreter=interpreter)
-    arguments = (x, indices) if op == "cross_entropy" else (x, x)
+    arguments = {"cross_entropy": (x, indices), "conv2d": (images, kernels)}.get(op, (x, x))
     with fastops.backend("triton"):
         with pytest.raises(RuntimeError, match=message):
             getattr(FF, op)(*arguments)
@@ -234,6 +274,30 @@ def test_backward_runs_where_forward_did(forward: str) -> None:
     assert spy.ran == [("linear_backward", forward)]
 
 
+@pytest.mark.parametrize("forward", ["triton", "onednn"])
+def test_backward_of_a_convolution_runs_where_forward_did(forward: str) -> None:
+    weight = kernels.clone().requires_grad_()
+    with fastops.backend(forward):
+        output = FF.conv_relu2d(images, weight)
+    with fastops.backend("torch"), Spy() as spy:
+        output.sum().backward()
+    assert spy.ran == [("conv_backward", forward)]
+
+
+@pytest.mark.parametrize("op", PRODUCTS[2:])
+def test_autocast_of_a_convolution_is_its_dtype(op: str) -> None:
+    """What counts is the dtype that autocast gives: oneDNN's convolution takes float32 alone."""
+    n = int(op[-2])
+    input, weight = torch.randn(1, 2, *(4,) * n), torch.randn(3, 2, *(2,) * n)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            for selected, way in {"triton": "triton", "onednn": "torch", "torch": "torch"}.items():
+                with fastops.backend(selected):
+                    assert fastops.explain(op, input, weight=weight).backend == way
+                    assert getattr(FF, op)(input, weight).dtype is dtype
+                    assert fastops.explain(op, input.double(), weight.double()).backend == way
+
+
 def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")}
     environment = {**kept, "PYTHONPATH": str(ROOT), **variables}
@@ -256,7 +320,8 @@ def test_wrong_environment_variable() -> None:
 def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
     code = (
         "import sys, torch, fastops, fastops.functional as FF; x = torch.randn(4, 3); FF.linear_relu(x, x);"
-        "FF.mse_loss(x, x); FF.cross_entropy(x, x.argmax(1)); print('triton' in sys.modules)"
+        "FF.conv_relu1d(x.t(), x[:, :, None]); FF.mse_loss(x, x); FF.cross_entropy(x, x.argmax(1));"
+        "print('triton' in sys.modules)"
     )
     result = run_python(code)
     assert result.stdout.split() == ["False"], result.stderr
@@ -268,7 +333,7 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error; nothing was warned of before."""
-    from fastops.kernels import cross_entropy, linear, mse
+    from fastops.kernels import add_relu, conv, cross_entropy, linear, mse
 
     monkeypatch.setattr(registry, "_warned", set())
 
@@ -276,7 +341,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (linear, mse, cross_entropy):
+        for module in (linear, conv, add_relu, mse, cross_entropy):
             monkeypatch.setattr(module, "launch", launch)
 
     with fastops.backend("triton"):
@@ -302,7 +367,7 @@ def test_a_failing_kernel_warns_once_and_torch_runs(
     tensors = case.tensors()
     expected = case.torchs(*tensors)
     gradients = torch.autograd.grad(expected.sum(), tensors)
-    op = "linear" if case.op == "linear_relu" else case.op
+    op = raw_op(case)
     with pytest.warns(fastops.FallbackWarning) as caught:
         result = case.ours(*tensors)
         found = torch.autograd.grad(result.sum(), tensors)

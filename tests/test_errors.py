@@ -176,7 +176,6 @@ CONV2D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
             (images.cfloat(), kernels.cfloat()),
             (on_meta(2, 4, 6, 5), kernels),
             (on_meta(2, 4, 6, 5), on_meta(6, 4, 3, 3)),
-            (images, on_meta(6, 4, 3, 3)),
             (images.to_sparse(), kernels),
             (images, kernels.to_sparse()),
             (images.to_mkldnn(), kernels),

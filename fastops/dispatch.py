@@ -422,6 +422,40 @@ def cross_entropy(
     return _without_product(input, target, unfit)
 
 
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Explanation:
+    """The way of `functional.binary_cross_entropy_with_logits`."""
+
+    def unfit() -> str | None:
+        if input.shape != target.shape:
+            return "input and target shapes differ"
+        if reduction not in ("none", "mean", "sum"):
+            return f"{reduction!r} is no reduction"
+        general = _unfit(input, target, weight, pos_weight) or _unfit_dtype(input, target, weight, pos_weight)
+        if general is not None:
+            return general
+        for factor in (weight, pos_weight):
+            if factor is None:
+                continue
+            sizes = (1,) * (input.dim() - factor.dim()) + tuple(factor.shape)
+            if len(sizes) != input.dim() or any(
+                own not in (1, size) for own, size in zip(sizes, input.shape, strict=True)
+            ):
+                return "a weight does not broadcast to the input's shape"
+            if factor.requires_grad or forward_ad._current_level >= 0:
+                return "a weight may be differentiated"
+        return None
+
+    return _without_product(input, target, unfit)
+
+
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "linear": linear,
     "linear_relu": linear,
@@ -429,6 +463,7 @@ _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "add_relu": add_relu,
     "mse_loss": mse_loss,
     "cross_entropy": cross_entropy,
+    "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
 }
 
 

@@ -356,3 +356,55 @@ def cross_entropy(
 
     loss: Tensor = apply(CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, way)[0]
     return loss
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of logits, as `torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Input and target get gradients; the weights are constants, as in torch.
+
+    Args:
+        input: logits of any shape.
+        target: probabilities in the same shape.
+        weight: factor of each element's loss, broadcast to that shape, or None.
+        size_average, reduce: deprecated in torch, see ``reduction``.
+        reduction: ``"none"`` (one value per element), ``"mean"`` or ``"sum"`` (0-d).
+        pos_weight: factor of the positive part of each element's loss, broadcast to that shape, or None.
+
+    Raises:
+        ValueError: if the shapes of input and target differ or ``reduction`` is none of the three.
+        RuntimeError: torch's own, for weights that do not broadcast or require gradients.
+    """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        return handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    options = (None, None, reduction, pos_weight)
+    if (dtype := autocast_dtype("binary_cross_entropy_with_logits", input)) is not None:
+        return under_autocast(binary_cross_entropy_with_logits, dtype, input, target, weight, *options)
+    way = dispatch.binary_cross_entropy_with_logits(input, target, weight, *options).backend
+    if way == "torch":
+        return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    from .autograd.bce import BCEWithLogits
+    from .autograd.function import apply
+
+    loss: Tensor = apply(BCEWithLogits, input, target, weight, pos_weight, reduction, way)
+    return loss

@@ -36,6 +36,7 @@ COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.Conv3d: fnn.Conv3d,
     nn.MSELoss: fnn.MSELoss,
     nn.CrossEntropyLoss: fnn.CrossEntropyLoss,
+    nn.BCEWithLogitsLoss: fnn.BCEWithLogitsLoss,
 }
 # How layers run with given weights, without and with a ReLU behind them, known by their forward: parametrized layers
 # share it.

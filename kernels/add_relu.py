@@ -5,7 +5,7 @@ With ``a`` and ``b`` the inputs, ``y`` the output and ``g`` its gradient::
     y = relu(a + b)
     ga = gb = g where not y <= 0, else 0
 
-The kernels run over memory in one dense layout, as those of ``mse.py`` do.
+The kernels run over memory in one dense layout, as all elementwise ones do.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementwise import elementwise_config, elementwise_strides, in_layout
 from .launch import launch
-from .mse import elementwise_strides, in_layout, mse_config
 from .reduce import covering_tile, tile_alignment
 
 
@@ -67,7 +67,7 @@ def _elementwise(kernel: object, first: Tensor, second: Tensor, strides: tuple[i
     """Run a kernel of two inputs over memory in the layout of ``strides``, or in that of torch's own result."""
     strides = strides or elementwise_strides(first, second)
     size = first.numel()
-    block, num_warps = mse_config(size, first.device)
+    block, num_warps = elementwise_config(size, first.device)
     result = torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
     launch(
         kernel,

@@ -4,9 +4,6 @@ With ``x`` the input, ``y`` the target, ``n`` elements and ``g`` the gradient of
 
     loss_i = (x_i - y_i)^2                  'none'; 'sum' adds them up, 'mean' divides that by n
     gx_i = 2 g (x_i - y_i) / divisor        divisor n for 'mean', else 1;  gy = -gx
-
-An elementwise pass needs no indices, only the order of the elements in memory: the launchers bring all tensors into one
-dense layout (a copy only where layouts differ) and the kernels run over it as over a vector.
 """
 
 from __future__ import annotations
@@ -16,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementwise import elementwise_config, elementwise_strides, in_layout, total
 from .launch import accumulator_dtype, launch
-from .reduce import covering_tile, sum_of_partials, tile_alignment
+from .reduce import covering_tile, tile_alignment
 
 
 @triton.jit
@@ -40,17 +38,10 @@ def mse_loss_kernel(
     difference = input - tl.load(target_ptr + positions).to(ACCUMULATOR)
     loss = difference * difference
     if SUM:
-        total = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
-        tl.store(loss_ptr + program, total.to(loss_ptr.dtype.element_ty))
+        part = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
+        tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
     else:
         tl.store(loss_ptr + positions, loss.to(loss_ptr.dtype.element_ty), mask=fresh)
-
-
-@triton.jit
-def mse_total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr):
-    """One program: the sum of all partial sums over ``divisor``."""
-    total = sum_of_partials(partials_ptr, programs, BLOCK) / divisor
-    tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -86,27 +77,6 @@ def mse_loss_backward_kernel(
         tl.store(grad_target_ptr + positions, (-grad).to(grad_target_ptr.dtype.element_ty), mask=fresh)
 
 
-def mse_config(size: int, device: torch.device) -> tuple[int, int]:
-    """Elements and warps of one program; the interpreter pays per operation, not per element."""
-    block, num_warps = (1 << 20, 1) if device.type == "cpu" else (2048, 4)
-    return min(block, triton.next_power_of_2(size)), num_warps
-
-
-def elementwise_strides(input: Tensor, target: Tensor) -> tuple[int, ...]:
-    """The strides that torch gives to an elementwise result of the two, always dense."""
-    if input.is_contiguous() and target.is_contiguous():
-        return input.stride()
-    metas = (torch.empty_strided(tensor.shape, tensor.stride(), device="meta") for tensor in (input, target))
-    return torch.add(*metas).stride()
-
-
-def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` with these dense strides, copied only if it has others."""
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     """Squared error of two tensors of one shape and dtype, not empty, any strides.
 
@@ -116,7 +86,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     strides = elementwise_strides(input, target)
     size = input.numel()
     divisor = size if reduction == "mean" else 1
-    block, num_warps = mse_config(size, input.device)
+    block, num_warps = elementwise_config(size, input.device)
     programs = triton.cdiv(size, block)
 
     if reduction == "none":
@@ -140,9 +110,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     )
     if reduction == "none" or programs == 1:
         return loss
-    total = input.new_empty(())
-    launch(mse_total_kernel, (1,), loss, total, programs, divisor, BLOCK=1024)
-    return total
+    return total(loss, divisor, input.dtype)
 
 
 def mse_loss_backward(
@@ -154,7 +122,7 @@ def mse_loss_backward(
     """
     strides = elementwise_strides(input, target)
     size = input.numel()
-    block, num_warps = mse_config(size, input.device)
+    block, num_warps = elementwise_config(size, input.device)
     scalar_grad = not any(grad_output.stride())
     grad_input, grad_target = (
         torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device) if needed else None

@@ -123,11 +123,39 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield Case("cross_entropy", name, ours, torchs, (shape, shape), torch.rand)
 
 
-CASES = [*_linear_cases(), *_conv_cases(), *_elementwise_cases(), *_cross_entropy_cases()]
+def _bce_of(function: Callable[..., Tensor], options: dict[str, Any], input: Tensor, target: Tensor) -> Tensor:
+    weights = {
+        name: value.to(input.device, input.dtype) for name, value in options.items() if isinstance(value, Tensor)
+    }
+    return function(input, target, **{**options, **weights})
+
+
+def _bce_cases() -> Iterator[Case]:
+    weight, pos_weight = torch.tensor([0.5, 1.5, 0.25]), torch.tensor([2.0, 0.5, 1.0])
+    cases: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+        "mean": ((4, 3), {}),
+        "sum_weight": ((4, 3), {"reduction": "sum", "weight": weight}),
+        "mean_pos_weight": ((4, 3), {"pos_weight": pos_weight}),
+        "none_weights": ((4, 3), {"reduction": "none", "weight": weight[:1], "pos_weight": pos_weight}),
+        "channels": ((2, 3, 2), {"weight": weight[:2, None, None], "pos_weight": pos_weight[:, None]}),
+        "rows_and_columns": ((3, 2, 3), {"reduction": "none", "weight": weight[:, None, None] * pos_weight}),
+        "0d": ((), {"pos_weight": pos_weight[0]}),
+    }
+    for name, (shape, options) in cases.items():
+        ours = functools.partial(_bce_of, FF.binary_cross_entropy_with_logits, options)
+        torchs = functools.partial(_bce_of, F.binary_cross_entropy_with_logits, options)
+        yield Case("binary_cross_entropy_with_logits", name, ours, torchs, (shape, shape))
+
+
+CASES = [*_linear_cases(), *_conv_cases(), *_elementwise_cases(), *_cross_entropy_cases(), *_bce_cases()]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 one_case_per_op = pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.options in ("bias", "pair", "mean", "mean_weight_smooth", "probabilities_mean")],
+    [
+        case
+        for case in CASES
+        if case.options in ("bias", "pair", "mean", "mean_weight_smooth", "probabilities_mean", "mean_pos_weight")
+    ],
     ids=lambda case: case.name,
 )
 

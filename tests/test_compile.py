@@ -227,6 +227,12 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "mse_loss", (input, a, "mean", "triton")
         yield "mse_loss_backward", (a, input, a, "none", True, True, "triton")
     yield "mse_loss_backward", (torch.tensor(2.0), a, a, "mean", False, True, "triton")
+    for target in layouts.values():
+        weights = (torch.rand(3), torch.rand(4, 1))
+        yield "binary_cross_entropy_with_logits", (a, target, *weights, "none", "triton")
+        needs = (True, True)
+        yield "binary_cross_entropy_with_logits_backward", (a, a, target, *weights, "none", *needs, "triton")
+    yield "binary_cross_entropy_with_logits", (a, a, None, None, "mean", "triton")
     images = torch.randn(2, 3, 4, 4)
     inputs = {
         "rows": (a, torch.tensor([0, 2, 1, 0])),

@@ -127,6 +127,7 @@ def test_rule_on_a_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype:
             assert fastops.explain("linear", a, weight).backend == way
             assert fastops.explain("conv2d", image, kernel, stride=2).backend == way
             assert fastops.explain("mse_loss", a, a).backend == way
+            assert fastops.explain("binary_cross_entropy_with_logits", a, a, a[:, :1]).backend == way
             assert fastops.explain("cross_entropy", a, target).backend == way
 
 
@@ -152,6 +153,8 @@ UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "element weights": ("mse_loss", (x, x, None, None, "mean", x), "weights"),
     "broadcast": ("mse_loss", (x, x[:1]), "shapes differ"),
     "no reduction": ("mse_loss", (x, x, None, None, "max"), "'max' is no reduction"),
+    "weight does not broadcast": ("binary_cross_entropy_with_logits", (x, x, x[:2]), "broadcast"),
+    "trained weight": ("binary_cross_entropy_with_logits", (x, x, x.clone().requires_grad_()), "differentiated"),
     "int32 indices": ("cross_entropy", (x, indices.int()), "int32"),
     "target shape": ("cross_entropy", (x, indices[:2]), "target shape"),
     "0d": ("cross_entropy", (x[0, 0], indices[0]), "class dimension"),
@@ -200,7 +203,7 @@ def test_reason_why_no_kernel_is_taken(case: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     explanations = []
-    for op in ("linear", "conv", "add_relu", "mse_loss", "cross_entropy"):
+    for op in ("linear", "conv", "add_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"):
         rule = getattr(dispatch, op)
         monkeypatch.setattr(
             dispatch, op, lambda *a, rule=rule, **k: explanations.append(rule(*a, **k)) or explanations[-1]
@@ -211,7 +214,7 @@ def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monk
             case.ours(*tensors)
         ran = spy.ran[0][1] if spy.ran else "torch"
         assert explanations[-1].backend == ran
-        if case.op != "cross_entropy":
+        if "cross_entropy" not in case.op:
             assert fastops.explain(case.op, *tensors).backend == ran
 
 
@@ -333,7 +336,7 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error; nothing was warned of before."""
-    from fastops.kernels import add_relu, conv, cross_entropy, linear, mse
+    from fastops.kernels import add_relu, bce, conv, cross_entropy, linear, mse
 
     monkeypatch.setattr(registry, "_warned", set())
 
@@ -341,7 +344,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (linear, conv, add_relu, mse, cross_entropy):
+        for module in (linear, conv, add_relu, mse, cross_entropy, bce):
             monkeypatch.setattr(module, "launch", launch)
 
     with fastops.backend("triton"):

@@ -279,6 +279,36 @@ CONV3D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((volumes, volume_kernels), {"groups": 0}),
     ((volumes, volume_kernels), {"groups": 3}),
 ]
+BCE: list[tuple[Any, ...]] = [
+    ([1], x),
+    (x, None),
+    (x, x[:3]),
+    (x, x[:, :1]),
+    (x, q, torch.rand(3)),
+    (x, q, torch.rand(2)),
+    (x, q, torch.rand(2, 4, 3)),
+    (x, q, torch.rand(4, 1).double()),
+    (x, q, "w"),
+    (x, q, torch.rand(3).requires_grad_()),
+    (x, q, None, None, None, "none", torch.rand(4, 1)),
+    (x, q, None, None, None, "none", torch.rand(4)),
+    (x, q, None, None, None, "none", torch.rand(2, 4, 3)),
+    (x, q, None, None, None, "none", torch.rand(3).requires_grad_()),
+    (x, q, None, None, None, "none", on_meta(3)),
+    (x, q, None, None, None, "bad"),
+    (x, q, None, None, None, None),
+    (x, q, None, False),
+    (x, q, None, True, False),
+    (x, q.double()),
+    (x.half(), q),
+    (x.int(), q),
+    (x, x.int()),
+    (x.cfloat(), q),
+    (x, on_meta(4, 3)),
+    (x.to_sparse(), q),
+    (torch.randn(0), torch.randn(0)),
+    (torch.tensor(1.0), torch.tensor(1.0)),
+]
 OPTIONS: list[dict[str, Any]] = [
     {"reduction": "bad"},
     {"reduction": None},
@@ -316,6 +346,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("mse_loss", arguments, {}) for arguments in MSE_LOSS),
     *(("cross_entropy", arguments, {}) for arguments in CROSS_ENTROPY),
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
+    *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
     ("linear", (x,), {}),
     ("mse_loss", (x, x), {"unknown": 1}),
 ]
@@ -393,9 +424,9 @@ def test_outcome_is_torchs_without_the_interpreter(
         assert (type(found), str(found)) == (type(expected), str(expected))
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy"])
+@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"])
 def test_deprecated_arguments_warn_as_torch_does(op: str, backend: str) -> None:
-    target = q if op == "mse_loss" else indices
+    target = indices if op == "cross_entropy" else q
     for legacy in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):
         messages = []
         for function in (getattr(FF, op), getattr(F, op)):

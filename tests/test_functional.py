@@ -24,7 +24,7 @@ def test_values(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy"])
+@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"])
 def test_signature_is_torchs(op: str) -> None:
     def parameters(function: object) -> list[tuple[str, object]]:
         return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]  # type: ignore[arg-type]
@@ -43,7 +43,9 @@ def test_signature_of_linear(op: str) -> None:
     torch.testing.assert_close(function(input, weight, bias), expected)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])
+@pytest.mark.parametrize(
+    "op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"]
+)
 def test_every_public_function_explains_itself(op: str) -> None:
     arguments = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]) if op == "cross_entropy" else torch.randn(4, 3)
     with fastops.backend("triton"):

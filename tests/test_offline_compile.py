@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastops.kernels import configs, conv, cross_entropy, linear, mse
+from fastops.kernels import bce, configs, conv, cross_entropy, elementwise, linear, mse
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
@@ -56,7 +56,7 @@ def recorded(
         launches.append((kernel.fn, values, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear, conv, mse, cross_entropy):
+        for module in (linear, conv, mse, cross_entropy, bce, elementwise):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "architecture", lambda _: architecture)
         patch.setattr(configs, "multiprocessors", lambda _: 100)
@@ -159,7 +159,7 @@ def conv_launches(architecture: str) -> Iterator[Launch]:
 
 
 def loss_launches(architecture: str) -> Iterator[Launch]:
-    """Both losses, forward and backward: few classes, many, probabilities, and images."""
+    """All losses of elements and logits, forward and backward: few classes, many, probabilities, and images."""
 
     def launches(name: str, launcher: Callable[..., Any], *arguments: Any) -> tuple[Any, list[Launch]]:
         result, requests = recorded(architecture, None, "ieee", launcher, *arguments)
@@ -170,6 +170,10 @@ def loss_launches(architecture: str) -> Iterator[Launch]:
         loss, forward = launches(f"{dtype} {reduction}", mse.mse_loss, a, a, reduction)
         yield from forward
         yield from launches(f"{dtype} {reduction}", mse.mse_loss_backward, loss, a, a, reduction, True, True)[1]
+        arguments: tuple[Any, ...] = (a, a, a, a[0], reduction)  # one weight for each element, one for each column
+        loss, forward = launches(f"{dtype} {reduction}", bce.bce, *arguments)
+        yield from forward
+        yield from launches(f"{dtype} {reduction}", bce.bce_backward, loss, *arguments, True, True)[1]
     for dtype, shape, probabilities in (
         (torch.bfloat16, (4096, 16, 1), False),
         (torch.bfloat16, (4096, 1024, 1), True),

@@ -30,6 +30,7 @@ MODULES = [
     (fnn.LinearReLU, nn.Linear, (5, 3)),
     (fnn.MSELoss, nn.MSELoss, ()),
     (fnn.CrossEntropyLoss, nn.CrossEntropyLoss, (torch.rand(3),)),
+    (fnn.BCEWithLogitsLoss, nn.BCEWithLogitsLoss, (torch.rand(3),)),
 ]
 
 
@@ -236,11 +237,27 @@ EMPTY: dict[str, Callable[[Any], list[Tensor]]] = {
     "linear 1d": lambda f: gradients(f.linear, leaf(3), leaf(2, 3), leaf(2)),
     "linear 5d": lambda f: gradients(f.linear, leaf(1, 2, 1, 2, 3), leaf(2, 3), leaf(2)),
     "relu one": lambda f: gradients(linear_relu_of(f), leaf(1), leaf(1, 1), leaf(1)),
+    "bce mean": lambda f: gradients(f.binary_cross_entropy_with_logits, leaf(0, 3), leaf(0, 3)),
+    "bce 0d": lambda f: gradients(f.binary_cross_entropy_with_logits, leaf(), leaf()),
     "cross-entropy one class": lambda f: gradients(lambda a: f.cross_entropy(a, torch.zeros(2).long()), leaf(2, 1)),
     "cross-entropy 5d": lambda f: gradients(
         lambda a: f.cross_entropy(a, torch.ones(2, 1, 2, 2).long()), leaf(2, 3, 1, 2, 2)
     ),
 }
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4, INF])
+def test_bce_is_stable(scale: float, backend: str) -> None:
+    """Logits of +-1e4 overflow no exponential."""
+    target, pos_weight = torch.tensor([0.0, 1.0, 0.5, 0.25]), torch.tensor(3.0)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        logits = (scale * torch.tensor([1.0, -1.0, 1.0, -1.0])).requires_grad_()
+        variables = logits, target.clone().requires_grad_()
+        return gradients(lambda x, y: function(x, y, pos_weight=pos_weight, reduction="none"), *variables)
+
+    found, expected = run(FF.binary_cross_entropy_with_logits), run(F.binary_cross_entropy_with_logits)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -284,7 +301,17 @@ def far_rows() -> Iterator[Callable[[int], Tensor]]:
     yield rows
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "cross_entropy of columns"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "linear",
+        "linear_relu",
+        "mse_loss",
+        "binary_cross_entropy_with_logits",
+        "cross_entropy",
+        "cross_entropy of columns",
+    ],
+)
 def test_more_than_2_to_the_31_elements(op: str, far_rows: Callable[[int], Tensor]) -> None:
     """Offsets are 64 bits wide: of arguments and of the gradient that comes in."""
     input, other, grad_output = far_rows(3), far_rows(3), far_rows(3)
@@ -295,11 +322,10 @@ def test_more_than_2_to_the_31_elements(op: str, far_rows: Callable[[int], Tenso
         leaf = input.detach().requires_grad_()
         if op.startswith("cross_entropy"):
             return gradients(lambda x: namespace.cross_entropy(x.t() if "columns" in op else x, target), leaf)
-        if op == "mse_loss":
-            pointwise = gradients(
-                lambda x: namespace.mse_loss(x, other, reduction="none"), leaf, grad_output=grad_output
-            )
-            return [*pointwise, *gradients(namespace.mse_loss, leaf, other)]
+        if op in ("mse_loss", "binary_cross_entropy_with_logits"):
+            loss = getattr(namespace, op)
+            pointwise = gradients(lambda x: loss(x, other, reduction="none"), leaf, grad_output=grad_output)
+            return [*pointwise, *gradients(loss, leaf, other)]
         function = linear_relu_of(namespace) if op == "linear_relu" else namespace.linear
         return gradients(function, leaf, other, grad_output=grad_output)
 
@@ -425,6 +451,10 @@ def test_modules_compute_what_torchs_do(reduction: str, backend: str) -> None:
     )
     torch.testing.assert_close(
         fnn.CrossEntropyLoss(**options)(input, classes), nn.CrossEntropyLoss(**options)(input, classes)
+    )
+    weights = {"weight": torch.rand(3), "pos_weight": torch.rand(4, 1), "reduction": reduction}
+    torch.testing.assert_close(
+        fnn.BCEWithLogitsLoss(**weights)(input, target), nn.BCEWithLogitsLoss(**weights)(input, target)
     )
     for bias in (True, False):
         plain = fnn.Linear(3, 2, bias=bias)

@@ -2,9 +2,10 @@
 
 from .conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d
 from .linear import Linear, LinearReLU
-from .loss import CrossEntropyLoss, MSELoss
+from .loss import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "Conv1d",
     "Conv2d",
     "Conv3d",

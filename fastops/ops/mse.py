@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .registry import loop_over_batch, or_empty, register, run_kernel
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 
 
 def _expression(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    return torch.ops.aten.mse_loss(input, target, _REDUCTIONS[reduction])
+    return torch.ops.aten.mse_loss(input, target, REDUCTIONS[reduction])
 
 
 def _backward_expression(
     grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, need_input: bool, need_target: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad = torch.ops.aten.mse_loss_backward(grad_output, input, target, _REDUCTIONS[reduction])
+    grad = torch.ops.aten.mse_loss_backward(grad_output, input, target, REDUCTIONS[reduction])
     return grad if need_input else None, -grad if need_target else None
 
 

@@ -24,7 +24,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one program of the table, or programs of 16 elements."""
     if request.param == "16":
-        monkeypatch.setattr(kernels, "mse_config", lambda size, _: (min(16, 1 << (size - 1).bit_length()), 1))
+        monkeypatch.setattr(kernels, "elementwise_config", lambda size, _: (min(16, 1 << (size - 1).bit_length()), 1))
 
 
 @pytest.mark.usefixtures("tile")

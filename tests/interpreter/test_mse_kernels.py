@@ -13,7 +13,7 @@ from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
 from fastops.kernels import mse
-from fastops.kernels.launch import launch
+from fastops.kernels.elementwise import total
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -36,7 +36,7 @@ def channels_last(*shape: int) -> Tensor:
 @pytest.fixture
 def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 elements, so that there are several."""
-    monkeypatch.setattr(mse, "mse_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1))
+    monkeypatch.setattr(mse, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1))
 
 
 def check(make: Callable[[], tuple[Tensor, Tensor]], reduction: str, grad_output: Tensor | None = None) -> None:
@@ -131,6 +131,5 @@ def test_second_backward_is_independent_of_the_first() -> None:
 
 
 def test_many_partial_sums() -> None:
-    partials, total = torch.randint(9, (2500,)).float(), torch.empty(())
-    launch(mse.mse_total_kernel, (1,), partials, total, 2500, 4, BLOCK=1024)
-    assert total == partials.sum() / 4
+    partials = torch.randint(9, (2500,)).float()
+    assert total(partials, 4, torch.float32) == partials.sum() / 4

@@ -1,0 +1,262 @@
+"""Binary cross-entropy of logits: one pass over input and target, and for a sum or mean a second, tiny one.
+
+With ``x`` the input, ``y`` the target, ``w`` the weight and ``v`` the weight of positives (1 if none), ``n`` elements,
+``g`` the gradient of the loss and ``s(x) = 1 / (1 + exp(-x))``::
+
+    loss_i = w_i ((1 - y_i) x_i - (1 + (v_i - 1) y_i) log s(x_i))      'none'; 'sum' adds up, 'mean' divides that by n
+    gx_i = g w_i ((1 + (v_i - 1) y_i) s(x_i) - v_i y_i) / divisor      divisor n for 'mean', else 1
+    gy_i = g w_i (log s(-x_i) - v_i log s(x_i)) / divisor              the logarithms' difference is -x_i if v_i = 1
+
+All of them come from ``z = exp(-|x|)``, which cannot overflow: ``log s(x) = min(x, 0) - log(1 + z)``.
+
+The weights may repeat along dimensions. One whose own dimensions lie side by side in memory order is read as it is, by
+a division of the position; any other is first written out in full.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elementwise import elementwise_config, elementwise_strides, in_layout, total
+from .launch import accumulator_dtype, launch
+from .reduce import covering_tile, tile_alignment
+
+
+@triton.jit
+def load_factor(factor_ptr, positions, inner, period, DENSE: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """A weight at ``positions``: one for each, or ``period`` of them in turn, each ``inner`` times."""
+    if not DENSE:
+        positions = positions // inner % period
+    return tl.load(factor_ptr + positions).to(ACCUMULATOR)
+
+
+@triton.jit
+def log_of_1_plus(z):
+    """log(1 + z) for z from 0 to 1, with its digits where z is small: what 1 + z was rounded by comes back."""
+    u = 1.0 + z
+    return tl.log(u) - ((u - 1.0) - z) / u
+
+
+@triton.jit
+def bce_kernel(
+    input_ptr,  # [size]
+    target_ptr,  # [size]
+    weight_ptr,
+    pos_weight_ptr,
+    loss_ptr,  # [size], or [programs] partial sums, or the one result if there is one program
+    size,
+    divisor,
+    weight_inner,
+    weight_period,
+    pos_weight_inner,
+    pos_weight_period,
+    HAS_WEIGHT: tl.constexpr,
+    WEIGHT_DENSE: tl.constexpr,
+    HAS_POS_WEIGHT: tl.constexpr,
+    POS_WEIGHT_DENSE: tl.constexpr,
+    SUM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements: their losses, or the sum of them over ``divisor``."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    program = tl.program_id(0).to(tl.int64)
+    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    x = tl.load(input_ptr + positions).to(ACCUMULATOR)
+    y = tl.load(target_ptr + positions).to(ACCUMULATOR)
+    log_sigmoid = tl.where(x < 0, x, 0.0) - log_of_1_plus(tl.exp(-tl.abs(x)))
+    if HAS_POS_WEIGHT:
+        v = load_factor(pos_weight_ptr, positions, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, ACCUMULATOR)
+        log_sigmoid *= 1.0 + (v - 1.0) * y
+    loss = (1.0 - y) * x - log_sigmoid
+    if HAS_WEIGHT:
+        loss *= load_factor(weight_ptr, positions, weight_inner, weight_period, WEIGHT_DENSE, ACCUMULATOR)
+    if SUM:
+        part = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
+        tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
+    else:
+        tl.store(loss_ptr + positions, loss.to(loss_ptr.dtype.element_ty), mask=fresh)
+
+
+@triton.jit
+def bce_backward_kernel(
+    grad_output_ptr,  # [size], or one element for all
+    input_ptr,  # [size]
+    target_ptr,  # [size]
+    weight_ptr,
+    pos_weight_ptr,
+    grad_input_ptr,  # [size]
+    grad_target_ptr,  # [size]
+    size,
+    divisor,
+    weight_inner,
+    weight_period,
+    pos_weight_inner,
+    pos_weight_period,
+    HAS_WEIGHT: tl.constexpr,
+    WEIGHT_DENSE: tl.constexpr,
+    HAS_POS_WEIGHT: tl.constexpr,
+    POS_WEIGHT_DENSE: tl.constexpr,
+    SCALAR_GRAD: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_TARGET: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements of the gradients."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    program = tl.program_id(0).to(tl.int64)
+    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    if SCALAR_GRAD:
+        scale = tl.load(grad_output_ptr).to(ACCUMULATOR)
+    else:
+        scale = tl.load(grad_output_ptr + positions).to(ACCUMULATOR)
+    if HAS_WEIGHT:
+        scale *= load_factor(weight_ptr, positions, weight_inner, weight_period, WEIGHT_DENSE, ACCUMULATOR)
+    v = 1.0
+    if HAS_POS_WEIGHT:
+        v = load_factor(pos_weight_ptr, positions, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, ACCUMULATOR)
+    x = tl.load(input_ptr + positions).to(ACCUMULATOR)
+    z = tl.exp(-tl.abs(x))
+    if NEED_INPUT:
+        y = tl.load(target_ptr + positions).to(ACCUMULATOR)
+        # s(-|x|) keeps its digits, s(|x|) does not: write 1 - s(-x) for s(x) where x > 0.
+        small = (1.0 + (v - 1.0) * y) * z / (1.0 + z)
+        grad = scale * tl.where(x < 0, small - v * y, (1.0 - y) - small) / divisor
+        tl.store(grad_input_ptr + positions, grad.to(grad_input_ptr.dtype.element_ty), mask=fresh)
+    if NEED_TARGET:
+        slope = -x
+        if HAS_POS_WEIGHT:
+            rest = log_of_1_plus(z)
+            slope = (tl.where(x > 0, -x, 0.0) - rest) - v * (tl.where(x < 0, x, 0.0) - rest)
+        grad = scale * slope / divisor
+        tl.store(grad_target_ptr + positions, grad.to(grad_target_ptr.dtype.element_ty), mask=fresh)
+
+
+class Factor(NamedTuple):
+    """A weight as `load_factor` reads it."""
+
+    values: Tensor | None
+    inner: int = 1
+    period: int = 1
+
+    @staticmethod
+    def of(tensor: Tensor | None, shape: torch.Size, strides: tuple[int, ...]) -> Factor:
+        """``tensor``, which broadcasts to ``shape``, for elements with these dense strides."""
+        if tensor is None:
+            return Factor(None)
+        own = tensor.reshape((1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape))
+        order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
+        varying = [place for place, d in enumerate(order) if own.shape[d] > 1]
+        if len(varying) == len(order) or varying != list(range(varying[0], varying[-1] + 1) if varying else ()):
+            return Factor(in_layout(tensor.expand(shape), strides), 1, math.prod(shape))
+        inner = math.prod(shape[d] for d in order[varying[-1] + 1 :]) if varying else 1
+        values = own.permute(*order, *(d for d in range(len(shape)) if shape[d] == 1)).contiguous()
+        return Factor(values, inner, values.numel())
+
+
+def factors(
+    input: Tensor, weight: Tensor | None, pos_weight: Tensor | None, strides: tuple[int, ...]
+) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
+    """Both weights for a kernel: tensors, numbers and constants."""
+    w, v = (Factor.of(tensor, input.shape, strides) for tensor in (weight, pos_weight))
+    constants = {
+        "HAS_WEIGHT": w.values is not None,
+        "WEIGHT_DENSE": w.period == input.numel(),
+        "HAS_POS_WEIGHT": v.values is not None,
+        "POS_WEIGHT_DENSE": v.period == input.numel(),
+    }
+    tensors = (input if w.values is None else w.values, input if v.values is None else v.values)
+    return tensors, (*w[1:], *v[1:]), constants
+
+
+def bce(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
+    """Binary cross-entropy of two tensors of one shape and dtype, not empty, any strides.
+
+    ``weight`` and ``pos_weight`` have the same dtype and broadcast to that shape. ``reduction`` 'none' gives a tensor
+    of that shape, 'mean' and 'sum' a 0-d one. Accumulates in float32 (float64 for float64) and rounds once.
+    """
+    strides = elementwise_strides(target, target)
+    size = input.numel()
+    divisor = size if reduction == "mean" else 1
+    block, num_warps = elementwise_config(size, input.device)
+    programs = triton.cdiv(size, block)
+    tensors, numbers, constants = factors(input, weight, pos_weight, strides)
+
+    if reduction == "none":
+        loss = torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
+    elif programs == 1:
+        loss = input.new_empty(())
+    else:
+        loss = input.new_empty(programs, dtype=accumulator_dtype(input.dtype))
+    launch(
+        bce_kernel,
+        (programs,),
+        in_layout(input, strides),
+        in_layout(target, strides),
+        *tensors,
+        loss,
+        size,
+        divisor if programs == 1 else 1,
+        *numbers,
+        **constants,
+        SUM=reduction != "none",
+        ALIGNMENT=tile_alignment(size, block),
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return loss if reduction == "none" or programs == 1 else total(loss, divisor, input.dtype)
+
+
+def bce_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    need_input: bool,
+    need_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `bce` for input and target, those that are needed.
+
+    ``grad_output`` is 0-d for 'mean' and 'sum'; for 'none' it has the input's shape, any strides, expanded ones too.
+    """
+    strides = elementwise_strides(target, target)
+    size = input.numel()
+    block, num_warps = elementwise_config(size, input.device)
+    scalar_grad = not any(grad_output.stride())
+    tensors, numbers, constants = factors(input, weight, pos_weight, strides)
+    grad_input, grad_target = (
+        torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device) if needed else None
+        for needed in (need_input, need_target)
+    )
+    launch(
+        bce_backward_kernel,
+        (triton.cdiv(size, block),),
+        grad_output if scalar_grad else in_layout(grad_output, strides),
+        in_layout(input, strides),
+        in_layout(target, strides),
+        *tensors,
+        input if grad_input is None else grad_input,
+        input if grad_target is None else grad_target,
+        size,
+        size if reduction == "mean" else 1,
+        *numbers,
+        **constants,
+        SCALAR_GRAD=scalar_grad,
+        NEED_INPUT=need_input,
+        NEED_TARGET=need_target,
+        ALIGNMENT=tile_alignment(size, block),
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return grad_input, grad_target

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastops.kernels import bce, configs, conv, cross_entropy, elementwise, linear, mse
+from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, elementwise, linear, mse
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
@@ -56,7 +56,7 @@ def recorded(
         launches.append((kernel.fn, values, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear, conv, mse, cross_entropy, bce, elementwise):
+        for module in (linear, conv, add_relu, mse, cross_entropy, bce, elementwise):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "architecture", lambda _: architecture)
         patch.setattr(configs, "multiprocessors", lambda _: 100)
@@ -170,6 +170,11 @@ def loss_launches(architecture: str) -> Iterator[Launch]:
         loss, forward = launches(f"{dtype} {reduction}", mse.mse_loss, a, a, reduction)
         yield from forward
         yield from launches(f"{dtype} {reduction}", mse.mse_loss_backward, loss, a, a, reduction, True, True)[1]
+    for dtype in (torch.bfloat16, torch.float32):
+        a = empty(512, 2048, dtype=dtype)
+        sum_, forward = launches(f"{dtype}", add_relu.add_relu, a, a)
+        yield from forward
+        yield from launches(f"{dtype}", add_relu.add_relu_backward, a, sum_)[1]
         arguments: tuple[Any, ...] = (a, a, a, a[0], reduction)  # one weight for each element, one for each column
         loss, forward = launches(f"{dtype} {reduction}", bce.bce, *arguments)
         yield from forward

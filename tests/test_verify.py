@@ -30,6 +30,7 @@ TYPICAL = {
     **{f"conv{relu}{n}d": ["3, padding 1"] for n in (1, 2, 3) for relu in ("", "_relu")},
     "add_relu": ["two tensors"],
     "mse_loss": ["none, transposed target", "mean", "mean, element weights"],
+    "binary_cross_entropy_with_logits": ["mean, weight, pos_weight", "none"],
     "cross_entropy": ["indices, mean, weight, smoothing, ignore_index", "probabilities, none, weight"],
 }
 

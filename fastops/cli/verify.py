@@ -137,6 +137,25 @@ def _mse_cases() -> Iterator[Case]:
     yield case(", element weights", "mean", weight=True)
 
 
+def _bce_cases() -> Iterator[Case]:
+    def case(name: str, reduction: str, weight: bool = False, pos_weight: bool = False) -> Case:
+        def tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            shape = sizes.rows, sizes.features
+            variables = {
+                "input": torch.randn(shape, generator=generator),
+                "target": torch.rand(shape, generator=generator),
+            }
+            weights = {"weight": weight, "pos_weight": pos_weight}
+            drawn = {n: torch.rand(sizes.features, generator=generator) + 0.5 for n, used in weights.items() if used}
+            return variables, drawn
+
+        return Case("binary_cross_entropy_with_logits", f"{reduction}{name}", tensors, {"reduction": reduction})
+
+    for reduction in ("none", "mean", "sum"):
+        yield case("", reduction)
+        yield case(", weight, pos_weight", reduction, weight=True, pos_weight=True)
+
+
 def _cross_entropy_case(
     probabilities: bool,
     reduction: str,
@@ -188,6 +207,7 @@ CASES = [
     *(case for dimensions, relu in product((1, 2, 3), ("", "_relu")) for case in _conv_cases(dimensions, relu)),
     Case("add_relu", "two tensors", _add_relu_tensors),
     *_mse_cases(),
+    *_bce_cases(),
     *_cross_entropy_cases(),
 ]
 OPS = list(dict.fromkeys(case.op for case in CASES))
@@ -376,7 +396,9 @@ def _verify(cases: list[Case], device: torch.device) -> int:
     print("float64 to float16: error of value and gradients as a share of what is allowed, at most 1.00")
     print("                    (allowed: twice torch's own error in that dtype, plus one rounding)\n")
     names = max(len(case.name) for case in cases)
-    table = Table({"op": 13, "case": names} | {column: -11 for column in columns} | {"ran on": 6})
+    table = Table(
+        {"op": max(len(case.op) for case in cases), "case": names} | {column: -11 for column in columns} | {"ran on": 6}
+    )
     failures, cells, backends = [], Counter[str](), Counter[str]()
     for case in cases:
         outcomes = {column: _check(case, column, device) for column in columns}

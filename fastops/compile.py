@@ -40,7 +40,7 @@ _GROUPS: Final = {
 }
 
 
-class Call(NamedTuple):
+class _Call(NamedTuple):
     """A call of a function of `fastops.functional`; the arguments are nodes and constants."""
 
     op: str
@@ -48,12 +48,12 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def _first_as(op: str) -> Callable[[fx.Node, fx.Node], Call]:
-    return lambda first, second: Call(op, first.args, first.kwargs)
+def _first_as(op: str) -> Callable[[fx.Node, fx.Node], _Call]:
+    return lambda first, second: _Call(op, first.args, first.kwargs)
 
 
 # Two calls that become one, by the op whose result is the first argument of the other op, and by that one.
-FUSIONS: Final[dict[tuple[str, str], Callable[[fx.Node, fx.Node], Call]]] = {
+FUSIONS: Final[dict[tuple[str, str], Callable[[fx.Node, fx.Node], _Call]]] = {
     ("linear", "relu"): _first_as("linear_relu"),
     ("conv1d", "relu"): _first_as("conv_relu1d"),
     ("conv2d", "relu"): _first_as("conv_relu2d"),
@@ -154,13 +154,13 @@ def _first_argument(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _candidates(node: fx.Node) -> Iterator[tuple[fx.Node, Call]]:
+def _candidates(node: fx.Node) -> Iterator[tuple[fx.Node, _Call]]:
     """What ``node`` may become, the best first: the last node whose result it computes, and the call."""
     for user in node.users:
         fuse = FUSIONS.get((_op(node), _op(user)))
         if fuse and _first_argument(user) is node and not _obstacle(node, user):
             yield user, fuse(node, user)
-    yield node, Call(_op(node), node.args, node.kwargs)
+    yield node, _Call(_op(node), node.args, node.kwargs)
 
 
 def _obstacle(first: fx.Node, second: fx.Node) -> str:

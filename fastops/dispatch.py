@@ -91,7 +91,7 @@ def selected_backend() -> str:
 
 # Multiply-adds from which a linear layer gains from oneDNN's product, by processor (vendor, vector instructions).
 # AMD with AVX-512: MKL reaches half of oneDNN's speed; below the threshold a Python Function costs more than it saves.
-# AMD with AVX2 and Intel: MKL is as fast or faster at every shape measured, so there is no entry.
+# AMD with AVX2 and Intel: MKL is about as fast or faster, so there is no entry.
 _ONEDNN_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}
 
 

@@ -157,7 +157,8 @@ def _triton_applies(device: torch.device) -> Explanation | None:
     Raises:
         RuntimeError: if backend ``"triton"`` is selected and Triton cannot run at all.
     """
-    if device.type in _TRITON_DEVICES or (device.type == "cpu" and _INTERPRETER):
+    kind = device.type
+    if kind in _TRITON_DEVICES or (kind == "cpu" and _INTERPRETER):
         if _TRITON_INSTALLED:
             return None
         if _selected == "triton":
@@ -177,6 +178,7 @@ def _unfit(*tensors: Tensor | None) -> str | None:
     """Why no kernel takes these tensors together, or None."""
     first = tensors[0]
     assert first is not None
+    device = first.device
     for tensor in tensors:
         if tensor is None:
             continue
@@ -184,7 +186,7 @@ def _unfit(*tensors: Tensor | None) -> str | None:
             return f"no kernel for arguments of type {type(tensor).__name__}"
         if tensor.layout is not torch.strided:
             return f"no kernel for layout {tensor.layout}"
-        if tensor.device != first.device:
+        if tensor.device != device:
             return "tensors are on different devices"
         if tensor.numel() == 0:
             return "a tensor is empty"
@@ -194,12 +196,14 @@ def _unfit(*tensors: Tensor | None) -> str | None:
 def _unfit_dtype(*tensors: Tensor | None) -> str | None:
     first = tensors[0]
     assert first is not None
-    if first.dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {first.dtype}"
-    if first.dtype is torch.bfloat16 and first.is_cpu and _selected != "onednn" and not interpreter_has_bfloat16:
+    dtype = first.dtype
+    if dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {dtype}"
+    if dtype is torch.bfloat16 and first.is_cpu and _selected != "onednn" and not interpreter_has_bfloat16:
         return WRONG_IN_INTERPRETER
-    if any(tensor is not None and tensor.dtype is not first.dtype for tensor in tensors):
-        return "dtypes differ"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:
+            return "dtypes differ"
     return None
 
 
@@ -207,9 +211,10 @@ def _unfit_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | N
     unfit = _unfit(input, weight, bias) or _unfit_dtype(input, weight, bias)
     if unfit is not None:
         return unfit
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    size = weight.shape
+    if len(size) != 2 or input.dim() == 0 or input.shape[-1] != size[1]:
         return "input and weight shapes do not make a linear layer"
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != size[:1]:
         return "bias does not have one element per output feature"
     return None
 
@@ -224,8 +229,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
         if _onednn_from is None or input.numel() * weight.shape[:1].numel() < _onednn_from:
             return _ATEN_IS_FASTER
     elif _selected != "onednn":
-        no_triton = _triton_applies(input.device)
-        if no_triton is not None:
+        if (no_triton := _triton_applies(input.device)) is not None:
             return no_triton
         unfit = _unfit_linear(input, weight, bias)
         return _TRITON if unfit is None else Explanation("torch", unfit)

@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dispatch
+from . import autograd, dispatch
 from .dispatch import autocast_dtype, under_autocast
-
-# The Functions are imported where they are used: they register with TorchDynamo, whose import takes seconds and Triton.
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,10 +37,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     way = dispatch.linear(input, weight, bias).backend
     if way == "torch":
         return F.linear(input, weight, bias)
-    from .autograd.function import apply
-    from .autograd.linear import Linear
-
-    output: Tensor = apply(Linear, input, weight, bias, way)
+    output: Tensor = autograd.function.apply(autograd.linear.Linear, input, weight, bias, way)
     return output
 
 
@@ -64,10 +59,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     way = dispatch.linear(input, weight, bias).backend
     if way == "torch":
         return F.linear(input, weight, bias).relu_()
-    from .autograd.function import apply
-    from .autograd.linear import LinearReLU
-
-    output: Tensor = apply(LinearReLU, input, weight, bias, way)
+    output: Tensor = autograd.function.apply(autograd.linear.LinearReLU, input, weight, bias, way)
     return output
 
 
@@ -96,9 +88,6 @@ def _conv(
     if way == "torch":
         output: Tensor = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1](input, weight, bias, *options)  # type: ignore[arg-type]
         return output.relu_() if relu else output
-    from .autograd.conv import Conv, ConvReLU
-    from .autograd.function import apply
-
     numbers = dispatch.conv_numbers(tuple(weight.shape[2:]), stride, padding, dilation)
     assert numbers is not None
     *symmetric, extra = numbers
@@ -106,7 +95,9 @@ def _conv(
         input = F.pad(input, [number for end in reversed(extra) for number in (0, end)])
     batch = input if input.dim() == dimensions + 2 else input.unsqueeze(0)
     flat = (number for numbers in symmetric for number in numbers)
-    output = apply(ConvReLU if relu else Conv, batch, weight, bias, way, groups, *flat)
+    output = autograd.function.apply(
+        autograd.conv.ConvReLU if relu else autograd.conv.Conv, batch, weight, bias, way, groups, *flat
+    )
     return output if batch is input else output.squeeze(0)
 
 
@@ -295,10 +286,7 @@ def mse_loss(
             number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
             return torch._C._nn.mse_loss(input, target, number)
         return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
-    from .autograd.function import apply
-    from .autograd.mse import MSELoss
-
-    loss: Tensor = apply(MSELoss, input, target, reduction, way)
+    loss: Tensor = autograd.function.apply(autograd.mse.MSELoss, input, target, reduction, way)
     return loss
 
 
@@ -351,10 +339,9 @@ def cross_entropy(
     if way == "torch":
         number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
         return torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)
-    from .autograd.cross_entropy import CrossEntropy
-    from .autograd.function import apply
-
-    loss: Tensor = apply(CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, way)[0]
+    loss: Tensor = autograd.function.apply(
+        autograd.cross_entropy.CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, way
+    )[0]
     return loss
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import conv as ops
 from ..ops.conv import is_channels_last
 from .function import Function, add, gradients
 
@@ -105,9 +106,7 @@ class ConvBackward(Function):
         *numbers: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         options = _Options.of(numbers, groups)
-        return torch.ops.fastops.conv_backward(
-            grad_output, input, weight, output, *options, need_bias, channels_last, backend
-        )
+        return ops.conv_backward(grad_output, input, weight, output, *options, need_bias, channels_last, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -197,7 +196,7 @@ def _forward(
 ) -> Tensor:
     n = len(numbers) // 3
     stride, padding, dilation = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
-    return torch.ops.fastops.conv(input, weight, bias, stride, padding, dilation, groups, relu, backend)
+    return ops.conv(input, weight, bias, stride, padding, dilation, groups, relu, backend)
 
 
 @torch.compiler.allow_in_graph

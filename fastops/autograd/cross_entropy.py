@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import cross_entropy as ops
 from ..ops.cross_entropy import class_dim, row_scale, target_distribution, unscaled_gradients
 from .function import Function, gradients
 
@@ -47,7 +48,7 @@ class CrossEntropyBackward(Function):
         need_target: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastops.cross_entropy_backward(
+        return ops.cross_entropy_backward(
             grad_output,
             input,
             target,
@@ -142,7 +143,7 @@ class CrossEntropy(Function):
         label_smoothing: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
+        return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -157,7 +158,7 @@ class CrossEntropy(Function):
         needs = ctx.needs_input_grad[:2]
         options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
         arguments = (grad_output, *ctx.saved_tensors, *options, *needs, ctx.backend)
-        op = torch.ops.fastops.cross_entropy_backward
+        op = ops.cross_entropy_backward
         return (*gradients(CrossEntropyBackward, op, needs, *arguments), *(None,) * 5)
 
     @staticmethod

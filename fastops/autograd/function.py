@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,16 +13,35 @@ class Function(torch.autograd.Function):
     """A Function whose vmap rule is derived from its own forward, backward and jvp."""
 
     generate_vmap_rule = True
+    _eager: ClassVar[type[torch.autograd.Function]]
+
+    def __init_subclass__(cls) -> None:
+        """Derive a twin in the older style, forward with ctx: for the newer torch binds a signature at each call."""
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = cls.forward(*arguments)
+            cls.setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": forward, "backward": cls.backward, "jvp": cls.jvp}
+        namespace = {name: staticmethod(method) for name, method in methods.items()}
+        metaclass: Any = type(torch.autograd.Function)
+        cls._eager = metaclass(cls.__name__, (torch.autograd.Function,), namespace)
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, straight to its C entry where no transform needs the Python one.
-
-    The Python entry costs more than a small kernel launch.
-    """
+    """``function.apply(*arguments)``, the shortest way: the entries of torch cost more than a small kernel's launch."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    if forward_ad._current_level < 0:
+        if not torch.is_grad_enabled():
+            return function.forward(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                break
+        else:
+            return function.forward(*arguments)
+    return super(torch.autograd.Function, function._eager).apply(*arguments)  # type: ignore[misc]
 
 
 def differentiable() -> bool:

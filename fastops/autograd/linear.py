@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import linear as ops
 from .function import Function, add, gradients, rows
 
 
@@ -36,7 +37,7 @@ class LinearBackward(Function):
         need_bias: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.fastops.linear_backward(grad_output, input, weight, output, need_bias, backend)
+        return ops.linear_backward(grad_output, input, weight, output, need_bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -89,7 +90,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     arguments = (grad_output, input if needs[1] else None, weight if needs[0] else None, output, needs[2], ctx.backend)
-    return (*gradients(LinearBackward, torch.ops.fastops.linear_backward, needs, *arguments), None)
+    return (*gradients(LinearBackward, ops.linear_backward, needs, *arguments), None)
 
 
 def _jvp(ctx: Any, t_input: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, _: None) -> Tensor:
@@ -116,7 +117,7 @@ class Linear(Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return torch.ops.fastops.linear(input, weight, bias, False, backend)
+        return ops.linear(input, weight, bias, False, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,7 +133,7 @@ class LinearReLU(Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return torch.ops.fastops.linear(input, weight, bias, True, backend)
+        return ops.linear(input, weight, bias, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

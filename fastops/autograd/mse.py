@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import mse as ops
 from .function import Function, gradients
 
 
@@ -41,9 +42,7 @@ class MSELossBackward(Function):
         need_target: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastops.mse_loss_backward(
-            grad_output, input, target, reduction, need_input, need_target, backend
-        )
+        return ops.mse_loss_backward(grad_output, input, target, reduction, need_input, need_target, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -87,7 +86,7 @@ class MSELoss(Function):
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, reduction: str, backend: str) -> Tensor:
-        return torch.ops.fastops.mse_loss(input, target, reduction, backend)
+        return ops.mse_loss(input, target, reduction, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,7 +98,7 @@ class MSELoss(Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         needs = ctx.needs_input_grad[:2]
         arguments = (grad_output, *ctx.saved_tensors, ctx.reduction, *needs, ctx.backend)
-        return (*gradients(MSELossBackward, torch.ops.fastops.mse_loss_backward, needs, *arguments), None, None)
+        return (*gradients(MSELossBackward, ops.mse_loss_backward, needs, *arguments), None, None)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> Tensor:

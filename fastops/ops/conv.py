@@ -125,14 +125,14 @@ def _conv_backward_fake(
     )
 
 
-register(
+conv = register(
     "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
     " bool relu, str backend) -> Tensor",
     _conv,
     _conv_fake,
     _conv_vmap,
 )
-register(
+conv_backward = register(
     "conv_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, SymInt[] input_shape,"
     " SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, bool need_bias,"
     " bool channels_last, str backend) -> (Tensor, Tensor, Tensor)",

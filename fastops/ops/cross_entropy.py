@@ -227,14 +227,14 @@ def _cross_entropy_backward_fake(
     )
 
 
-register(
+cross_entropy = register(
     "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index,"
     " float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
     loop_over_batch,
 )
-register(
+cross_entropy_backward = register(
     "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor log_sum_exp,"
     " Tensor denominator, str reduction, int ignore_index, float label_smoothing, bool need_input, bool need_target,"
     " str backend) -> (Tensor, Tensor)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,16 @@ from ..kernels import onednn
 from .registry import loop_over_batch, or_empty, register, run_kernel
 
 
+@functools.cache  # an import statement costs more than a kernel's launch
+def _kernels() -> Any:
+    from ..kernels import linear
+
+    return linear
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, backend: str) -> Tensor:
     if backend == "triton":
-        from ..kernels import linear
-
-        output: Tensor = run_kernel("linear", linear.linear, onednn.linear, input, weight, bias, relu)
+        output: Tensor = run_kernel("linear", _kernels().linear, onednn.linear, input, weight, bias, relu)
         return output
     return onednn.linear(input, weight, bias, relu)
 
@@ -43,9 +49,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (grad_output, input, weight, output, need_bias)
     if backend == "triton":
-        from ..kernels import linear
-
-        gradients = run_kernel("linear_backward", linear.linear_backward, onednn.linear_backward, *arguments)
+        gradients = run_kernel("linear_backward", _kernels().linear_backward, onednn.linear_backward, *arguments)
     else:
         gradients = onednn.linear_backward(*arguments)
     grad_input, grad_weight, grad_bias = (or_empty(grad_output, gradient) for gradient in gradients)
@@ -68,13 +72,13 @@ def _linear_backward_fake(
     )
 
 
-register(
+linear = register(
     "linear(Tensor input, Tensor weight, Tensor? bias, bool relu, str backend) -> Tensor",
     _linear,
     _linear_fake,
     _linear_vmap,
 )
-register(
+linear_backward = register(
     "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _linear_backward,

@@ -62,13 +62,13 @@ def _mse_loss_backward_fake(
     )
 
 
-register(
+mse_loss = register(
     "mse_loss(Tensor input, Tensor target, str reduction, str backend) -> Tensor",
     _mse_loss,
     _mse_loss_fake,
     loop_over_batch,
 )
-register(
+mse_loss_backward = register(
     "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, str reduction, bool need_input,"
     " bool need_target, str backend) -> (Tensor, Tensor)",
     _mse_loss_backward,

@@ -49,7 +49,7 @@ def main() -> None:
         with fastops.backend(way):
             for name, call in rows.items():
                 interleave(call(eager), call(FF.linear_relu), pairs=2, calls=200)
-                eagers, ours = map(np.array, interleave(call(eager), call(FF.linear_relu), pairs=100, calls=100))
+                eagers, ours = map(np.array, interleave(call(eager), call(FF.linear_relu), pairs=60, calls=500))
                 medians = f"{1e6 * np.median(eagers):7.2f} {1e6 * np.median(ours):7.2f}"
                 print(f"{way:7} {name:28} {medians} ratio {np.median(ours / eagers):.2f}", flush=True)
 

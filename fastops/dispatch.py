@@ -27,7 +27,6 @@ BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 _KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Plain tensors, and what stands for one while a compiler traces. Other subclasses may mean something else by an op.
 _PLAIN: Final = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-_TRITON_DEVICES: Final = ("cuda", "xpu")
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
 _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
@@ -151,14 +150,13 @@ _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
 
-def _triton_applies(device: torch.device) -> Explanation | None:
-    """None if kernels can run on ``device`` under the selected backend, else the reason why not.
+def _triton_applies(tensor: Tensor) -> Explanation | None:
+    """None if kernels can run where ``tensor`` is, under the selected backend, else the reason why not.
 
     Raises:
         RuntimeError: if backend ``"triton"`` is selected and Triton cannot run at all.
     """
-    kind = device.type
-    if kind in _TRITON_DEVICES or (kind == "cpu" and _INTERPRETER):
+    if tensor.is_cuda or tensor.is_xpu or (tensor.is_cpu and _INTERPRETER):  # each cheaper than `device.type`
         if _TRITON_INSTALLED:
             return None
         if _selected == "triton":
@@ -166,6 +164,7 @@ def _triton_applies(device: torch.device) -> Explanation | None:
                 "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
             )
         return _NO_TRITON
+    device = tensor.device
     if _selected == "triton" and device.type != "meta":
         raise RuntimeError(
             f"backend 'triton' is selected but Triton cannot run on {device.type!r} tensors"
@@ -174,12 +173,10 @@ def _triton_applies(device: torch.device) -> Explanation | None:
     return Explanation("torch", f"no kernel for device {device.type!r}")
 
 
-def _unfit(*tensors: Tensor | None) -> str | None:
-    """Why no kernel takes these tensors together, or None."""
-    first = tensors[0]
-    assert first is not None
-    device = first.device
-    for tensor in tensors:
+def _unfit(first: Tensor, *others: Tensor | None, indices: Tensor | None = None) -> str | None:
+    """Why no kernel takes these tensors together, or None. All but ``indices`` are to have one dtype."""
+    dtype, device = first.dtype, first.device
+    for tensor in (first, *others):
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
@@ -190,33 +187,56 @@ def _unfit(*tensors: Tensor | None) -> str | None:
             return "tensors are on different devices"
         if tensor.numel() == 0:
             return "a tensor is empty"
-    return None
-
-
-def _unfit_dtype(*tensors: Tensor | None) -> str | None:
-    first = tensors[0]
-    assert first is not None
-    dtype = first.dtype
+        if tensor.dtype is not dtype and tensor is not indices:
+            return "dtypes differ"
     if dtype not in _KERNEL_DTYPES:
         return f"no kernel for {dtype}"
     if dtype is torch.bfloat16 and first.is_cpu and _selected != "onednn" and not interpreter_has_bfloat16:
         return WRONG_IN_INTERPRETER
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is not dtype:
-            return "dtypes differ"
     return None
 
 
 def _unfit_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    unfit = _unfit(input, weight, bias) or _unfit_dtype(input, weight, bias)
+    if _fits_linear(input, weight, bias):
+        return None
+    unfit = _unfit(input, weight, bias)
     if unfit is not None:
         return unfit
     size = weight.shape
     if len(size) != 2 or input.dim() == 0 or input.shape[-1] != size[1]:
         return "input and weight shapes do not make a linear layer"
-    if bias is not None and bias.shape != size[:1]:
+    if bias is not None and (len(bias_size := bias.shape) != 1 or bias_size[0] != size[0]):
         return "bias does not have one element per output feature"
     return None
+
+
+def _fits_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether all is as almost always, at half the price of looking for a reason why not."""
+    dtype, device, size = input.dtype, input.device, weight.shape
+    return (
+        (dtype is torch.float32 or (dtype in _KERNEL_DTYPES and not input.is_cpu))
+        and type(input) in _PLAIN
+        and type(weight) in _PLAIN
+        and input.layout is weight.layout is torch.strided
+        and weight.dtype is dtype
+        and weight.device == device
+        and len(size) == 2
+        and input.dim() > 0
+        and input.shape[-1] == size[1]
+        and input.numel() > 0
+        and size[0] > 0
+        and (
+            bias is None
+            or (
+                type(bias) in _PLAIN
+                and bias.layout is torch.strided
+                and bias.dtype is dtype
+                and bias.device == device
+                and len(bias_size := bias.shape) == 1
+                and bias_size[0] == size[0]
+            )
+        )
+    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explanation:
@@ -229,7 +249,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
         if _onednn_from is None or input.numel() * weight.shape[:1].numel() < _onednn_from:
             return _ATEN_IS_FASTER
     elif _selected != "onednn":
-        if (no_triton := _triton_applies(input.device)) is not None:
+        if (no_triton := _triton_applies(input)) is not None:
             return no_triton
         unfit = _unfit_linear(input, weight, bias)
         return _TRITON if unfit is None else Explanation("torch", unfit)
@@ -285,7 +305,7 @@ def _unfit_conv(
     dilation: Any,
     groups: int,
 ) -> str | None:
-    unfit = _unfit(input, weight, bias) or _unfit_dtype(input, weight, bias)
+    unfit = _unfit(input, weight, bias)
     if unfit is not None:
         return unfit
     if input.dim() not in (dimensions + 1, dimensions + 2) or weight.dim() != dimensions + 2:
@@ -324,7 +344,7 @@ def conv(
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         return _ATEN_IS_ONEDNN
     if _selected != "onednn":
-        no_triton = _triton_applies(input.device)
+        no_triton = _triton_applies(input)
         if no_triton is not None:
             return no_triton
     unfit = _unfit_conv(dimensions, input, weight, bias, stride, padding, dilation, groups)
@@ -344,7 +364,7 @@ def _without_product(input: Tensor, target: Tensor, unfit: Callable[[], str | No
         return _NO_PRODUCT
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         return _ATEN_IS_FASTER
-    no_triton = _triton_applies(input.device)
+    no_triton = _triton_applies(input)
     if no_triton is not None:
         return no_triton
     reason = unfit()
@@ -357,7 +377,7 @@ def add_relu(input: Tensor, other: Tensor) -> Explanation:
     def unfit() -> str | None:
         if input.shape != other.shape:
             return "the shapes differ"
-        return _unfit(input, other) or _unfit_dtype(input, other)
+        return _unfit(input, other)
 
     return _without_product(input, other, unfit)
 
@@ -379,7 +399,7 @@ def mse_loss(
             return "input and target shapes differ"
         if reduction not in ("none", "mean", "sum"):
             return f"{reduction!r} is no reduction"
-        return _unfit(input, target) or _unfit_dtype(input, target)
+        return _unfit(input, target)
 
     return _without_product(input, target, unfit)
 
@@ -397,7 +417,7 @@ def cross_entropy(
     """The way of `functional.cross_entropy`."""
 
     def unfit() -> str | None:
-        general = _unfit(input, target, weight) or _unfit_dtype(input, weight)
+        general = _unfit(input, target, weight, indices=target)
         if general is not None:
             return general
         if input.dim() == 0:
@@ -442,7 +462,7 @@ def binary_cross_entropy_with_logits(
             return "input and target shapes differ"
         if reduction not in ("none", "mean", "sum"):
             return f"{reduction!r} is no reduction"
-        general = _unfit(input, target, weight, pos_weight) or _unfit_dtype(input, target, weight, pos_weight)
+        general = _unfit(input, target, weight, pos_weight)
         if general is not None:
             return general
         for factor in (weight, pos_weight):

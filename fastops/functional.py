@@ -58,8 +58,9 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return under_autocast(linear_relu, dtype, input, weight, bias)
     way = dispatch.linear(input, weight, bias).backend
     if way == "torch":
-        return F.linear(input, weight, bias).relu_()
-    output: Tensor = autograd.function.apply(autograd.linear.LinearReLU, input, weight, bias, way)
+        output: Tensor = F.linear(input, weight, bias)
+        return output.relu() if output.requires_grad else output.relu_()  # in place, autograd has a history to rewrite
+    output = autograd.function.apply(autograd.linear.LinearReLU, input, weight, bias, way)
     return output
 
 
@@ -238,10 +239,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     way = dispatch.add_relu(input, other).backend
     if way == "torch":
         return torch.add(input, other).relu_()
-    from .autograd.add_relu import AddReLU
-    from .autograd.function import apply
-
-    output: Tensor = apply(AddReLU, input, other, way)
+    output: Tensor = autograd.function.apply(autograd.add_relu.AddReLU, input, other, way)
     return output
 
 
@@ -390,8 +388,6 @@ def binary_cross_entropy_with_logits(
     way = dispatch.binary_cross_entropy_with_logits(input, target, weight, *options).backend
     if way == "torch":
         return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
-    from .autograd.bce import BCEWithLogits
-    from .autograd.function import apply
-
-    loss: Tensor = apply(BCEWithLogits, input, target, weight, pos_weight, reduction, way)
+    function = autograd.bce.BCEWithLogits
+    loss: Tensor = autograd.function.apply(function, input, target, weight, pos_weight, reduction, way)
     return loss

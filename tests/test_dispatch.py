@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case, no_fallback, one_case_per_op
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops
@@ -114,13 +115,13 @@ def test_rule_on_the_cpu(machine: Machine, selected: str, triton: bool, interpre
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64]
 )
 @pytest.mark.parametrize("triton", [True, False])
-def test_rule_on_a_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, triton: bool) -> None:
-    """The rule reads devices, dtypes and shapes, no values: here meta tensors are a GPU's."""
+def test_rule_on_a_gpu(machine: Machine, dtype: torch.dtype, triton: bool) -> None:
+    """The rule reads devices, dtypes and shapes, no values: here fake tensors are a GPU's."""
     machine.has(triton=triton, interpreter=False)
-    monkeypatch.setattr(dispatch, "_TRITON_DEVICES", ("meta",))
     has_kernel = triton and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    a, weight = torch.empty(4, 3, dtype=dtype, device="meta"), torch.empty(2, 3, dtype=dtype, device="meta")
-    target = torch.empty(4, dtype=torch.int64, device="meta")
+    with FakeTensorMode():
+        a, weight = torch.empty(4, 3, dtype=dtype, device="cuda"), torch.empty(2, 3, dtype=dtype, device="cuda")
+        target = torch.empty(4, dtype=torch.int64, device="cuda")
     image, kernel = a.view(1, 3, 2, 2), weight.view(2, 3, 1, 1)
     for selected, way in {"auto": "triton" if has_kernel else "torch", "onednn": "torch", "torch": "torch"}.items():
         with fastops.backend(selected):

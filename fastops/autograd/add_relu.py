@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .function import Function, add, differentiable
+from ..ops import add_relu as ops
+from .function import Function, add
 
 
 @torch.compiler.allow_in_graph
 class AddReLU(Function):
     """``relu(a + b)`` of two tensors of one shape."""
 
-    @staticmethod
-    def forward(input: Tensor, other: Tensor, backend: str) -> Tensor:
-        return torch.ops.fastops.add_relu(input, other, backend)
+    raw = ops.add_relu
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -31,10 +31,10 @@ class AddReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (output,) = ctx.saved_tensors
-        if differentiable():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
         else:
-            grad = torch.ops.fastops.add_relu_backward(grad_output, output, ctx.backend)
+            grad = ops.add_relu_backward.op(grad_output, output, ctx.backend)
         return *(grad if needed else None for needed in ctx.needs_input_grad[:2]), None
 
     @staticmethod

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import bce as ops
 from ..ops.bce import unscaled_gradients
 from .function import Function, add, gradients
 
@@ -43,21 +44,7 @@ def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
 class BCEWithLogitsBackward(Function):
     """``(gx, gy)`` as differentiable functions of ``(g, x, y)``; what is not needed is an empty tensor."""
 
-    @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pos_weight: Tensor | None,
-        reduction: str,
-        need_input: bool,
-        need_target: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastops.binary_cross_entropy_with_logits_backward(
-            grad_output, input, target, weight, pos_weight, reduction, need_input, need_target, backend
-        )
+    raw = ops.binary_cross_entropy_with_logits_backward
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,11 +96,7 @@ class BCEWithLogits(Function):
     The weights broadcast to that shape and are constants.
     """
 
-    @staticmethod
-    def forward(
-        input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, backend: str
-    ) -> Tensor:
-        return torch.ops.fastops.binary_cross_entropy_with_logits(input, target, weight, pos_weight, reduction, backend)
+    raw = ops.binary_cross_entropy_with_logits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,8 +108,7 @@ class BCEWithLogits(Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         needs = ctx.needs_input_grad[:2]
         arguments = (grad_output, *ctx.saved_tensors, ctx.reduction, *needs, ctx.backend)
-        op = torch.ops.fastops.binary_cross_entropy_with_logits_backward
-        return (*gradients(BCEWithLogitsBackward, op, needs, *arguments), *(None,) * 4)
+        return (*gradients(BCEWithLogitsBackward, needs, *arguments), *(None,) * 4)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> Tensor:

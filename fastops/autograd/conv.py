@@ -93,8 +93,10 @@ def _mask(grad: Tensor, output: Tensor | None) -> Tensor:
 class ConvBackward(Function):
     """``(gx, gw, gb)`` as differentiable functions of ``(gy, x, w)``; what is not needed is an empty tensor."""
 
+    raw = ops.conv_backward
+
     @staticmethod
-    def forward(
+    def raw_arguments(
         grad_output: Tensor,
         input: Tensor | None,
         weight: Tensor | None,
@@ -104,9 +106,9 @@ class ConvBackward(Function):
         backend: str,
         groups: int,
         *numbers: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Any, ...]:
         options = _Options.of(numbers, groups)
-        return ops.conv_backward(grad_output, input, weight, output, *options, need_bias, channels_last, backend)
+        return grad_output, input, weight, output, *options, need_bias, channels_last, backend
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -159,7 +161,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     tensors = (grad_output, input if needs[1] else None, weight if needs[0] else None, output)
     options = (needs[2], ctx.channels_last, ctx.backend, ctx.options.groups, *ctx.options.numbers)
-    return (*gradients(ConvBackward, ConvBackward.forward, needs, *tensors, *options), *(None,) * ctx.constants)
+    return (*gradients(ConvBackward, needs, *tensors, *options), *(None,) * ctx.constants)
 
 
 def _jvp(ctx: Any, t_input: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, *_: Any) -> Tensor:
@@ -185,18 +187,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, saved_output: Tenso
     ctx.save_for_forward(input, weight, saved_output)
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    relu: bool,
-    backend: str,
-    groups: int,
-    numbers: tuple[int, ...],
-) -> Tensor:
+def _by_option(numbers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Stride, padding, dilation."""
     n = len(numbers) // 3
-    stride, padding, dilation = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
-    return ops.conv(input, weight, bias, stride, padding, dilation, groups, relu, backend)
+    return numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
 
 
 @torch.compiler.allow_in_graph
@@ -206,16 +200,13 @@ class Conv(Function):
     ``numbers``: stride, padding and dilation, each for all dimensions.
     """
 
+    raw = ops.conv
+
     @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        backend: str,
-        groups: int,
-        *numbers: int,
-    ) -> Tensor:
-        return _forward(input, weight, bias, False, backend, groups, numbers)
+    def raw_arguments(
+        input: Tensor, weight: Tensor, bias: Tensor | None, backend: str, groups: int, *numbers: int
+    ) -> tuple[Any, ...]:
+        return input, weight, bias, *_by_option(numbers), groups, False, backend
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,16 +220,13 @@ class Conv(Function):
 class ConvReLU(Function):
     """``relu(x * w + b)``: see `Conv`."""
 
+    raw = ops.conv
+
     @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        backend: str,
-        groups: int,
-        *numbers: int,
-    ) -> Tensor:
-        return _forward(input, weight, bias, True, backend, groups, numbers)
+    def raw_arguments(
+        input: Tensor, weight: Tensor, bias: Tensor | None, backend: str, groups: int, *numbers: int
+    ) -> tuple[Any, ...]:
+        return input, weight, bias, *_by_option(numbers), groups, True, backend
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,35 +33,7 @@ class CrossEntropyBackward(Function):
     The log-sum-exp and the denominator that come along are values, not variables: l is a function of x here.
     """
 
-    @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        log_sum_exp: Tensor,
-        denominator: Tensor,
-        reduction: str,
-        ignore_index: int,
-        label_smoothing: float,
-        need_input: bool,
-        need_target: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.cross_entropy_backward(
-            grad_output,
-            input,
-            target,
-            weight,
-            log_sum_exp,
-            denominator,
-            reduction,
-            ignore_index,
-            label_smoothing,
-            need_input,
-            need_target,
-            backend,
-        )
+    raw = ops.cross_entropy_backward
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -133,17 +105,7 @@ class CrossEntropy(Function):
     [C], [N, C] or [N, C, d1, ...] logits; the loss is 0-d, or has the input's shape without C for ``'none'``.
     """
 
-    @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: str,
-        ignore_index: int,
-        label_smoothing: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
+    raw = ops.cross_entropy
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -158,8 +120,7 @@ class CrossEntropy(Function):
         needs = ctx.needs_input_grad[:2]
         options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
         arguments = (grad_output, *ctx.saved_tensors, *options, *needs, ctx.backend)
-        op = ops.cross_entropy_backward
-        return (*gradients(CrossEntropyBackward, op, needs, *arguments), *(None,) * 5)
+        return (*gradients(CrossEntropyBackward, needs, *arguments), *(None,) * 5)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> tuple[Tensor, None, None]:

@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..ops.registry import RawOp
+
 
 class Function(torch.autograd.Function):
-    """A Function whose vmap rule is derived from its own forward, backward and jvp."""
+    """A Function that computes the op `raw`, of what `raw_arguments` makes of its arguments.
+
+    Its vmap rule is derived from its own forward, backward and jvp.
+    """
 
     generate_vmap_rule = True
+    raw: ClassVar[RawOp]
     _eager: ClassVar[type[torch.autograd.Function]]
 
+    @staticmethod
+    def raw_arguments(*arguments: Any) -> tuple[Any, ...]:
+        return arguments
+
     def __init_subclass__(cls) -> None:
-        """Derive a twin in the older style, forward with ctx: for the newer torch binds a signature at each call."""
+        """Add ``forward``, and a twin in the older style, with ctx: torch binds a signature per call of the newer."""
+        cls.forward = staticmethod(lambda *arguments: cls.raw.op(*cls.raw_arguments(*arguments)))  # type: ignore[method-assign]
 
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = cls.forward(*arguments)
+            output = cls.compute(arguments)
             cls.setup_context(ctx, arguments, output)
             return output
 
-        methods = {"forward": forward, "backward": cls.backward, "jvp": cls.jvp}
-        namespace = {name: staticmethod(method) for name, method in methods.items()}
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return cls.backward(ctx, *gradients)
+
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            return cls.jvp(ctx, *tangents)
+
+        namespace = {method.__name__: staticmethod(method) for method in (forward, backward, jvp)}
         metaclass: Any = type(torch.autograd.Function)
         cls._eager = metaclass(cls.__name__, (torch.autograd.Function,), namespace)
 
+    @classmethod
+    def compute(cls, arguments: tuple[Any, ...]) -> Any:
+        """`forward` while the dispatcher is idle: past it, for plain tensors."""
+        for argument in arguments:
+            if isinstance(argument, Tensor) and (
+                type(argument) not in _PLAIN_TYPES or argument.is_neg() or argument._is_zerotensor()
+            ):
+                return cls.forward(*arguments)
+        return cls.raw.implementation(*cls.raw_arguments(*arguments))
+
+
+# The dispatcher's state outside of all modes, transforms and tracers; the second is inference mode's.
+_BACKEND_SELECT: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_IDLE: Final = (
+    (_BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
+    _BACKEND_SELECT.raw_repr(),
+)
+_PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
+# By name: a lookup through modules at each call adds up.
+_include_set: Final = torch._C._dispatch_tls_local_include_set
+_profiler_enabled: Final = torch._C._autograd._profiler_enabled
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_is_grad_enabled: Final = torch.is_grad_enabled
+_any_requires_grad: Final = torch._C._any_requires_grad
+
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, the shortest way: the entries of torch cost more than a small kernel's launch."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    """``function.apply(*arguments)``, the shortest way: torch's entries take longer than a small kernel's launch."""
+    if _is_dynamo_compiling() or _include_set().raw_repr() not in _IDLE or _profiler_enabled():
         return function.apply(*arguments)
-    if forward_ad._current_level < 0:
-        if not torch.is_grad_enabled():
-            return function.forward(*arguments)
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                break
-        else:
-            return function.forward(*arguments)
-    return super(torch.autograd.Function, function._eager).apply(*arguments)  # type: ignore[misc]
+    if (_is_grad_enabled() and _any_requires_grad(*arguments)) or forward_ad._current_level >= 0:
+        return super(torch.autograd.Function, function._eager).apply(*arguments)  # type: ignore[misc]
+    return function.compute(arguments)
 
 
-def differentiable() -> bool:
-    """Whether a backward that runs now may itself be differentiated: it then has to go through a Function."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def gradients(function: type[Function], op: Any, needs: tuple[bool, ...], *arguments: Any) -> tuple[Tensor | None, ...]:
-    """What a backward returns: ``op``'s results, through ``function`` where they may be differentiated again."""
-    results = apply(function, *arguments) if differentiable() else op(*arguments)
+def gradients(function: type[Function], needs: tuple[bool, ...], *arguments: Any) -> tuple[Tensor | None, ...]:
+    """What a backward returns: ``function``'s results where they are needed."""
+    results = apply(function, *arguments)
     return tuple(gradient if needed else None for gradient, needed in zip(results, needs, strict=True))
 
 

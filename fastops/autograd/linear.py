@@ -28,16 +28,7 @@ def _mask(grad: Tensor, output: Tensor | None) -> Tensor:
 class LinearBackward(Function):
     """``(gx, gw, gb)`` as differentiable functions of ``(gy, x, w)``; what is not needed is an empty tensor."""
 
-    @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor | None,
-        weight: Tensor | None,
-        output: Tensor | None,
-        need_bias: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_backward(grad_output, input, weight, output, need_bias, backend)
+    raw = ops.linear_backward
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -90,7 +81,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     arguments = (grad_output, input if needs[1] else None, weight if needs[0] else None, output, needs[2], ctx.backend)
-    return (*gradients(LinearBackward, ops.linear_backward, needs, *arguments), None)
+    return (*gradients(LinearBackward, needs, *arguments), None)
 
 
 def _jvp(ctx: Any, t_input: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, _: None) -> Tensor:
@@ -115,9 +106,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
 class Linear(Function):
     """``x w^T + b``: [..., K], [N, K], [N] -> [..., N]."""
 
+    raw = ops.linear
+
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return ops.linear(input, weight, bias, False, backend)
+    def raw_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Any, ...]:
+        return input, weight, bias, False, backend
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,9 +124,11 @@ class Linear(Function):
 class LinearReLU(Function):
     """``relu(x w^T + b)``: [..., K], [N, K], [N] -> [..., N]."""
 
+    raw = ops.linear
+
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        return ops.linear(input, weight, bias, True, backend)
+    def raw_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Any, ...]:
+        return input, weight, bias, True, backend
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

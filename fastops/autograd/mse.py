@@ -32,17 +32,7 @@ def _difference(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 class MSELossBackward(Function):
     """``(gi, gt)`` as differentiable functions of ``(g, input, target)``; what is not needed is an empty tensor."""
 
-    @staticmethod
-    def forward(
-        grad_output: Tensor,
-        input: Tensor,
-        target: Tensor,
-        reduction: str,
-        need_input: bool,
-        need_target: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.mse_loss_backward(grad_output, input, target, reduction, need_input, need_target, backend)
+    raw = ops.mse_loss_backward
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -84,9 +74,7 @@ class MSELossBackward(Function):
 class MSELoss(Function):
     """Squared error of two tensors of one shape: that shape for ``'none'``, 0-d for ``'mean'`` and ``'sum'``."""
 
-    @staticmethod
-    def forward(input: Tensor, target: Tensor, reduction: str, backend: str) -> Tensor:
-        return ops.mse_loss(input, target, reduction, backend)
+    raw = ops.mse_loss
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,7 +86,7 @@ class MSELoss(Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         needs = ctx.needs_input_grad[:2]
         arguments = (grad_output, *ctx.saved_tensors, ctx.reduction, *needs, ctx.backend)
-        return (*gradients(MSELossBackward, ops.mse_loss_backward, needs, *arguments), None, None)
+        return (*gradients(MSELossBackward, needs, *arguments), None, None)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Tensor | None, t_target: Tensor | None, *_: None) -> Tensor:

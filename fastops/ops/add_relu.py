@@ -52,8 +52,10 @@ def _elementwise_vmap(
     return op(*tensors, backend), 0
 
 
-register("add_relu(Tensor input, Tensor other, str backend) -> Tensor", _add_relu, _add_relu_fake, _elementwise_vmap)
-register(
+add_relu = register(
+    "add_relu(Tensor input, Tensor other, str backend) -> Tensor", _add_relu, _add_relu_fake, _elementwise_vmap
+)
+add_relu_backward = register(
     "add_relu_backward(Tensor grad_output, Tensor output, str backend) -> Tensor",
     _add_relu_backward,
     _add_relu_backward_fake,

@@ -92,14 +92,14 @@ def _bce_backward_fake(
     )
 
 
-register(
+binary_cross_entropy_with_logits = register(
     "binary_cross_entropy_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str reduction,"
     " str backend) -> Tensor",
     _bce,
     _bce_fake,
     loop_over_batch,
 )
-register(
+binary_cross_entropy_with_logits_backward = register(
     "binary_cross_entropy_with_logits_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight,"
     " Tensor? pos_weight, str reduction, bool need_input, bool need_target, str backend) -> (Tensor, Tensor)",
     _bce_backward,

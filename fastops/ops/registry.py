@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,49 +17,27 @@ class FallbackWarning(RuntimeWarning):
     """A kernel failed to compile or launch on a device that should run it; the torch expression ran instead."""
 
 
+class RawOp(NamedTuple):
+    """An op of ``torch.ops.fastops``, and the function that the dispatcher calls for it in the end."""
+
+    op: Callable[..., Any]
+    implementation: Callable[..., Any]
+
+
 def register(
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     vmap: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Define the op ``fastops::<schema>``. ``vmap`` is a `torch.library.register_vmap` rule that also takes the op.
-
-    Returns:
-        What calls it: the op, or ``implementation`` itself where the dispatcher would do nothing else but call that.
-    """
+) -> RawOp:
+    """Define the op ``fastops::<schema>``. ``vmap`` is a `torch.library.register_vmap` rule that also takes the op."""
     name = "fastops::" + _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,)).split("::")[-1]
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_library)
     op = getattr(torch.ops.fastops, name.split("::")[1])
     torch.library.register_vmap(name, functools.partial(vmap, op), lib=_library)
 
-    def call(*arguments: Any) -> Any:
-        return (implementation if _is_plain(arguments) else op)(*arguments)
-
-    return call
-
-
-# The dispatcher's state outside of all modes, transforms and tracers; the second is inference mode's.
-_BACKEND_SELECT: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_PLAIN_STATES: Final = (
-    (_BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
-    _BACKEND_SELECT.raw_repr(),
-)
-
-
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether a raw op would go straight to its implementation. The dispatcher takes as long as a kernel's launch."""
-    state = torch._C._dispatch_tls_local_include_set().raw_repr()
-    if state not in _PLAIN_STATES or torch._C._autograd._profiler_enabled():
-        return False
-    for argument in arguments:
-        if type(argument) in (Tensor, torch.nn.Parameter):
-            if argument.is_neg() or argument._is_zerotensor():
-                return False
-        elif isinstance(argument, Tensor):
-            return False
-    return True
+    return RawOp(op, implementation)
 
 
 def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:

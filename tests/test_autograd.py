@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -199,99 +197,6 @@ def test_second_derivatives_of_some_gradients_only(
         second = torch.autograd.grad(sum(first[i].square().sum() for i in subset), leaves)
         found.append(list(second))
     assert_same(*found)
-
-
-TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], object]] = {
-    "grad": lambda f, a: torch.func.grad(lambda *t: f(*t).square().sum(), tuple(range(len(a))))(*a),
-    "jacrev": lambda f, a: torch.func.jacrev(f, tuple(range(len(a))))(*a),
-    "jacfwd": lambda f, a: torch.func.jacfwd(f, tuple(range(len(a))))(*a),
-    "hessian": lambda f, a: torch.func.hessian(lambda *t: f(*t).square().sum())(*a),
-    "vmap": lambda f, a: torch.vmap(f)(*(torch.stack([t, -t, 2 * t]) for t in a)),
-    "vmap of the first": lambda f, a: torch.vmap(f, (1, *(None,) * (len(a) - 1)))(
-        torch.stack([a[0], -a[0]], 1), *a[1:]
-    ),
-    "vmap of grad": lambda f, a: torch.vmap(torch.func.grad(lambda *t: f(*t).sum()))(
-        *(torch.stack([t, -t]) for t in a)
-    ),
-    "jvp of grad": lambda f, a: torch.func.jvp(torch.func.grad(lambda *t: f(*t).square().sum()), a, a),
-}
-
-
-@one_case_per_op
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_function_transforms(case: Case, transform: str, backend: str) -> None:
-    tensors = case.tensors(requires_grad=False)
-    torch.testing.assert_close(TRANSFORMS[transform](case.ours, tensors), TRANSFORMS[transform](case.torchs, tensors))
-
-
-@pytest.mark.parametrize(
-    "target", [torch.tensor([0, 2, 1, 0]), torch.eye(3, dtype=FLOAT64)[[0, 2, 1, 0]]], ids=["indices", "probabilities"]
-)
-def test_derivatives_for_class_weights(target: Tensor, backend: str) -> None:
-    """Class weights are constants to the kernels; where torch differentiates them, so do we."""
-    input, weight = torch.randn(4, 3, dtype=FLOAT64), torch.rand(3, dtype=FLOAT64)
-
-    def mixed(function: Callable[..., Tensor]) -> object:
-        grad_input = torch.func.grad(function)
-        return torch.func.jvp(lambda w: grad_input(input, target, w), (weight,), (torch.ones_like(weight),))
-
-    def along(function: Callable[..., Tensor]) -> object:
-        return torch.func.jvp(lambda w: function(input, target, w), (weight,), (torch.ones_like(weight),))
-
-    for derivative in (mixed, along):
-        torch.testing.assert_close(derivative(FF.cross_entropy), derivative(F.cross_entropy))
-
-
-@pytest.mark.parametrize("op", ["linear", "linear_relu"])
-@pytest.mark.parametrize("frozen", ["input", "weight"])
-def test_what_no_gradient_needs_is_not_kept(op: str, frozen: str, backend: str) -> None:
-    """grad_weight needs the input, grad_input the weight: if one is frozen the other's memory is free after forward."""
-    input, weight = (
-        (torch.randn(4, 3) * 1).requires_grad_(frozen == "weight"),
-        torch.randn(2, 3).requires_grad_(frozen == "input"),
-    )
-    kept = input * 1 if frozen == "weight" else weight * 1
-    watched = weakref.ref(kept)
-    output = getattr(FF, op)(*((kept, weight) if frozen == "weight" else (input, kept)))
-    del kept
-    gc.collect()
-    assert output.requires_grad
-    assert watched() is None
-
-
-@every_case
-def test_saved_tensors_are_freed_by_backward(case: Case, backend: str) -> None:
-    tensors = tuple(t * 1 for t in case.tensors())
-    watched = [weakref.ref(t) for t in tensors]
-    result = case.ours(*tensors)
-    del tensors
-    result.sum().backward()
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * len(watched)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        result.sum().backward()
-
-
-@one_case_per_op
-def test_a_saved_tensor_changed_in_place_is_noticed(case: Case, backend: str) -> None:
-    """Where torch notices, so do we, in its words; torch's cross-entropy keeps a copy and our kernels the logits."""
-
-    def error(function: Callable[..., Tensor]) -> str | None:
-        tensors = tuple(t * 1 for t in case.tensors(torch.float32))
-        result = function(*tensors)
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.mul_(2)
-        try:
-            result.sum().backward()
-        except RuntimeError as error:
-            return str(error).split(":")[0]
-        return None
-
-    expected = error(case.torchs)
-    if case.op == "cross_entropy" and backend == "triton":
-        expected = "one of the variables needed for gradient computation has been modified by an inplace operation"
-    assert error(case.ours) == expected
 
 
 @every_case

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, every_case, gradients, no_fallback, one_case_per_op, onednn_in_float64, torch_linear_relu
+from cases import Case, every_case, gradients, no_fallback, one_case_per_op, onednn_in_float64, torch_linear_relu
 from interpreter import guard
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -367,64 +367,6 @@ def test_accuracy_is_torchs(case: Case, dtype: torch.dtype, backend: str) -> Non
         assert error_share(*(torch.stack(column).detach() for column in (result, expected, truth))) <= 1
 
 
-@every_case
-@HALF
-def test_autocast(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """The dtypes of results and gradients are torch's; values agree to the rounding of the lower dtype."""
-    with torch.autocast("cpu", dtype):
-        found, expected = (gradients(f, *case.tensors(torch.float32)) for f in (case.ours, case.torchs))
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-@one_case_per_op
-@HALF
-def test_autocast_of_tensors_in_low_precision(case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Losses of bfloat16 logits are float32 under autocast, the gradients bfloat16 again."""
-    with torch.autocast("cpu", dtype):
-        found, expected = (gradients(f, *case.tensors(dtype)) for f in (case.ours, case.torchs))
-    assert [t.dtype for t in found] == [t.dtype for t in expected]
-
-
-@one_case_per_op
-def test_autocast_nested_and_disabled(case: Case, backend: str) -> None:
-    """No tensor requires a gradient: torch would give nested regions the outer one's cached casts of parameters."""
-
-    def dtypes(function: Callable[..., Tensor]) -> list[torch.dtype]:
-        tensors = case.tensors(torch.float32, requires_grad=False)
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = function(*tensors)
-            with torch.autocast("cpu", enabled=False):
-                disabled = function(*tensors)
-            with torch.autocast("cpu", torch.float16):
-                nested = function(*tensors)
-            after = function(*tensors)
-        return [t.dtype for t in (inside, disabled, nested, after)]
-
-    assert dtypes(case.ours) == dtypes(case.torchs)
-
-
-@one_case_per_op
-def test_autocast_leaves_float64_alone(case: Case, backend: str) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = case.ours(*case.tensors()), case.torchs(*case.tensors())
-    assert found.dtype is expected.dtype is torch.float64
-    torch.testing.assert_close(found, expected)
-
-
-@one_case_per_op
-@pytest.mark.parametrize("way", ["triton", "onednn"])
-def test_backward_inside_autocast_of_a_forward_outside(case: Case, way: str) -> None:
-    """The gradient kernels compute in the dtype of what was saved, wherever backward is called."""
-    tensors = case.tensors(torch.float32)
-    with fastops.backend(way):
-        result = case.ours(*tensors)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad(result.sum(), tensors)
-    torch.testing.assert_close(found, torch.autograd.grad(case.torchs(*tensors).sum(), tensors))
-
-
 # Modules --------------------------------------------------------------------------------------------------------------
 
 
@@ -516,34 +458,6 @@ def test_torch_function_modes_see_the_call(case: Case, backend: str) -> None:
         result = case.ours(*case.tensors())
     assert getattr(FF, case.op) in met
     torch.testing.assert_close(result, case.torchs(*case.tensors()))
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.op != "cross_entropy"], ids=lambda case: case.name)
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_tensors_without_values(case: Case, kind: str, backend: str) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def run(function: Callable[..., Tensor]) -> list[Tensor]:
-        if kind == "fake":
-            leaves = [mode.from_tensor(t.detach()).requires_grad_() for t in case.tensors()]
-            with mode:
-                return gradients(function, *leaves)
-        return gradients(function, *(t.detach().to("meta").requires_grad_() for t in case.tensors()))
-
-    found, expected = run(case.ours), run(case.torchs)
-    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in expected]
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_cross_entropy_without_values(reduction: str, backend: str) -> None:
-    logits, target = torch.randn(2, 3, 4, device="meta"), torch.empty(2, 4, dtype=torch.int64, device="meta")
-    found, expected = (
-        gradients(lambda x: f(x, target, reduction=reduction), logits.clone().requires_grad_())  # noqa: B023
-        for f in (FF.cross_entropy, F.cross_entropy)
-    )
-    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in expected]
 
 
 @one_case_per_op

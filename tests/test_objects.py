@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Case, gradients, no_fallback, one_case_per_op
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastops
@@ -268,3 +269,20 @@ def test_raw_op_keeps_its_contract(op: str, arguments: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("op", dict(RAW_CALLS))
 def test_raw_op_compiles(op: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastops, op).default, dict(RAW_CALLS)[op])
+
+
+@pytest.mark.parametrize("op", dict(RAW_CALLS))
+def test_a_raw_op_says_that_it_has_no_derivatives(op: str) -> None:
+    """It would lose gradients and tangents without a word: forward AD through a raw op is the known silent case."""
+    function, arguments = getattr(torch.ops.fastops, op).default, dict(RAW_CALLS)[op]
+    first, others = arguments[0], arguments[1:]
+    result = function(first.clone().requires_grad_(), *others)
+    result = result if isinstance(result, Tensor) else result[0]
+    with pytest.raises(RuntimeError, match=f"fastops::{op} is a raw op without derivatives"):
+        result.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="without derivatives"):
+        function(forward_ad.make_dual(first, first), *others)
+    with pytest.raises(RuntimeError, match="without derivatives"):
+        torch.func.jvp(lambda tensor: function(tensor, *others), (first,), (first,))
+    with pytest.raises(RuntimeError, match="without derivatives"):
+        torch.func.vjp(lambda tensor: function(tensor, *others), first)[1](result)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastops", "DEF")
 
@@ -36,8 +37,38 @@ def register(
     torch.library.register_fake(name, fake, lib=_library)
     op = getattr(torch.ops.fastops, name.split("::")[1])
     torch.library.register_vmap(name, functools.partial(vmap, op), lib=_library)
+    _library.impl(name, _without_derivatives(name, op), "Autograd")
 
     return RawOp(op, implementation)
+
+
+def _without_derivatives(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` for the dispatcher's autograd: without this, gradients and tangents through it would silently be lost."""
+    message = f"{name} is a raw op without derivatives: differentiate the functions of fastops.functional instead"
+
+    class WithoutDerivatives(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(message)
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+            tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+            if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+                raise RuntimeError(message)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(message)
+            return WithoutDerivatives.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
 
 
 def loop_over_batch(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ Tiny tensors on the CPU, the launchers of the linear kernels replaced by allocat
 with eager `F.relu(F.linear(..))` in one process: medians in microseconds and the median of the ratios.
 """
 
+import argparse
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # so that CPU tensors take the way of the kernels; none is interpreted
@@ -36,6 +37,9 @@ def backward_stub(grad: Tensor, *_: object) -> tuple[None, Tensor, Tensor]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40, help="of 500 calls each")
+    pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
     kernels.linear, kernels.linear_backward = stub, backward_stub
     input, weight, bias, grad = torch.ones(4, 8), torch.ones(4, 8), torch.ones(4), torch.ones(4, 4)
@@ -49,7 +53,7 @@ def main() -> None:
         with fastops.backend(way):
             for name, call in rows.items():
                 interleave(call(eager), call(FF.linear_relu), pairs=2, calls=200)
-                eagers, ours = map(np.array, interleave(call(eager), call(FF.linear_relu), pairs=60, calls=500))
+                eagers, ours = map(np.array, interleave(call(eager), call(FF.linear_relu), pairs=pairs, calls=500))
                 medians = f"{1e6 * np.median(eagers):7.2f} {1e6 * np.median(ours):7.2f}"
                 print(f"{way:7} {name:28} {medians} ratio {np.median(ours / eagers):.2f}", flush=True)
 

@@ -29,7 +29,7 @@ _KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.flo
 _PLAIN: Final = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
-_TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
+triton_installed = importlib.util.find_spec("triton") is not None
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -157,7 +157,7 @@ def _triton_applies(tensor: Tensor) -> Explanation | None:
         RuntimeError: if backend ``"triton"`` is selected and Triton cannot run at all.
     """
     if tensor.is_cuda or tensor.is_xpu or (tensor.is_cpu and _INTERPRETER):  # each cheaper than `device.type`
-        if _TRITON_INSTALLED:
+        if triton_installed:
             return None
         if _selected == "triton":
             raise RuntimeError(

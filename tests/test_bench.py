@@ -48,6 +48,16 @@ def test_suite_runs(tmp_path: Path) -> None:
     assert saved["machine_info"]["torch"] == torch.__version__
 
 
+def test_host_time_is_measured() -> None:
+    """Every row says how long eager and fastops took, in that order, and the ratio."""
+    words = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--pairs", "1"]
+    process = subprocess.run(words, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = [line.split() for line in process.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["triton"] * 3 + ["torch"] * 3
+    assert all(float(row[-1]) > 0 and float(row[-4]) > 0 for row in rows)
+
+
 def test_suite_has_every_case() -> None:
     process = pytest_process("--collect-only")
     assert process.returncode == 0, process.stdout + process.stderr

@@ -65,7 +65,7 @@ class Machine:
         self.monkeypatch = monkeypatch
 
     def has(self, *, triton: bool, interpreter: bool, onednn_from: int | None = None) -> None:
-        self.monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", triton)
+        self.monkeypatch.setattr(dispatch, "triton_installed", triton)
         self.monkeypatch.setattr(dispatch, "_INTERPRETER", interpreter)
         self.monkeypatch.setattr(dispatch, "_onednn_from", onednn_from)
 

@@ -307,7 +307,7 @@ def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], words: list[s
 
 
 def test_triton_must_be_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(dispatch, "triton_installed", False)
     assert main(["verify", "--backend", "triton"]) == 2
     assert "Triton is not installed: pip install" in capsys.readouterr().err
 

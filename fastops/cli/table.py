@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 
 class Table:
-    """Prints its headings at once and each row as it comes. A negative width aligns its column to the right."""
+    """Prints its headings at once and each row as it comes. A negative width aligns its column to the
+    right, 0 is that of the heading."""
 
     def __init__(self, columns: dict[str, int]) -> None:
-        self.widths = list(columns.values())
+        self.widths = [width or len(name) for name, width in columns.items()]
         self.row(list(columns))
         self.row(["-" * abs(width) for width in self.widths])
 
@@ -18,3 +19,12 @@ class Table:
             for cell, width in zip(cells, self.widths, strict=True)
         ]
         print("  ".join(padded).rstrip(), flush=True)
+
+
+class MarkdownTable(Table):
+    """The same in Markdown."""
+
+    def row(self, cells: Sequence[str]) -> None:
+        """Print one line of the table."""
+        padded = (cell.ljust(abs(width)) for cell, width in zip(cells, self.widths, strict=True))
+        print(f"| {' | '.join(padded)} |", flush=True)

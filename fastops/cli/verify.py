@@ -213,7 +213,7 @@ CASES = [
 OPS = list(dict.fromkeys(case.op for case in CASES))
 
 
-def _torch_function(op: str) -> Callable[..., Tensor]:
+def torch_function(op: str) -> Callable[..., Tensor]:
     if op == "add_relu":
         return lambda input, other: F.relu(input + other)
     if "_relu" in op:
@@ -239,7 +239,7 @@ class Outcome:
     failure: str | None = None
 
 
-def _draw(case: Case, sizes: Sizes, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Named, Named]:
+def draw(case: Case, sizes: Sizes, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Named, Named]:
     """The arguments of the case; class indices stay integers. A value has no more digits than float32."""
 
     def convert(tensors: Named) -> Named:
@@ -300,10 +300,10 @@ def _value_and_gradients(
 def _check_accuracy(case: Case, dtype: torch.dtype, device: torch.device) -> str:
     names = list(case.tensors(TINY, torch.Generator())[0])
     labels = ["value", *(f"gradient of {n}" for n in names), *(f"second gradient of {n}" for n in names)]
-    reference = _torch_function(case.op)
+    reference = torch_function(case.op)
     draws = []
     for seed in range(DRAWS):
-        variables, constants = _draw(case, _sizes(device), seed, dtype, device)
+        variables, constants = draw(case, _sizes(device), seed, dtype, device)
         before = {name: tensor.clone() for name, tensor in (variables | constants).items()}
         results = _value_and_gradients(getattr(FF, case.op), variables, constants, case.options, dtype)
         for name, tensor in (variables | constants).items():
@@ -327,7 +327,7 @@ def _check_accuracy(case: Case, dtype: torch.dtype, device: torch.device) -> str
 
 def _check(case: Case, column: str, device: torch.device) -> Outcome:
     dtype = torch.float64 if column in DERIVATIVES else getattr(torch, column)
-    variables, constants = _draw(case, TINY if column in DERIVATIVES else _sizes(device), 0, dtype, device)
+    variables, constants = draw(case, TINY if column in DERIVATIVES else _sizes(device), 0, dtype, device)
     backend, reason = fastops.explain(case.op, **variables, **constants, **case.options)
     if reason == dispatch.WRONG_IN_INTERPRETER:
         return Outcome(NOT_CHECKED, "triton")
@@ -353,6 +353,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", metavar="OP", help=f"{', '.join(OPS)}; default: all of them")
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
     parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help="instead of derivatives and accuracy: transforms and wrappers of PyTorch around each operation",
+    )
+    parser.add_argument(
         "--backend",
         metavar="NAME",
         help="auto, triton (without a GPU: in Triton's interpreter), onednn or torch; default: auto",
@@ -360,7 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check every case, print a row for each, and return 1 if any check failed."""
+    """Check every case or, with ``--matrix``, every transform; print a row for each, and return 1 if any failed."""
     ops = args.op or OPS
     for op in ops:
         if op not in OPS:
@@ -370,6 +375,10 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from error
     device = pick_device(args.device)
+    ways = [args.backend] if args.backend else ["onednn", "torch"]
+    if args.matrix and not args.backend and dispatch.triton_installed:
+        ways = ["triton", *ways]
+        selection = fastops.backend("triton")
     with selection:
         one = torch.zeros(1, 1, device=device)
         try:
@@ -378,13 +387,18 @@ def run(args: argparse.Namespace) -> int:
             if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
                 raise CommandError(str(error)) from error
             return _run_in_interpreter(args)
+        if args.matrix:
+            from fastops.cli import matrix
+
+            return matrix.run(ops, ways, device)
         return _verify([case for case in CASES if case.op in ops], device)
 
 
 def _run_in_interpreter(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton kernels are interpreted: that is decided when they are imported."""
     print("no GPU here: the same kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)", flush=True)
-    words = ["--backend", "triton", "--device", "cpu", *(["--op", *args.op] if args.op else [])]
+    words = ["--device", "cpu", *(["--op", *args.op] if args.op else []), *(["--matrix"] if args.matrix else [])]
+    words += ["--backend", args.backend] if args.backend else []
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run([sys.executable, "-m", "fastops", "verify", *words], env=environment).returncode
 

@@ -1,0 +1,77 @@
+"""`fastops verify --matrix`, and that docs/matrix.md shows what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastops.autograd.linear import LinearReLU
+from fastops.cli import matrix, verify
+
+PAGE = (Path(__file__).parents[1] / "docs" / "matrix.md").read_text()
+WAYS = ("triton", "onednn", "torch")
+IN_EVERY_RUN = ("linear_relu", "conv_relu2d", "mse_loss", "cross_entropy")
+OPS = [
+    pytest.param(op, marks=() if op in IN_EVERY_RUN else pytest.mark.nightly, id=op) for op in dict.fromkeys(verify.OPS)
+]
+Tables = dict[str, dict[str, dict[str, str]]]
+
+
+def tables(text: str) -> Tables:
+    """What Markdown says: by family, operation and property."""
+    found: Tables = {}
+    family, heading = "", []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("**"):
+            family, heading = line.strip("*"), []
+            found[family] = {}
+        elif line.startswith("|") and not heading:
+            heading = cells
+        elif line.startswith("|") and not cells[0].startswith("-"):
+            found[family][cells[0]] = dict(zip(heading[1:], cells[1:], strict=True))
+    return found
+
+
+def test_the_page_has_every_cell() -> None:
+    page = tables(PAGE)
+    assert {family: list(properties) for family, properties in matrix.FAMILIES.items()} == {
+        family: list(next(iter(rows.values()))) for family, rows in page.items() if family != "ways"
+    }
+    assert all(list(rows) == verify.OPS for rows in page.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_page_shows_what_the_command_prints(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = matrix.run([op], WAYS, torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert {family: rows[op] for family, rows in tables(printed).items()} == {
+        family: rows[op] for family, rows in tables(PAGE).items()
+    }
+
+
+def test_a_defect_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    original = LinearReLU.jvp
+
+    def wrong(ctx: Any, *tangents: Any) -> Tensor:
+        return 2 * original(ctx, *tangents)
+
+    monkeypatch.setattr(LinearReLU, "jvp", staticmethod(wrong))
+    monkeypatch.setattr(matrix, "FAMILIES", {"higher order": matrix.FAMILIES["higher order"]})
+    assert matrix.run(["linear_relu"], WAYS, torch.device("cpu")) == 1
+    printed = capsys.readouterr().out
+    row = tables(printed)["higher order"]["linear_relu"]
+    assert row["backward"] == "yes"
+    assert row["forward AD"] == "NOT ON triton, onednn"
+    assert "FAILED higher order / forward AD / linear_relu / triton: AssertionError" in printed
+
+
+def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(matrix, "FAMILIES", {"precision": matrix.FAMILIES["precision"]})
+    assert matrix.run(["linear"], ["auto"], torch.device("cpu")) == 0
+    assert "2 cells: 2 hold, 0 do not" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def tables(text: str) -> Tables:
     """What Markdown says: by family, operation and property."""
     found: Tables = {}
     family, heading = "", []
-    for line in text.splitlines():
+    for line in text.partition(" cells: ")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("**"):
             family, heading = line.strip("*"), []

@@ -112,11 +112,14 @@ class CrossEntropy(Function):
         input, target, weight, ctx.reduction, ctx.ignore_index, ctx.label_smoothing, ctx.backend = inputs
         _, log_sum_exp, denominator = output
         ctx.mark_non_differentiable(log_sum_exp, denominator)
+        ctx.set_materialize_grads(False)  # two launches, of zeros for these two
         ctx.save_for_backward(input, target, weight, log_sum_exp, denominator)
         ctx.save_for_forward(input, target, weight, log_sum_exp, denominator)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        if grad_output is None:
+            return (None,) * 7
         needs = ctx.needs_input_grad[:2]
         options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
         arguments = (grad_output, *ctx.saved_tensors, *options, *needs, ctx.backend)

@@ -1,0 +1,272 @@
+"""Bytes and launches, counted: `python bench/traffic.py` prints the table of docs/traffic.md.
+
+Kernels run in Triton's interpreter, where every address of every load and store is seen. What counts is what a launch
+asks of memory if its cache never fetches anything twice: the distinct 32-byte sectors that it reads and that it writes.
+Every other operation of torch, and all of eager's, counts as one launch that reads each of its tensors and writes each
+of its results once; temporaries inside it cannot be seen. Views count nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+
+import fastops
+import fastops.functional as FF
+from fastops import ops
+from fastops.cli.table import MarkdownTable
+from fastops.kernels import cross_entropy as cross_entropy_kernels
+from fastops.models import FashionMLP, LeNet
+from fastops.ops.registry import RawOp
+
+SECTOR = 32  # bytes
+_FILES = (ops.add_relu, ops.bce, ops.conv, ops.cross_entropy, ops.linear, ops.mse)
+IMPLEMENTATIONS = {raw.op: raw.implementation for file in _FILES for raw in vars(file).values() if type(raw) is RawOp}
+
+
+@dataclass
+class Launch:
+    """What one launch read and wrote: bytes in distinct sectors, and all bytes that its loads and stores asked for."""
+
+    name: str
+    read: int = 0
+    written: int = 0
+    requested: int = 0
+
+
+@dataclass
+class Traffic:
+    """All launches of a call."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(launch.read + launch.written for launch in self.launches)
+
+    @property
+    def requested(self) -> int:
+        return sum(launch.requested for launch in self.launches)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the elements that exist: an expanded dimension has one."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * int(np.prod([size if stride != 0 else min(size, 1) for size, stride in sizes]))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations of torch. Those of fastops are made of others, which count."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastops":
+            with self:  # which would see the operation itself again
+                return IMPLEMENTATIONS[func.overloadpacket](*args)
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values()
+        storages = {tensor.untyped_storage().data_ptr() for tensor in read}
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not func._schema.is_mutable:
+            written = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in storages]
+        if written and "empty" not in name:
+            sizes = sum(map(_size, read)), sum(map(_size, written))
+            self.launches.append(Launch(name, *sizes, sum(sizes)))
+        return result
+
+
+@contextmanager
+def _kernels(launches: list[Launch]) -> Iterator[None]:
+    """Counts what interpreted kernels do."""
+    builder = interpreter.InterpreterBuilder
+    load, store, call = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+    sectors: tuple[list[Any], list[Any]] = ([], [])  # that the running kernel read, and that it wrote
+
+    def seen(which: int, pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
+        launches[-1].requested += addresses.size * size
+        sectors[which].append(np.unique(addresses // SECTOR))
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        seen(0, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen(1, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(Launch(self.fn.__name__))
+        with _disable_current_modes():  # the interpreter copies arguments
+            result = call(self, *args, **kwargs)
+        launches[-1].read, launches[-1].written = (
+            SECTOR * len(np.unique(np.concatenate([np.empty(0, np.int64), *parts]))) for parts in sectors
+        )
+        for parts in sectors:
+            parts.clear()
+        return result
+
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    interpreter.GridExecutor.__call__ = counted_call
+    try:
+        yield
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        interpreter.GridExecutor.__call__ = call
+
+
+def count(call: Callable[[], object]) -> Traffic:
+    """Run ``call`` and count its launches and bytes; its fastops functions go through the kernels."""
+    traffic = Traffic()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        fastops.backend("triton"),
+        _kernels(traffic.launches),
+        _Operations(traffic.launches),
+    ):
+        patch.setattr(
+            cross_entropy_kernels, "check_targets", lambda *_: None
+        )  # the CPU's own; on a GPU a kernel asserts
+        call()
+    return traffic
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def training(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], object]:
+    """Forward and backward, from a gradient of ones that is there already."""
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    ones = torch.ones_like(function(*tensors).detach())
+    return lambda: torch.autograd.grad(function(*tensors), leaves, ones)
+
+
+def _variables(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def _conv_tensors() -> list[Tensor]:
+    return [
+        tensor.detach().to(memory_format=torch.channels_last).requires_grad_() if tensor.dim() == 4 else tensor
+        for tensor in _variables((8, 64, 28, 28), (64, 64, 3, 3), (64,))
+    ]
+
+
+Pair = tuple[Callable[[], object], Callable[[], object]]  # eager, fastops
+
+
+def _step(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Pair:
+    images, labels, criterion = torch.randn(shape), torch.randint(10, shape[:1]), nn.CrossEntropyLoss()
+    parameters = list(model.parameters())
+
+    def run(changed: Callable[[nn.Module], nn.Module]) -> Callable[[], object]:
+        def call(*_: Tensor) -> Tensor:
+            loss: Tensor = changed(criterion)(changed(model)(images), labels)
+            return loss
+
+        return training(call, *parameters)
+
+    return run(fastops.unswap), run(functools.partial(fastops.swap, **options))
+
+
+def cross_entropy() -> Pair:
+    """Cross-entropy, 256 x 4096."""
+    (logits,) = _variables((256, 4096))
+    target = torch.randint(4096, (256,))
+    return training(lambda x: F.cross_entropy(x, target), logits), training(
+        lambda x: FF.cross_entropy(x, target), logits
+    )
+
+
+def mse_loss() -> Pair:
+    """MSE, 512 x 2048."""
+    input, target = _variables((512, 2048))[0], torch.randn(512, 2048)
+    return training(F.mse_loss, input, target), training(FF.mse_loss, input, target)
+
+
+def linear_relu() -> Pair:
+    """Linear and ReLU, 512 x 1024 to 768."""
+    tensors = _variables((512, 1024), (768, 1024), (768,))
+    return training(lambda *t: F.relu(F.linear(*t)), *tensors), training(FF.linear_relu, *tensors)
+
+
+def conv_relu2d() -> Pair:
+    """Convolution and ReLU, 64 channels to 64, 3 x 3, padding 1, 8 x 28 x 28, channels-last."""
+    tensors = _conv_tensors()
+    return training(lambda *t: F.relu(F.conv2d(*t, padding=1)), *tensors), training(
+        lambda *t: FF.conv_relu2d(*t, padding=1), *tensors
+    )
+
+
+def fashion_mlp() -> Pair:
+    """FashionMLP, a training step at batch 64."""
+    return _step(FashionMLP(), (64, 1, 28, 28))
+
+
+def lenet() -> Pair:
+    """LeNet, a training step at batch 8."""
+    return _step(LeNet(), (8, 1, 32, 32))
+
+
+def resnet() -> Pair:
+    """ResNet-18, a training step at 2 x 3 x 32 x 32."""
+    from torchvision.models import resnet18
+
+    return _step(resnet18(num_classes=10), (2, 3, 32, 32))
+
+
+def resnet_channels_last() -> Pair:
+    """The same, swapped with memory_format=torch.channels_last."""
+    from torchvision.models import resnet18
+
+    return _step(resnet18(num_classes=10), (2, 3, 32, 32), memory_format=torch.channels_last)
+
+
+CASES: Sequence[Callable[[], Pair]] = (cross_entropy, mse_loss, linear_relu, conv_relu2d, fashion_mlp, lenet)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resnet", action="store_true", help="only ResNet-18, which takes minutes")
+    cases = (resnet, resnet_channels_last) if parser.parse_args().resnet else CASES
+    table = MarkdownTable(
+        {
+            "forward and backward, float32": 87,
+            "eager MB": 0,
+            "fastops MB": 0,
+            "requested MB": 0,
+            "eager launches": 0,
+            "fastops launches": 0,
+        }
+    )
+    for case in cases:
+        torch.manual_seed(0)
+        eager, ours = map(count, case())
+        sizes = (f"{size / 1e6:.2f}" for size in (eager.bytes, ours.bytes, ours.requested))
+        table.row([str(case.__doc__).rstrip("."), *sizes, str(len(eager.launches)), str(len(ours.launches))])
+
+
+if __name__ == "__main__":
+    main()

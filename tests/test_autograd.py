@@ -68,6 +68,8 @@ def test_forward_over_reverse(case: Case, backend: str, monkeypatch: pytest.Monk
 
 @one_case_per_op
 def test_every_entry_of_the_jacobian(case: Case) -> None:
+    if case.op == "conv2d":
+        pytest.skip("minutes of interpreted convolutions: conv_relu2d goes the same way")
     with fastops.backend("triton"):
         assert gradcheck(case.ours, case.tensors(), fast_mode=False)
 

@@ -58,7 +58,10 @@ def rows(printed: str, op: str) -> list[str]:
 # Nothing wrong --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", verify.OPS)
+SLOW = [f"conv{n}d" for n in (1, 2, 3)] + ["conv_relu1d", "conv_relu3d"]  # conv_relu2d does what they do
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.nightly if op in SLOW else ()) for op in verify.OPS])
 def test_kernels_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only: Callable[..., None], op: str
 ) -> None:

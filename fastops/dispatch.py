@@ -19,7 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn import LinearCrossEntropyOptions
 
+from .kernels import head
 from .kernels.geometry import conv_output_size
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
@@ -107,7 +109,12 @@ _onednn_from = _ONEDNN_FROM_MULTIPLY_ADDS.get((_cpu_vendor(), torch.backends.cpu
 # Autocast -------------------------------------------------------------------------------------------------------------
 
 
-_PRODUCTS: Final = ("linear", "linear_relu", *(f"conv{relu}{n}d" for relu in ("", "_relu") for n in (1, 2, 3)))
+_PRODUCTS: Final = (
+    "linear",
+    "linear_relu",
+    "linear_cross_entropy",
+    *(f"conv{relu}{n}d" for relu in ("", "_relu") for n in (1, 2, 3)),
+)
 
 
 def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
@@ -129,12 +136,15 @@ def under_autocast(function: Callable[..., Any], dtype: torch.dtype, *arguments:
     Casting here, once, keeps the gradients of the originals in their own dtype.
     """
 
-    def cast(value: Any) -> Any:
-        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
-        return value.to(dtype) if eligible else value
-
+    keywords = {name: autocast_to(dtype, value) for name, value in keywords.items()}
     with torch.autocast(arguments[0].device.type, enabled=False):
-        return function(*map(cast, arguments), **{name: cast(value) for name, value in keywords.items()})
+        return function(*(autocast_to(dtype, value) for value in arguments), **keywords)
+
+
+def autocast_to(dtype: torch.dtype, value: Any) -> Any:
+    """A floating tensor (float64 excepted) as ``dtype``; anything else as it is."""
+    eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+    return value.to(dtype) if eligible else value
 
 
 # The rule -------------------------------------------------------------------------------------------------------------
@@ -146,6 +156,8 @@ _ONEDNN_PAYS = Explanation("onednn", "oneDNN's product is faster than MKL's on t
 _ATEN_IS_FASTER = Explanation("torch", "on this processor ATen is at least as fast at this size")
 _ATEN_IS_ONEDNN = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _NO_PRODUCT = Explanation("torch", "there is no product here that oneDNN could take")
+_BUDGET_HOLDS = Explanation("onednn", "all logits at once would exceed the memory budget")
+_LOGITS_FIT = Explanation("torch", "all logits fit into the memory budget at once")
 _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
@@ -480,6 +492,102 @@ def binary_cross_entropy_with_logits(
     return _without_product(input, target, unfit)
 
 
+def logits_budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
+    """How many bytes of logits may exist at a time: what ``options`` say, else `head.BUDGET`."""
+    if options is None:
+        return head.BUDGET
+    if (budget := getattr(options, "memory_budget", None)) is not None:
+        return int(budget)
+    rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
+    own = options._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
+    return max(1, own.batch_chunk_size * classes * input.element_size())
+
+
+def _unfit_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    options: Any,
+) -> str | None:
+    unfit = (
+        _unfit(input, linear_weight, linear_bias)
+        or _unfit(input, target, indices=target)
+        or _unfit(input, weight, indices=weight)
+    )
+    if unfit is not None:
+        return unfit
+    positions = linear_weight.shape[1:-1]
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
+        return "input and weight shapes do not make a linear layer"
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        return "bias does not have one element per output feature"
+    if positions and input.dim() == 1:
+        return "positions need a batched input"
+    if target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
+        if target.dtype not in (input.dtype, torch.float32) or ignore_index is not None:
+            return "class probabilities need the dtype of the input and no ignore_index"
+    elif target.dtype is not torch.int64:
+        return f"no kernel for {target.dtype} class indices"
+    elif target.shape != (*input.shape[:-1], *positions):
+        return "target shape does not match the input"
+    if not (ignore_index is None or (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63)):
+        return "ignore_index is not a 64-bit integer"
+    if weight is not None:
+        if weight.shape != linear_weight.shape[:1] or weight.dtype not in (input.dtype, torch.float32):
+            return "weight does not have one element of the input's dtype per class"
+        if weight.requires_grad or forward_ad._current_level >= 0:
+            return "weight may be differentiated"
+    if reduction not in ("none", "mean", "sum"):
+        return f"{reduction!r} is no reduction"
+    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
+        return "label_smoothing is not a number from 0 to 1"
+    if not (options is None or isinstance(options, LinearCrossEntropyOptions)):
+        return "options are not of torch's class"
+    return None
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+) -> Explanation:
+    """The way of `functional.linear_cross_entropy`."""
+    if _selected == "torch":
+        return _SELECTED_TORCH
+    if not all(isinstance(tensor, Tensor) for tensor in (input, linear_weight, target)):
+        return _NO_TENSOR
+    on_cpu = _selected == "onednn" or (_selected == "auto" and input.is_cpu and not _INTERPRETER)
+    if not on_cpu:
+        no_triton = _triton_applies(input)
+        if no_triton is not None:
+            return no_triton
+    unfit = _unfit_linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
+    )
+    if unfit is None and on_cpu and (not input.is_cpu or input.dtype is not torch.float32):
+        unfit = "oneDNN products are for float32 on the CPU"
+    if unfit is not None:
+        return Explanation("torch", unfit)
+    if not on_cpu:
+        return _TRITON
+    if _selected == "onednn":
+        return _ONEDNN_SELECTED
+    logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
+    return _BUDGET_HOLDS if logits > logits_budget(input, linear_weight, options) else _LOGITS_FIT
+
+
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "linear": linear,
     "linear_relu": linear,
@@ -488,6 +596,7 @@ _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "mse_loss": mse_loss,
     "cross_entropy": cross_entropy,
     "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 

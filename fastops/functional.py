@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import autograd, dispatch
-from .dispatch import autocast_dtype, under_autocast
+from .dispatch import autocast_dtype, autocast_to, under_autocast
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -391,3 +392,71 @@ def binary_cross_entropy_with_logits(
     function = autograd.bce.BCEWithLogits
     loss: Tensor = autograd.function.apply(function, input, target, weight, pos_weight, reduction, way)
     return loss
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+) -> Tensor:
+    """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, as `torch.nn.functional.linear_cross_entropy`.
+
+    The logits are never all in memory, forward or backward; gradients of higher order and tangents take them all.
+
+    Args:
+        input: [K] or [N, K].
+        linear_weight: [C, K], or [C, d1, ..., dk, K] for a loss at each position, of a batched input.
+        target: int64 class indices [], [N] or [N, d1, ..., dk]; or class probabilities [C], [N, C] or
+            [N, C, d1, ..., dk], which get a gradient too.
+        linear_bias: the linear weight's shape without K, or None.
+        weight: [C] factor per class, or None.
+        reduction: ``"none"`` (one value per target), ``"mean"`` (over the weights of the targets that count) or
+            ``"sum"``.
+        ignore_index: class index whose rows count nothing; any integer. None: -100 for class indices.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
+        options: `fastops.nn.LinearCrossEntropyOptions` say how many bytes of logits may exist at a time; of torch's own
+            options the chunk size counts. None: 32 MiB.
+
+    Raises:
+        IndexError: on the CPU, if a class index is out of range (a GPU asserts on the device, as torch does).
+        RuntimeError, ValueError: torch's own, for mismatched shapes, dtypes, devices and options.
+    """
+    keywords: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+    }
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
+        tensors = (input, linear_weight, target, linear_bias, weight)
+        return handle_torch_function(
+            linear_cross_entropy, tensors, input, linear_weight, target, **keywords, options=options
+        )
+    x, w, b, q, factors = input, linear_weight, linear_bias, target, weight
+    lowered = autocast_dtype("linear_cross_entropy", input)
+    if lowered is not None:  # the product in the lower dtype, the loss in float32
+        x, w, b = (autocast_to(lowered, tensor) for tensor in (x, w, b))
+        q, factors = (autocast_to(torch.float32, tensor) for tensor in (q, factors))
+    way = dispatch.linear_cross_entropy(x, w, q, **{**keywords, "linear_bias": b, "weight": factors}, options=options)
+    if way.backend == "torch":
+        torchs = None if hasattr(options, "memory_budget") else options
+        return F.linear_cross_entropy(input, linear_weight, target, **keywords, options=torchs)
+    classes, positions = w.shape[0], w.shape[1:-1].numel()
+    budget = dispatch.logits_budget(x, w, options)
+    rows = 1 if x.dim() == 1 else x.shape[0]
+    shape = target.shape if target.dtype is torch.int64 else (*x.shape[:-1], *w.shape[1:-1])
+    q = q.reshape(rows, positions) if target.dtype is torch.int64 else q.reshape(rows, classes, positions)
+    flat = (x.reshape(rows, -1), w.reshape(classes * positions, -1), None if b is None else b.reshape(-1), q, factors)
+    ignored = -100 if ignore_index is None else ignore_index
+    numbers = (reduction, ignored, label_smoothing, lowered is not None, budget, way.backend)
+    function = autograd.linear_cross_entropy.LinearCrossEntropy
+    loss: Tensor = autograd.function.apply(function, *flat, *numbers)[0]
+    return loss.reshape(shape) if reduction == "none" else loss

@@ -37,6 +37,7 @@ COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.MSELoss: fnn.MSELoss,
     nn.CrossEntropyLoss: fnn.CrossEntropyLoss,
     nn.BCEWithLogitsLoss: fnn.BCEWithLogitsLoss,
+    nn.LinearCrossEntropyLoss: fnn.LinearCrossEntropyLoss,
 }
 # How layers run with given weights, without and with a ReLU behind them, known by their forward: parametrized layers
 # share it.

@@ -189,3 +189,10 @@ def conv_splits(device: torch.device, tiles: int, steps: int, result: int, opera
         return min(2, max(steps, 1))
     wanted = -(-2 * multiprocessors(device) // tiles)
     return max(1, min(wanted, steps // 4, operands // (2 * result)))
+
+
+def class_splits(device: torch.device, row_tiles: int, class_tiles: int) -> int:
+    """How many programs share the classes of a block of rows: so many that every multiprocessor gets two."""
+    if device.type == "cpu":  # the interpreter runs programs one by one: only so that there is something to merge
+        return min(2, class_tiles)
+    return max(1, min(-(-2 * multiprocessors(device) // row_tiles), class_tiles))

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .head import check_targets
 from .launch import accumulator_dtype, launch
 from .reduce import covering_tile, sum_of_partials, tile_alignment
 
@@ -335,14 +336,6 @@ def cross_entropy_config(
     if classes <= 1024:
         return CrossEntropyConfig(min(all_rows, 1024 // all_classes), all_classes, 4)
     return CrossEntropyConfig(1, min(all_classes, 4096 if classes <= 32768 or dense else 8192), 8)
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """torch's IndexError for a class index out of range; on a GPU the forward kernel asserts, so that nothing waits."""
-    if target.device.type == "cpu":
-        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if outside.any():
-            raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")
 
 
 def outer_class_inner(tensor: Tensor) -> Tensor:

@@ -45,6 +45,51 @@ def tile_lanes(size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
+def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of the tile of a program: groups of GROUP_M rows of tiles share columns of B in L2."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + program % (GROUP_M * tiles_n) % group_rows
+    return tile_m, program % (GROUP_M * tiles_n) // group_rows
+
+
+@triton.jit
+def product_tile(
+    a_ptrs,  # [BLOCK_M, BLOCK_K]: the first step of the rows
+    b_ptrs,  # [BLOCK_K, BLOCK_N]: the first step of the columns
+    K,
+    stride_ak,
+    stride_bk,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tile [BLOCK_M, BLOCK_N] of A B, in the accumulators' dtype."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if a_ptrs.dtype.element_ty == tl.float64 else tl.float32
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(0, tl.cdiv(K, BLOCK_K)):
+        start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
+        if EVEN_K:
+            a = tl.load(a_ptrs + start * stride_ak)
+            b = tl.load(b_ptrs + start * stride_bk)
+        else:
+            # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
+            if ALIGNMENT_K == 0:
+                fresh = tl.arange(0, BLOCK_K) < K
+            else:
+                fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
+            a = tl.load(a_ptrs + start * stride_ak, mask=fresh[None, :], other=0.0)
+            b = tl.load(b_ptrs + start * stride_bk, mask=fresh[:, None], other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+    return accumulator
+
+
+@triton.jit
 def matmul_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
@@ -69,15 +114,10 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program per tile of C = relu(A B + bias). Groups of GROUP_M rows of tiles share columns of B in L2."""
+    """One program per tile of C = relu(A B + bias)."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    group_rows = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + program % (GROUP_M * tiles_n) % group_rows
-    tile_n = program % (GROUP_M * tiles_n) // group_rows
+    tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
     columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
@@ -85,21 +125,9 @@ def matmul_kernel(
     a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak
     b_ptrs = b_ptr + inner[:, None] * stride_bk + columns[None, :] * stride_bn
 
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
-        start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
-        if EVEN_K:
-            a = tl.load(a_ptrs + start * stride_ak)
-            b = tl.load(b_ptrs + start * stride_bk)
-        else:
-            # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
-            if ALIGNMENT_K == 0:
-                fresh = tl.arange(0, BLOCK_K) < K
-            else:
-                fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
-            a = tl.load(a_ptrs + start * stride_ak, mask=fresh[None, :], other=0.0)
-            b = tl.load(b_ptrs + start * stride_bk, mask=fresh[:, None], other=0.0)
-        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+    accumulator = product_tile(
+        a_ptrs, b_ptrs, K, stride_ak, stride_bk, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
 
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions on the CPU: through oneDNN's own primitives where they apply, else through ATen.
+"""Linear layers, heads and convolutions on the CPU: through oneDNN's own primitives where they apply, else ATen.
 
 ``torch.ops.mkldnn._linear_pointwise`` is what Inductor calls for ``linear`` on a CPU; it takes transposed views as they
 are. ATen sends float32 products to MKL instead, which on some processors reaches half the speed. It is a private op, so
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import reshaped
+from .head import Statistics, Target, accumulated_gradients, reference, slices, tile_shape
+from .launch import accumulator_dtype, reshaped
 
 
 def available() -> bool:
@@ -58,6 +59,80 @@ def linear_backward(
     if input is not None:
         grad_weight = product(grad.t(), input.reshape(-1, input.shape[-1]).t())
     return grad_input, grad_weight, grad.sum(0) if need_bias else None
+
+
+def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, target: Target, budget: int) -> Statistics:
+    """`Statistics` [N] of the logits of input [N, K], weight [C, K] and bias [C], of which a tile exists at a time."""
+    rows, classes = input.shape[0], weight.shape[0]
+    exact = accumulator_dtype(input.dtype)
+    block, width = tile_shape(rows, classes, input.element_size(), budget)
+    blocks = []
+    for own_rows in slices(rows, block):
+        parts = []
+        for own in slices(classes, width):
+            z = product(input[own_rows], weight[own], None if bias is None else bias[own]).to(exact)
+            maximum = z.amax(1)
+            products = mass = target_logit = torch.zeros_like(maximum)
+            if not target.probabilities:
+                index = target.target[own_rows] - own.start
+                inside = (index >= 0) & (index < z.shape[1])
+                target_logit = z.gather(1, index.where(inside, 0)[:, None])[:, 0].where(inside, 0)
+            z.sub_(reference(maximum)[:, None])
+            if target.dense:
+                t = target.distribution(own_rows, own, exact)
+                mass, products = t.sum(-1).expand_as(maximum), t.mul_(z).sum(1) if t.dim() == 2 else z @ t
+            parts.append(Statistics(maximum, z.exp_().sum(1), products, mass, target_logit))
+            del z
+        blocks.append(Statistics(*(torch.stack(part) for part in zip(*parts, strict=True))).merged())
+    return Statistics(*(torch.cat(part) for part in zip(*blocks, strict=True)))
+
+
+def linear_cross_entropy_backward(
+    scale: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    maximum: Tensor,
+    exponentials: Tensor,
+    mass: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    budget: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for input, weight, bias and class probabilities, those that are needed.
+
+    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [N], in the accumulators'
+    dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. Formulas: see ``cross_entropy.py``.
+    """
+    exact = scale.dtype
+    grad_target = torch.empty_like(target.target) if needs[3] else None
+    share = None
+    if not target.probabilities:
+        share = scale * target.own_weight(exact) * (1 - target.label_smoothing)
+
+    def logit_gradients(rows: slice, own: slice) -> Tensor:
+        z = product(input[rows], weight[own], None if bias is None else bias[own]).to(exact)
+        z.sub_(maximum[rows, None])
+        own_scale = scale[rows, None]
+        if grad_target is not None:
+            slope = 1 - target.label_smoothing
+            factor = slope if target.weight is None else target.weight[own].to(exact) * slope
+            grad_target[rows, own] = (exponentials[rows, None].log() - z) * factor * own_scale
+        z.exp_().mul_(own_scale * mass[rows, None] / exponentials[rows, None])
+        if target.dense:
+            t = target.distribution(rows, own, exact)
+            z.addcmul_(t.expand_as(z), own_scale, value=-1)
+        if share is not None:
+            index = target.target[rows] - own.start
+            inside = (index >= 0) & (index < z.shape[1])
+            z.scatter_add_(1, index.where(inside, 0)[:, None], -share[rows].where(inside, 0)[:, None])
+        return z.to(input.dtype)
+
+    def into_accumulators(a: Tensor, b: Tensor) -> Tensor:
+        return product(a, b.t()).to(exact)
+
+    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, *needs[:3], budget)
+    return (*gradients, grad_target)
 
 
 def conv(

@@ -147,7 +147,50 @@ def _bce_cases() -> Iterator[Case]:
         yield Case("binary_cross_entropy_with_logits", name, ours, torchs, (shape, shape))
 
 
-CASES = [*_linear_cases(), *_conv_cases(), *_elementwise_cases(), *_cross_entropy_cases(), *_bce_cases()]
+def _head_of(
+    function: Callable[..., Tensor],
+    target: Tensor | None,
+    options: dict[str, Any],
+    input: Tensor,
+    linear_weight: Tensor,
+    *others: Tensor,
+) -> Tensor:
+    """``others``: the bias, and the class probabilities if there is no ``target``."""
+    others, target = (others, target) if target is not None else (others[:-1], others[-1])
+    options = {name: v.to(input.device, input.dtype) if isinstance(v, Tensor) else v for name, v in options.items()}
+    bias = others[0] if others else None
+    return function(input, linear_weight, target.to(input.device), linear_bias=bias, **options)
+
+
+def _linear_cross_entropy_cases() -> Iterator[Case]:
+    weight = torch.tensor([0.5, 1.5, 0.25])
+    x, w, b = (4, 2), (3, 2), (3,)
+    cases: dict[str, tuple[tuple[tuple[int, ...], ...], list[Any] | None, dict[str, Any]]] = {
+        "mean": ((x, w), [0, 2, 1, 0], {}),
+        "mean_weight_smooth": ((x, w, b), [0, 2, 1, 0], {"weight": weight, "ignore_index": 1, "label_smoothing": 0.2}),
+        "none_weight": ((x, w, b), [0, -100, 1, 2], {"reduction": "none", "weight": weight}),
+        "sum_smooth": ((x, w), [0, -100, 1, 2], {"reduction": "sum", "label_smoothing": 0.2}),
+        "unbatched": (((2,), w, b), 1, {"reduction": "none"}),
+        "positions": ((x, (3, 2, 2), (3, 2)), [[0, 1], [2, -1], [1, 1], [0, 2]], {"ignore_index": -1}),
+        "probabilities_mean": ((x, w, (4, 3)), None, {}),
+        "probabilities_none_weight": ((x, w, b, (4, 3)), None, {"reduction": "none", "weight": weight}),
+        "probabilities_positions": ((x, (3, 2, 2), (4, 3, 2)), None, {"label_smoothing": 0.2, "reduction": "sum"}),
+    }
+    for name, (shapes, classes, options) in cases.items():
+        target = None if classes is None else torch.tensor(classes)
+        ours = functools.partial(_head_of, FF.linear_cross_entropy, target, options)
+        torchs = functools.partial(_head_of, F.linear_cross_entropy, target, options)
+        yield Case("linear_cross_entropy", name, ours, torchs, shapes)
+
+
+CASES = [
+    *_linear_cases(),
+    *_conv_cases(),
+    *_elementwise_cases(),
+    *_cross_entropy_cases(),
+    *_bce_cases(),
+    *_linear_cross_entropy_cases(),
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 one_case_per_op = pytest.mark.parametrize(
     "case",
@@ -163,12 +206,13 @@ one_case_per_op = pytest.mark.parametrize(
 def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send float64 through the oneDNN way's Functions too (what they compute is ATen's then): for gradcheck."""
 
-    def forced(*_: Any) -> dispatch.Explanation:
+    def forced(*_: Any, **__: Any) -> dispatch.Explanation:
         return dispatch.Explanation("onednn", "forced")
 
     if dispatch.selected_backend() == "onednn":
         monkeypatch.setattr(dispatch, "linear", forced)
         monkeypatch.setattr(dispatch, "conv", forced)
+        monkeypatch.setattr(dispatch, "linear_cross_entropy", forced)
 
 
 def gradients(function: Callable[..., Tensor], *tensors: Tensor, grad_output: Tensor | None = None) -> list[Tensor]:

@@ -30,7 +30,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 def raw_op(case: Case) -> str:
     """The name of the raw op behind a function."""
-    return next((op for op in ("linear", "conv") if case.op.startswith(op)), case.op)
+    return next((op for op in ("linear_cross_entropy", "linear", "conv") if case.op.startswith(op)), case.op)
 
 
 class Recorder:
@@ -62,7 +62,7 @@ def test_compiled_function(case: Case, way: str) -> None:
     op = raw_op(case)
     raw_ops = {f"fastops.{op}.default", f"fastops.{op}_backward.default"}
     assert {name for name in recorder.ops if name.startswith("fastops")} == (
-        raw_ops if way == "triton" or op in ("linear", "conv") else set()
+        raw_ops if way == "triton" or op in ("linear", "linear_cross_entropy", "conv") else set()
     )
 
 

@@ -36,7 +36,7 @@ def auto(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def raw_op(case: Case) -> str:
     """The name of the raw op behind a function."""
-    return next((op for op in ("linear", "conv") if case.op.startswith(op)), case.op)
+    return next((op for op in ("linear_cross_entropy", "linear", "conv") if case.op.startswith(op)), case.op)
 
 
 class Spy(TorchDispatchMode):
@@ -204,7 +204,8 @@ def test_reason_why_no_kernel_is_taken(case: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     explanations = []
-    for op in ("linear", "conv", "add_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"):
+    ops = ("linear", "conv", "add_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits")
+    for op in (*ops, "linear_cross_entropy"):
         rule = getattr(dispatch, op)
         monkeypatch.setattr(
             dispatch, op, lambda *a, rule=rule, **k: explanations.append(rule(*a, **k)) or explanations[-1]
@@ -337,7 +338,7 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error; nothing was warned of before."""
-    from fastops.kernels import add_relu, bce, conv, cross_entropy, linear, mse
+    from fastops.kernels import add_relu, bce, conv, cross_entropy, linear, linear_cross_entropy, mse
 
     monkeypatch.setattr(registry, "_warned", set())
 
@@ -345,7 +346,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (linear, conv, add_relu, mse, cross_entropy, bce):
+        for module in (linear, conv, add_relu, mse, cross_entropy, bce, linear_cross_entropy):
             monkeypatch.setattr(module, "launch", launch)
 
     with fastops.backend("triton"):

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, elementwise, linear, mse
+from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, elementwise, linear, linear_cross_entropy, mse
+from fastops.kernels.head import Target
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
@@ -56,14 +57,15 @@ def recorded(
         launches.append((kernel.fn, values, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear, conv, add_relu, mse, cross_entropy, bce, elementwise):
+        for module in (linear, linear_cross_entropy, conv, add_relu, mse, cross_entropy, bce, elementwise):
             patch.setattr(module, "launch", record)
         patch.setattr(configs, "architecture", lambda _: architecture)
         patch.setattr(configs, "multiprocessors", lambda _: 100)
         if tile is not None:
             patch.setattr(linear, "matmul_config", lambda *_: tile)
+            patch.setattr(linear_cross_entropy, "matmul_config", lambda *_: tile)
             patch.setattr(configs, "matmul_config", lambda *_: tile)
-        for module in (linear, conv):
+        for module in (linear, linear_cross_entropy, conv):
             patch.setattr(module, "input_precision", lambda *_: precision)
         result = launcher(*arguments)
     requests = []
@@ -199,6 +201,39 @@ def loss_launches(architecture: str) -> Iterator[Launch]:
         yield from launches(name, cross_entropy.cross_entropy_backward, *arguments)[1]
 
 
+def head_launches(architecture: str) -> Iterator[Launch]:
+    """Linear + cross-entropy: every tile of the table, class indices and all options of probabilities; odd sizes."""
+    half = configs.matmul_candidates(architecture, torch.bfloat16, "ieee")
+    table: list[tuple[torch.dtype, str, configs.MatmulConfig | None, tuple[int, int, int], bool]]
+    table = [(torch.bfloat16, "ieee", tile, (512, 768, 1024), dense) for tile in half for dense in (False, True)]
+    table += [(torch.bfloat16, "ieee", None, (509, 783, 1021), False)]
+    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float64, "ieee")):
+        if precision == "ieee" or architecture.startswith("sm"):
+            tiles = configs.matmul_candidates(architecture, dtype, precision)
+            table += [(dtype, precision, tile, (512, 768, 1024), True) for tile in tiles]
+    for dtype, precision, tile, (M, K, N), dense in table:
+        x, w, b = empty(M, K, dtype=dtype), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
+        goal = empty(M, N, dtype=dtype) if dense else empty(M, dtype=torch.int64)
+        target = Target(goal, b if dense else None, -100, 0.1 if dense else 0.0, N)
+        exact = torch.float64 if dtype is torch.float64 else torch.float32
+        vector = empty(M, dtype=exact)
+        needs = (True, True, True, dense)
+        forward, backward = (
+            linear_cross_entropy.linear_cross_entropy,
+            linear_cross_entropy.linear_cross_entropy_backward,
+        )
+        arguments = (vector, x, w, b, target, vector, vector, vector, needs, 1 << 30)
+        requests = recorded(architecture, tile, precision, forward, x, w, b, target, 1 << 30)[1]
+        requests += recorded(architecture, tile, precision, backward, *arguments)[1]
+        for request in requests:
+            yield Launch(
+                f"{request['kernel']} {dtype} {precision} {tile} {M}x{K}x{N} {'dense' if dense else 'indices'}",
+                request,
+                matrix_units=dtype.itemsize == 2 or precision == "tf32",
+                wide_accesses=M == 512,
+            )
+
+
 def fills_128_bits(request: dict[str, Any]) -> bool:
     """Whether a tile holds 16 bytes of the input or more for every thread (a sum of partial sums reads too little)."""
     constants, element = request["constants"], request["types"].get("input_ptr")
@@ -226,7 +261,7 @@ def machine_code(requests: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("launches", [linear_launches, conv_launches, loss_launches])
+@pytest.mark.parametrize("launches", [linear_launches, conv_launches, loss_launches, head_launches])
 def test_machine_code(architecture: str, launches: Callable[[str], Iterator[Launch]]) -> None:
     wanted = {json.dumps(launch.request): launch for launch in launches(architecture)}
     problems = []

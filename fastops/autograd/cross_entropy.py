@@ -26,6 +26,75 @@ from ..ops.cross_entropy import class_dim, row_scale, target_distribution, unsca
 from .function import Function, gradients
 
 
+def second_derivatives(
+    h: Tensor | None,
+    k: Tensor | None,
+    options: tuple[str, int, float],  # reduction, ignore_index, label_smoothing
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The module's sums: for the gradient of the loss, the logits and the probabilities (None for class indices)."""
+    reduction, dim = options[0], class_dim(input)
+    distribution, slope = target_distribution(input, target, weight, *options[1:])
+    scale = row_scale(grad_output, input, denominator, reduction)
+    log_softmax = torch.log_softmax(input, dim)
+    p = log_softmax.exp()
+    for_rows, for_input, for_target = torch.zeros_like(p), torch.zeros_like(p), None
+    if h is not None:
+        T = distribution.sum(dim, keepdim=True)
+        hp = (h * p).sum(dim, keepdim=True)
+        for_rows = for_rows + h * (p * T - distribution)
+        for_input = for_input + scale * T * p * (h - hp)
+        if target.is_floating_point():
+            for_target = scale * slope * (hp - h)
+    if k is not None:
+        ka = k * slope
+        for_rows = for_rows - ka * log_softmax
+        for_input = for_input + scale * (p * ka.sum(dim, keepdim=True) - ka)
+    for_rows = for_rows.sum(dim)
+    if reduction != "none":
+        for_rows = for_rows.sum()
+    if reduction == "mean":
+        for_rows = for_rows / denominator
+    return for_rows.to(grad_output.dtype), for_input, for_target
+
+
+def tangents_of_gradients(
+    t_grad_output: Tensor | None,
+    t_input: Tensor | None,
+    t_target: Tensor | None,
+    options: tuple[str, int, float],  # reduction, ignore_index, label_smoothing
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """How gx and gq change along tangents of the gradient of the loss, the logits and the probabilities."""
+    reduction, dim = options[0], class_dim(input)
+    distribution, slope = target_distribution(input, target, weight, *options[1:])
+    scale = row_scale(grad_output, input, denominator, reduction)
+    log_softmax = torch.log_softmax(input, dim)
+    p = log_softmax.exp()
+    T = distribution.sum(dim, keepdim=True)
+    t_gx, t_gq = torch.zeros_like(p), torch.zeros_like(p)
+    if t_grad_output is not None:
+        t_scale = row_scale(t_grad_output, input, denominator, reduction)
+        t_gx = t_gx + t_scale * (p * T - distribution)
+        t_gq = t_gq - t_scale * slope * log_softmax
+    if t_input is not None:
+        p_t = (p * t_input).sum(dim, keepdim=True)
+        t_gx = t_gx + scale * T * p * (t_input - p_t)
+        t_gq = t_gq + scale * slope * (p_t - t_input)
+    if t_target is not None:
+        at = slope * t_target
+        t_gx = t_gx + scale * (p * at.sum(dim, keepdim=True) - at)
+    return t_gx, t_gq
+
+
 @torch.compiler.allow_in_graph
 class CrossEntropyBackward(Function):
     """``(gx, gq)`` as differentiable functions of ``(gradient of the loss, x, q)``; empty where not needed.
@@ -45,56 +114,17 @@ class CrossEntropyBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, h: Tensor | None, k: Tensor | None) -> Any:
-        grad_output, input, target, weight, denominator = ctx.saved_tensors
         h, k = h if ctx.need_input else None, k if ctx.need_target else None
-        dim = class_dim(input)
-        distribution, slope = target_distribution(input, target, weight, ctx.ignore_index, ctx.label_smoothing)
-        scale = row_scale(grad_output, input, denominator, ctx.reduction)
-        log_softmax = torch.log_softmax(input, dim)
-        p = log_softmax.exp()
-        for_rows, for_input, for_target = torch.zeros_like(p), torch.zeros_like(p), None
-        if h is not None:
-            T = distribution.sum(dim, keepdim=True)
-            hp = (h * p).sum(dim, keepdim=True)
-            for_rows = for_rows + h * (p * T - distribution)
-            for_input = for_input + scale * T * p * (h - hp)
-            if target.is_floating_point():
-                for_target = scale * slope * (hp - h)
-        if k is not None:
-            ka = k * slope
-            for_rows = for_rows - ka * log_softmax
-            for_input = for_input + scale * (p * ka.sum(dim, keepdim=True) - ka)
-        for_rows = for_rows.sum(dim)
-        if ctx.reduction != "none":
-            for_rows = for_rows.sum()
-        if ctx.reduction == "mean":
-            for_rows = for_rows / denominator
-        return (for_rows.to(grad_output.dtype), for_input, for_target, *(None,) * 9)
+        options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
+        return (*second_derivatives(h, k, options, *ctx.saved_tensors), *(None,) * 9)
 
     @staticmethod
     def jvp(
         ctx: Any, t_grad_output: Tensor | None, t_input: Tensor | None, t_target: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor]:
-        grad_output, input, target, weight, denominator = ctx.saved_tensors
-        dim = class_dim(input)
-        distribution, slope = target_distribution(input, target, weight, ctx.ignore_index, ctx.label_smoothing)
-        scale = row_scale(grad_output, input, denominator, ctx.reduction)
-        log_softmax = torch.log_softmax(input, dim)
-        p = log_softmax.exp()
-        T = distribution.sum(dim, keepdim=True)
-        t_gx, t_gq = torch.zeros_like(p), torch.zeros_like(p)
-        if t_grad_output is not None:
-            t_scale = row_scale(t_grad_output, input, denominator, ctx.reduction)
-            t_gx = t_gx + t_scale * (p * T - distribution)
-            t_gq = t_gq - t_scale * slope * log_softmax
-        if t_input is not None:
-            p_t = (p * t_input).sum(dim, keepdim=True)
-            t_gx = t_gx + scale * T * p * (t_input - p_t)
-            t_gq = t_gq + scale * slope * (p_t - t_input)
-        if t_target is not None:
-            at = slope * t_target
-            t_gx = t_gx + scale * (p * at.sum(dim, keepdim=True) - at)
-        absent = input.new_zeros(0)
+        options = (ctx.reduction, ctx.ignore_index, ctx.label_smoothing)
+        t_gx, t_gq = tangents_of_gradients(t_grad_output, t_input, t_target, options, *ctx.saved_tensors)
+        absent = t_gx.new_zeros(0)
         return t_gx if ctx.need_input else absent, t_gq if ctx.need_target else absent
 
 

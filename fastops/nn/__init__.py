@@ -2,7 +2,7 @@
 
 from .conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d
 from .linear import Linear, LinearReLU
-from .loss import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from .loss import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LinearCrossEntropyOptions, MSELoss
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -14,6 +14,8 @@ __all__ = [
     "ConvReLU3d",
     "CrossEntropyLoss",
     "Linear",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "LinearReLU",
     "MSELoss",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -35,4 +37,38 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return FF.binary_cross_entropy_with_logits(
             input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class LinearCrossEntropyOptions(torch.nn.LinearCrossEntropyOptions):
+    """`torch.nn.LinearCrossEntropyOptions` with a budget instead of a chunk size.
+
+    ``memory_budget`` is how many bytes of logits may exist at a time; the rest of the working memory is a few times
+    smaller, except for the gradients themselves.
+    """
+
+    memory_budget: int = 32 << 20
+
+    def __post_init__(self) -> None:
+        if self.memory_budget < 1:
+            raise ValueError(f"memory_budget must be positive, got {self.memory_budget!r}")
+
+
+class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss` on `fastops.functional.linear_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return FF.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
         )

@@ -5,7 +5,7 @@ backward pass runs where its forward did, whatever `fastops.backend` says by the
 all, so that a saved program that names one can be loaded.
 """
 
-from . import add_relu, bce, conv, cross_entropy, linear, mse  # noqa: F401
+from . import add_relu, bce, conv, cross_entropy, linear, linear_cross_entropy, mse  # noqa: F401
 from .registry import FallbackWarning
 
 __all__ = ["FallbackWarning"]

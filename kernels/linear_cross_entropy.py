@@ -1,0 +1,461 @@
+"""Linear + cross-entropy: the logits ``z = x w^T + b`` live in the tiles of a matrix product and nowhere else.
+
+Forward, a program takes a block of rows and a share of the classes, goes through the tiles of their product and keeps
+the `head.Statistics` of each row: online, a new maximum scales the sums down. The shares are merged afterwards. A block
+of rows whose targets are all ignored has no tiles to go through.
+
+Backward, with maximum m and sum e of the logits, l = m + log e, the sum T of the target distribution t and the
+gradient g of each row's loss::
+
+    gz_c = g (exp(z_c - m) T / e - t_c)
+    gx = gz w,   gw = gz^T x,   gb = sum of gz over rows,   gq_c = g w_c (1 - s) (l - z_c)
+
+gz is made anew from the product, a chunk of rows and classes within the memory budget at a time; ``linear.py`` has the
+products behind it. Made inside both of them it would need no memory, but the product of the logits twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import class_splits, matmul_config, register_limit
+from .head import Statistics, Target, accumulated_gradients
+from .launch import accumulator_dtype, input_precision, launch
+from .linear import alignment, matmul, product_tile, tile_lanes, tile_of_program, tile_start
+
+
+@triton.jit
+def logit_tile(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    K,
+    stride_input_row,
+    stride_input_k,
+    stride_weight_class,
+    stride_weight_k,
+    HAS_BIAS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Logits of ``rows`` and ``columns``: [BLOCK_M, BLOCK_N]."""
+    inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
+    z = product_tile(
+        input_ptr + rows[:, None] * stride_input_row + inner[None, :] * stride_input_k,
+        weight_ptr + inner[:, None] * stride_weight_k + columns[None, :] * stride_weight_class,
+        K,
+        stride_input_k,
+        stride_weight_k,
+        INPUT_PRECISION,
+        ALIGNMENT_K,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
+    return z
+
+
+@triton.jit
+def dense_target(
+    target_ptr,
+    class_weight_ptr,
+    rows,
+    columns,
+    all_classes,
+    stride_target_row,
+    stride_target_class,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """The dense part of t: [BLOCK_M, BLOCK_N]."""
+    t = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR) + tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
+    if PROBABILITIES:
+        q = tl.load(target_ptr + rows[:, None] * stride_target_row + columns[None, :] * stride_target_class)
+        t += q.to(ACCUMULATOR) * (1.0 - LABEL_SMOOTHING)
+    if HAS_WEIGHT:
+        t *= tl.load(class_weight_ptr + columns).to(ACCUMULATOR)[None, :]
+    return t
+
+
+@triton.jit
+def at_target(target, start, own, BLOCK_N: tl.constexpr):
+    """[rows, BLOCK_N]: whether a class of the tile from ``start`` is the row's target. 32 bits take few registers."""
+    place = tl.minimum(tl.maximum(target - start, -1), BLOCK_N).to(tl.int32)
+    lanes = tl.where(own, tl.arange(0, BLOCK_N), -2)
+    return lanes[None, :] == place[:, None]
+
+
+@triton.jit
+def linear_cross_entropy_kernel(
+    input_ptr,  # [M, K]
+    weight_ptr,  # [N, K]
+    bias_ptr,  # [N]
+    target_ptr,  # [M] class indices or [M, N] probabilities
+    class_weight_ptr,  # [N]
+    statistics_ptr,  # [5, splits, M], contiguous
+    M,
+    N,
+    K,
+    all_classes,
+    tiles_per_split,
+    ignore_index,
+    stride_input_row,
+    stride_input_k,
+    stride_weight_class,
+    stride_weight_k,
+    stride_target_row,
+    stride_target_class,
+    HAS_BIAS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT_M: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
+    ALIGNMENT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per BLOCK_M rows and ``tiles_per_split`` tiles of BLOCK_N classes."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+    NOTHING: tl.constexpr = float("-inf")
+
+    tile_m, split = tl.program_id(0), tl.program_id(1)
+    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
+    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
+    if not PROBABILITIES:
+        target = tl.load(target_ptr + rows * stride_target_row)
+        counts = tl.max((target != ignore_index).to(tl.int32), 0)
+        last = tl.where(counts > 0, last, first)
+
+    maximum = tl.full((BLOCK_M,), NOTHING, ACCUMULATOR)
+    exponentials = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    products = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    mass = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    target_logit = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    for tile in range(first, last):
+        columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
+        own = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
+        z = logit_tile(
+            input_ptr,
+            weight_ptr,
+            bias_ptr,
+            rows,
+            columns,
+            K,
+            stride_input_row,
+            stride_input_k,
+            stride_weight_class,
+            stride_weight_k,
+            HAS_BIAS,
+            INPUT_PRECISION,
+            ALIGNMENT_K,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        if not PROBABILITIES:
+            is_target = at_target(target, tile_start(tile, N, BLOCK_N, ALIGNMENT_N), own, BLOCK_N)
+            target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
+        z = tl.where(own[None, :], z, NOTHING)
+        new_maximum = tl.maximum(maximum, tl.max(z, 1))
+        # -inf never meets -inf in a difference.
+        reference = tl.where(maximum == NOTHING, 0.0, maximum)
+        new_reference = tl.where(new_maximum == NOTHING, 0.0, new_maximum)
+        z -= new_reference[:, None]
+        exponentials = exponentials * tl.exp(maximum - new_reference) + tl.sum(tl.exp(z), 1)
+        if PROBABILITIES or LABEL_SMOOTHING > 0:
+            t = dense_target(
+                target_ptr,
+                class_weight_ptr,
+                rows,
+                columns,
+                all_classes,
+                stride_target_row,
+                stride_target_class,
+                PROBABILITIES,
+                HAS_WEIGHT,
+                LABEL_SMOOTHING,
+                BLOCK_M,
+                BLOCK_N,
+                ACCUMULATOR,
+            )
+            products += (reference - new_reference) * mass + tl.sum(tl.where(own[None, :], t * z, 0.0), 1)
+            mass += tl.sum(tl.where(own[None, :], t, 0.0), 1)
+        maximum = new_maximum
+
+    if not PROBABILITIES:  # rows that were not looked at: anything finite
+        maximum = tl.where(counts > 0, maximum, 0.0)
+        exponentials = tl.where(counts > 0, exponentials, 1.0)
+    part = statistics_ptr + split.to(tl.int64) * M + rows
+    step = tl.num_programs(1).to(tl.int64) * M
+    tl.store(part, maximum, mask=own_rows)
+    tl.store(part + step, exponentials, mask=own_rows)
+    tl.store(part + 2 * step, products, mask=own_rows)
+    tl.store(part + 3 * step, mass, mask=own_rows)
+    tl.store(part + 4 * step, target_logit, mask=own_rows)
+
+
+@triton.jit
+def logit_gradient_kernel(
+    input_ptr,  # [M, K]
+    weight_ptr,  # [N, K]
+    bias_ptr,  # [N]
+    target_ptr,  # [M] class indices or [M, N] probabilities
+    class_weight_ptr,  # [N]
+    scale_ptr,  # [M]
+    maximum_ptr,  # [M]
+    exponentials_ptr,  # [M]
+    mass_ptr,  # [M]
+    share_ptr,  # [M]: t at the true class, its dense part apart
+    grad_ptr,  # [M, N], contiguous
+    grad_target_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    first_class,
+    all_classes,
+    ignore_index,
+    stride_input_row,
+    stride_input_k,
+    stride_weight_class,
+    stride_weight_k,
+    stride_target_row,
+    stride_target_class,
+    stride_grad_target_row,
+    stride_grad_target_class,
+    NEED_TARGET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNMENT_M: tl.constexpr,
+    ALIGNMENT_N: tl.constexpr,
+    ALIGNMENT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program per tile of the gradient of a chunk of logits, whose class 0 is ``first_class`` to the targets."""
+    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
+
+    tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
+    columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
+    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
+    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
+    own = own_rows[:, None] & own_columns[None, :]
+    grad_ptrs = grad_ptr + rows[:, None] * N + columns[None, :]
+
+    steps = K
+    if not PROBABILITIES:
+        target = tl.load(target_ptr + rows * stride_target_row)
+        steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, K, 0)  # no product where none counts
+    z = logit_tile(
+        input_ptr,
+        weight_ptr,
+        bias_ptr,
+        rows,
+        columns,
+        steps,
+        stride_input_row,
+        stride_input_k,
+        stride_weight_class,
+        stride_weight_k,
+        HAS_BIAS,
+        INPUT_PRECISION,
+        ALIGNMENT_K,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    z -= tl.load(maximum_ptr + rows)[:, None]
+    exponentials = tl.load(exponentials_ptr + rows)
+    scale = tl.load(scale_ptr + rows)[:, None]
+    # Rounded, z is at most 0. In rows that were not looked at it may be anything, and 0 * inf would be NaN.
+    grad = tl.exp(tl.where(z > 0, 0.0, z)) * (tl.load(mass_ptr + rows) / exponentials)[:, None]
+    if PROBABILITIES or LABEL_SMOOTHING > 0:
+        grad -= dense_target(
+            target_ptr,
+            class_weight_ptr,
+            rows,
+            columns,
+            all_classes,
+            stride_target_row,
+            stride_target_class,
+            PROBABILITIES,
+            HAS_WEIGHT,
+            LABEL_SMOOTHING,
+            BLOCK_M,
+            BLOCK_N,
+            ACCUMULATOR,
+        )
+    if not PROBABILITIES:
+        start = first_class + tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N)
+        is_target = at_target(target, start, own_columns, BLOCK_N)
+        grad -= tl.where(is_target, tl.load(share_ptr + rows)[:, None], 0.0)
+    tl.store(grad_ptrs, (grad * scale).to(grad_ptr.dtype.element_ty), mask=own)
+    if NEED_TARGET:
+        grad = (tl.log(exponentials)[:, None] - z) * (1.0 - LABEL_SMOOTHING) * scale
+        if HAS_WEIGHT:
+            grad *= tl.load(class_weight_ptr + columns).to(ACCUMULATOR)[None, :]
+        pointers = grad_target_ptr + rows[:, None] * stride_grad_target_row
+        pointers += columns[None, :] * stride_grad_target_class
+        tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
+
+
+def target_strides(target: Tensor) -> tuple[int, int]:
+    return (target.stride(0), 0 if target.dim() == 1 else target.stride(1))
+
+
+def shared_constants(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Target
+) -> tuple[dict[str, bool | int | float | str], int, int]:
+    """The constants that both kernels take, and the rows and classes of their tile."""
+    (rows, K), classes = input.shape, weight.shape[0]
+    precision = input_precision(input)
+    aligned = all(
+        operand.stride(1) == 1 and operand.stride(0) % 8 == 0 and operand.data_ptr() % 16 == 0
+        for operand in (input, weight)
+    )
+    config = matmul_config(input.device, input.dtype, precision, rows, classes, aligned)
+    if not aligned and input.device.type != "cpu":  # addresses one by one take registers
+        config = config._replace(BLOCK_K=min(config.BLOCK_K, 32))
+    if config.BLOCK_M * config.BLOCK_N > 128 * 128:  # and so does what follows the product
+        config = config._replace(BLOCK_N=128, BLOCK_K=min(config.BLOCK_K, 64))
+    constants: dict[str, bool | int | float | str] = {
+        "HAS_BIAS": bias is not None,
+        "PROBABILITIES": target.probabilities,
+        "HAS_WEIGHT": target.weight is not None,
+        "LABEL_SMOOTHING": target.label_smoothing,
+        "INPUT_PRECISION": precision,
+        "ALIGNMENT_M": alignment(rows, config.BLOCK_M),
+        "ALIGNMENT_N": alignment(classes, config.BLOCK_N),
+        "ALIGNMENT_K": alignment(K, config.BLOCK_K),
+        "EVEN_K": K % config.BLOCK_K == 0,
+        **config._asdict(),
+        **register_limit(input.device),
+    }
+    return constants, config.BLOCK_M, config.BLOCK_N
+
+
+def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, target: Target, budget: int) -> Statistics:
+    """`Statistics` [M] of the logits of input [M, K], weight [N, K] and bias [N], any strides, nothing empty.
+
+    They are float32, float64 for float64. No logit is written to memory, so that no ``budget`` is needed.
+    """
+    (M, K), N = input.shape, weight.shape[0]
+    constants, block_m, block_n = shared_constants(input, weight, bias, target)
+    tiles_m, tiles_n = triton.cdiv(M, block_m), triton.cdiv(N, block_n)
+    per_split = triton.cdiv(tiles_n, class_splits(input.device, tiles_m, tiles_n))
+    splits = triton.cdiv(tiles_n, per_split)
+    statistics = input.new_empty((5, splits, M), dtype=accumulator_dtype(input.dtype))
+    launch(
+        linear_cross_entropy_kernel,
+        (tiles_m, splits),
+        input,
+        weight,
+        input if bias is None else bias.contiguous(),
+        target.target,
+        input if target.weight is None else target.weight.contiguous(),
+        statistics,
+        M,
+        N,
+        K,
+        target.classes,
+        per_split,
+        target.ignore_index,
+        *input.stride(),
+        *weight.stride(),
+        *target_strides(target.target),
+        **constants,
+    )
+    return Statistics(*statistics.unbind()).merged()
+
+
+def linear_cross_entropy_backward(
+    scale: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    maximum: Tensor,
+    exponentials: Tensor,
+    mass: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    budget: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for input, weight, bias and class probabilities, those that are needed.
+
+    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [M], contiguous, in the
+    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. ``budget``: bytes
+    of logits' gradients at a time.
+    """
+    exact = scale.dtype
+    grad_target = torch.empty_like(target.target) if needs[3] else None
+    share = scale if target.probabilities else target.own_weight(exact) * (1 - target.label_smoothing)
+
+    def logit_gradients(rows: slice, own: slice) -> Tensor:
+        x, w = input[rows], weight[own]
+        b = None if bias is None else bias[own].contiguous()
+        goal = target.target[rows, own] if target.probabilities else target.target[rows]
+        grad_goal = goal if grad_target is None else grad_target[rows, own]
+        factors = None if target.weight is None else target.weight[own].contiguous()
+        constants, block_m, block_n = shared_constants(x, w, b, target)
+        grad = x.new_empty((x.shape[0], w.shape[0]))
+        launch(
+            logit_gradient_kernel,
+            (triton.cdiv(x.shape[0], block_m) * triton.cdiv(w.shape[0], block_n),),
+            x,
+            w,
+            x if b is None else b,
+            goal,
+            x if factors is None else factors,
+            *(vector[rows] for vector in (scale, maximum, exponentials, mass, share)),
+            grad,
+            grad_goal,
+            *grad.shape,
+            x.shape[1],
+            own.start,
+            target.classes,
+            target.ignore_index,
+            *x.stride(),
+            *w.stride(),
+            *target_strides(goal),
+            *target_strides(grad_goal),
+            NEED_TARGET=grad_target is not None,
+            GROUP_M=8,
+            **constants,
+        )
+        return grad
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return matmul(a, b, out=a.new_empty((a.shape[0], b.shape[1]), dtype=exact))
+
+    gradients = accumulated_gradients(input, weight, logit_gradients, product, *needs[:3], budget)
+    return (*gradients, grad_target)

@@ -279,6 +279,26 @@ CONV3D: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((volumes, volume_kernels), {"groups": 0}),
     ((volumes, volume_kernels), {"groups": 3}),
 ]
+HEAD: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    *(((x, q, goal), {}) for goal in (indices, indices[:3], indices.int(), q, torch.tensor([0, 1, 4, 0]), None)),
+    ((x, q[:, :2], indices), {}),
+    ((x, q[0], indices), {}),
+    ((x[None], q, indices), {}),
+    ((x, q.double(), indices), {}),
+    ((x[0], q, torch.tensor(3)), {}),
+    ((x[0], q.view(2, 2, 3), torch.tensor([0, 1])), {}),
+    ((x, q.view(2, 2, 3), zeros.view(2, 2)), {}),
+    ((x, q, indices), {"linear_bias": b}),
+    ((x, q, indices), {"linear_bias": torch.randn(4)}),
+    ((x, q, indices), {"weight": b}),
+    ((x, q, indices), {"weight": torch.rand(4).requires_grad_()}),
+    ((x, q, torch.rand(4, 4)), {"ignore_index": 1}),
+    ((x, q, torch.rand(4, 4)), {"label_smoothing": 0.1}),
+    *(((x, q, indices), {"reduction": reduction}) for reduction in ("none", "bad", None)),
+    *(((x, q, indices), {"label_smoothing": value}) for value in (-0.1, 1.1, "a")),
+    *(((x, q, indices), {"ignore_index": value}) for value in (0, 1.5, 2**70)),
+    ((x[:0], q, indices[:0]), {}),
+]
 BCE: list[tuple[Any, ...]] = [
     ([1], x),
     (x, None),
@@ -347,6 +367,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("cross_entropy", arguments, {}) for arguments in CROSS_ENTROPY),
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
     *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
+    *(("linear_cross_entropy", arguments, options) for arguments, options in HEAD),
     ("linear", (x,), {}),
     ("mse_loss", (x, x), {"unknown": 1}),
 ]

@@ -24,7 +24,9 @@ def test_values(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "linear_cross_entropy"]
+)
 def test_signature_is_torchs(op: str) -> None:
     def parameters(function: object) -> list[tuple[str, object]]:
         return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]  # type: ignore[arg-type]

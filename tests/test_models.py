@@ -378,3 +378,19 @@ def test_keys_and_shapes_are_the_tutorials(
     x = torch.randn(inputs)
     with fastops.backend("torch"):
         torch.testing.assert_close(swapped(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logistic(backend: str) -> None:
+    """z = x W + b for x of ones and targets of zero: the loss is the mean of log(1 + exp(z)), its slope s(z) / 3."""
+    x, w, b = np.ones(5), np.random.default_rng(0).standard_normal((5, 3)), np.zeros(3)
+    z = x @ w + b
+    slope = 1 / (1 + np.exp(-z)) / 3
+    weight, bias = (torch.tensor(a).requires_grad_() for a in (w, b))
+    with fastops.backend(backend):
+        criterion = fastops.swap(nn.BCEWithLogitsLoss())
+        loss = criterion(torch.tensor(x) @ weight + bias, torch.zeros(3, dtype=torch.float64))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), np.log1p(np.exp(z)).mean())
+    np.testing.assert_allclose(bias.grad, slope)
+    np.testing.assert_allclose(weight.grad, np.outer(x, slope))

@@ -160,6 +160,22 @@ def _cross_entropy_cases(rows: int, classes: int) -> list[Case]:
     return _op_cases("cross_entropy", f"{rows}x{classes}", F.cross_entropy, inputs)
 
 
+def _head_cases(rows: int, features: int, classes: int) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        weight = torch.randn(classes, features) / features**0.5
+        return [torch.randn(rows, features), weight], [torch.randint(classes, (rows,))]
+
+    return _op_cases("linear_cross_entropy", f"{rows}x{features}-{classes}", F.linear_cross_entropy, inputs)
+
+
+def _bce_cases(rows: int, columns: int) -> list[Case]:
+    def inputs() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.randn(rows, columns)], [torch.rand(rows, columns)]
+
+    reference = F.binary_cross_entropy_with_logits
+    return _op_cases("binary_cross_entropy_with_logits", f"{rows}x{columns}", reference, inputs)
+
+
 def _wide_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
 
@@ -276,7 +292,9 @@ LOSS_CASES = [
     *_cross_entropy_cases(8192, 10),
     *_cross_entropy_cases(256, 1000),
     *_cross_entropy_cases(512, 32000),
+    *_bce_cases(512, 2048),
 ]
+HEAD_CASES = [*_head_cases(1024, 256, 16000), *_head_cases(4096, 512, 32000)]
 MODEL_CASES = [
     *_model_cases(
         "TwoLayerNet-64", TwoLayerNet, squared_error, lambda: (torch.randn(64, 1000), torch.randn(64, 10)), 1e-6
@@ -290,7 +308,7 @@ MODEL_CASES = [
     *_resnet_cases(4, 64),
     *_resnet_cases(8, 224),
 ]
-CASES = [*LINEAR_CASES, *CONV_CASES, *LOSS_CASES, *MODEL_CASES]
+CASES = [*LINEAR_CASES, *CONV_CASES, *LOSS_CASES, *HEAD_CASES, *MODEL_CASES]
 
 # Measurement ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ no kernel takes stays as Dynamo wrote it. The graph then goes on to another comp
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import dispatch, functional
+from .kernels import head
 from .swap import Report, Row
 
 # What Dynamo calls them in its graphs, as functions and as methods.
@@ -52,12 +54,41 @@ def _first_as(op: str) -> Callable[[fx.Node, fx.Node], _Call]:
     return lambda first, second: _Call(op, first.args, first.kwargs)
 
 
+def _head(first: fx.Node, second: fx.Node) -> _Call | None:
+    """A linear layer and the cross-entropy of its logits, if these would be larger than the memory budget.
+
+    The call takes the place of the loss: views apart, nothing may happen between, such as a change of the target.
+    """
+    logits = first.meta["example_value"]
+    if logits.numel() * logits.element_size() <= head.BUDGET:
+        return None
+    node = second.prev
+    while node is not first:
+        if node.op == "call_function" or (node.op == "call_method" and node.target not in _VIEWS):
+            return None
+        node = node.prev
+    layer = inspect.signature(functional.linear).bind(*first.args, **first.kwargs).arguments
+    loss = inspect.signature(functional.cross_entropy).bind(*second.args, **second.kwargs).arguments
+    if loss.pop("size_average", None) is not None or loss.pop("reduce", None) is not None:
+        return None
+    del loss["input"]
+    if loss.get("ignore_index") == -100:
+        del loss["ignore_index"]
+    return _Call(
+        "linear_cross_entropy",
+        (layer["input"], layer["weight"], loss.pop("target")),
+        {"linear_bias": layer.get("bias"), **loss},
+    )
+
+
+_VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
 # Two calls that become one, by the op whose result is the first argument of the other op, and by that one.
-FUSIONS: Final[dict[tuple[str, str], Callable[[fx.Node, fx.Node], _Call]]] = {
+FUSIONS: Final[dict[tuple[str, str], Callable[[fx.Node, fx.Node], _Call | None]]] = {
     ("linear", "relu"): _first_as("linear_relu"),
     ("conv1d", "relu"): _first_as("conv_relu1d"),
     ("conv2d", "relu"): _first_as("conv_relu2d"),
     ("conv3d", "relu"): _first_as("conv_relu3d"),
+    ("linear", "cross_entropy"): _head,
 }
 
 _rows: dict[Row, None] = {}  # a dictionary, for its order: a graph that is compiled again adds nothing
@@ -129,8 +160,8 @@ def _rewrite(module: fx.GraphModule) -> None:
             _note(node, f"fastops.functional.{call.op} ({way.backend})", done=True)
             if last is not node:
                 _note(last, f"fused with {_name(node)}", done=True)
-            # In the place of the first: its arguments may be changed in place before the last.
-            with graph.inserting_before(node):
+            # In the place of the first: its arguments may be changed in place before the last. Not so for a head.
+            with graph.inserting_before(last if call.op == "linear_cross_entropy" else node):
                 new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
             new.meta = dict(last.meta)
             last.replace_all_uses_with(new)
@@ -158,8 +189,8 @@ def _candidates(node: fx.Node) -> Iterator[tuple[fx.Node, _Call]]:
     """What ``node`` may become, the best first: the last node whose result it computes, and the call."""
     for user in node.users:
         fuse = FUSIONS.get((_op(node), _op(user)))
-        if fuse and _first_argument(user) is node and not _obstacle(node, user):
-            yield user, fuse(node, user)
+        if fuse and _first_argument(user) is node and not _obstacle(node, user) and (call := fuse(node, user)):
+            yield user, call
     yield node, _Call(_op(node), node.args, node.kwargs)
 
 

@@ -346,3 +346,44 @@ def test_options_are_those_of_the_compiler_behind() -> None:
         torch.compile(model, backend=compile_graph, options={"nonsense": 1})(x)
     with pytest.raises(Exception, match="nonsense"):
         torch.compile(model, backend=compile_graph, options={"compiler": "nonsense"})(x)
+
+
+# A head and its loss --------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A linear layer and the cross-entropy of its logits; ``variant`` says what happens to and between them."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant, self.layer = variant, nn.Linear(6, 9)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        target = target.clone()
+        logits = self.layer(x)
+        if self.variant == "target changed between":
+            target[0] = -100
+        if self.variant == "view between":
+            target = target.reshape(-1)
+        options = {"label_smoothing": 0.1, "ignore_index": 3} if self.variant == "options" else {}
+        loss = F.cross_entropy(logits, target, **options)
+        return loss + logits.sum() if self.variant == "logits used elsewhere" else loss
+
+
+@pytest.mark.parametrize("backend", ["triton", "onednn"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "options", "view between", "target changed between", "logits used elsewhere", "small"]
+)
+def test_head_is_fused_with_its_loss(variant: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variant != "small":
+        monkeypatch.setattr("fastops.kernels.head.BUDGET", 100)
+    model, recorder = Head(variant), Recorder()
+    x, target = torch.randn(5, 6, requires_grad=True), torch.tensor([0, 3, 8, 1, 3])
+    expected = model(x, target)
+    with fastops.backend(backend):
+        twin = compiled(model, recorder)
+        found = twin(x, target)
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found, [x, *twin.parameters()])
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, [x, *model.parameters()]))
+    assert ("linear_cross_entropy" in recorder.calls) == (variant in ("plain", "options", "view between"))

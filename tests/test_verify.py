@@ -32,6 +32,7 @@ TYPICAL = {
     "mse_loss": ["none, transposed target", "mean", "mean, element weights"],
     "binary_cross_entropy_with_logits": ["mean, weight, pos_weight", "none"],
     "cross_entropy": ["indices, mean, weight, smoothing, ignore_index", "probabilities, none, weight"],
+    "linear_cross_entropy": ["indices, none, weight", "probabilities, mean, weight"],
 }
 
 

@@ -201,6 +201,31 @@ def _cross_entropy_cases() -> Iterator[Case]:
         yield _cross_entropy_case(probabilities, "mean", layout=layout)
 
 
+def _head_cases() -> Iterator[Case]:
+    def case(name: str, probabilities: bool = False, weight: bool = False, **options: Any) -> Case:
+        def tensors(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            classes = sizes.outputs
+            variables = {
+                "input": torch.randn(sizes.rows, sizes.features, generator=generator),
+                "linear_weight": torch.randn(classes, sizes.features, generator=generator) / sizes.features**0.5,
+                "linear_bias": torch.randn(classes, generator=generator),
+            }
+            constants: Named = {"weight": torch.rand(classes, generator=generator) + 0.5} if weight else {}
+            if probabilities:
+                variables["target"] = torch.randn(sizes.rows, classes, generator=generator).softmax(1)
+            else:
+                constants["target"] = torch.randint(classes, (sizes.rows,), generator=generator)
+                constants["target"][:2] = torch.tensor([0, 1])
+            return variables, constants
+
+        return Case("linear_cross_entropy", name, tensors, options)
+
+    yield case("indices, mean")
+    yield case("indices, none, weight", weight=True, reduction="none")
+    yield case("indices, sum, smoothing, ignore_index", label_smoothing=0.1, ignore_index=1, reduction="sum")
+    yield case("probabilities, mean, weight", probabilities=True, weight=True)
+
+
 CASES = [
     *_linear_cases("linear"),
     *_linear_cases("linear_relu"),
@@ -209,6 +234,7 @@ CASES = [
     *_mse_cases(),
     *_bce_cases(),
     *_cross_entropy_cases(),
+    *_head_cases(),
 ]
 OPS = list(dict.fromkeys(case.op for case in CASES))
 

@@ -456,7 +456,11 @@ def linear_cross_entropy(
     q = q.reshape(rows, positions) if target.dtype is torch.int64 else q.reshape(rows, classes, positions)
     flat = (x.reshape(rows, -1), w.reshape(classes * positions, -1), None if b is None else b.reshape(-1), q, factors)
     ignored = -100 if ignore_index is None else ignore_index
-    numbers = (reduction, ignored, label_smoothing, lowered is not None, budget, way.backend)
+    needs = tuple(
+        torch.is_grad_enabled() and not target.requires_grad and tensor is not None and tensor.requires_grad
+        for tensor in (x, w, b)
+    )
+    numbers = (reduction, ignored, label_smoothing, lowered is not None, budget, *needs, way.backend)
     function = autograd.linear_cross_entropy.LinearCrossEntropy
     loss: Tensor = autograd.function.apply(function, *flat, *numbers)[0]
     return loss.reshape(shape) if reduction == "none" else loss

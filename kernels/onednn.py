@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .head import Statistics, Target, accumulated_gradients, reference, slices, tile_shape
+from .head import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
 from .launch import accumulator_dtype, reshaped
 
 
@@ -71,17 +71,7 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
         parts = []
         for own in slices(classes, width):
             z = product(input[own_rows], weight[own], None if bias is None else bias[own]).to(exact)
-            maximum = z.amax(1)
-            products = mass = target_logit = torch.zeros_like(maximum)
-            if not target.probabilities:
-                index = target.target[own_rows] - own.start
-                inside = (index >= 0) & (index < z.shape[1])
-                target_logit = z.gather(1, index.where(inside, 0)[:, None])[:, 0].where(inside, 0)
-            z.sub_(reference(maximum)[:, None])
-            if target.dense:
-                t = target.distribution(own_rows, own, exact)
-                mass, products = t.sum(-1).expand_as(maximum), t.mul_(z).sum(1) if t.dim() == 2 else z @ t
-            parts.append(Statistics(maximum, z.exp_().sum(1), products, mass, target_logit))
+            parts.append(_exponentiate(z, target, own_rows, own))
             del z
         blocks.append(Statistics(*(torch.stack(part) for part in zip(*parts, strict=True))).merged())
     return Statistics(*(torch.cat(part) for part in zip(*blocks, strict=True)))
@@ -106,26 +96,15 @@ def linear_cross_entropy_backward(
     """
     exact = scale.dtype
     grad_target = torch.empty_like(target.target) if needs[3] else None
-    share = None
-    if not target.probabilities:
-        share = scale * target.own_weight(exact) * (1 - target.label_smoothing)
 
     def logit_gradients(rows: slice, own: slice) -> Tensor:
         z = product(input[rows], weight[own], None if bias is None else bias[own]).to(exact)
         z.sub_(maximum[rows, None])
-        own_scale = scale[rows, None]
         if grad_target is not None:
             slope = 1 - target.label_smoothing
             factor = slope if target.weight is None else target.weight[own].to(exact) * slope
-            grad_target[rows, own] = (exponentials[rows, None].log() - z) * factor * own_scale
-        z.exp_().mul_(own_scale * mass[rows, None] / exponentials[rows, None])
-        if target.dense:
-            t = target.distribution(rows, own, exact)
-            z.addcmul_(t.expand_as(z), own_scale, value=-1)
-        if share is not None:
-            index = target.target[rows] - own.start
-            inside = (index >= 0) & (index < z.shape[1])
-            z.scatter_add_(1, index.where(inside, 0)[:, None], -share[rows].where(inside, 0)[:, None])
+            grad_target[rows, own] = (exponentials[rows, None].log() - z) * factor * scale[rows, None]
+        _differentiate(z.exp_(), scale[rows], exponentials[rows], mass[rows], target, rows, own)
         return z.to(input.dtype)
 
     def into_accumulators(a: Tensor, b: Tensor) -> Tensor:
@@ -133,6 +112,83 @@ def linear_cross_entropy_backward(
 
     gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, *needs[:3], budget)
     return (*gradients, grad_target)
+
+
+def linear_cross_entropy_with_gradients(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Target,
+    scale: Tensor,
+    needs: tuple[bool, bool, bool],
+    budget: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """`head.losses` [N], and gradients of their sum weighted by ``scale`` [N] for input, weight and bias.
+
+    All classes of a block of rows exist at a time, in one buffer: each logit is computed once, not twice. float32 or
+    float64.
+    """
+    rows, classes = input.shape[0], weight.shape[0]
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
+    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_bias = input.new_zeros(classes) if needs[2] else None
+    block = min(rows, budget // (classes * input.element_size()))
+    tile, everything = input.new_empty((block, classes)), slice(0, classes)
+    results = []
+    for own in slices(rows, block):
+        x = input[own]
+        z = tile[: len(x)]
+        if bias is None:
+            torch.mm(x, weight.t(), out=z)
+        else:
+            torch.addmm(bias, x, weight.t(), out=z)
+        statistics = _exponentiate(z, target, own, everything)
+        results.append(losses(statistics, target._replace(target=target.target[own])))
+        _, _, exponentials, mass = results[-1]
+        _differentiate(z, scale[own], exponentials, mass, target, own, everything)
+        if grad_input is not None:
+            torch.mm(z, weight, out=grad_input[own])
+        if grad_weight is not None:
+            grad_weight.addmm_(z.t(), x)
+        if grad_bias is not None:
+            grad_bias += z.sum(0)
+    loss, maximum, exponentials, mass = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return (loss, maximum, exponentials, mass), (grad_input, grad_weight, grad_bias)
+
+
+def _exponentiate(z: Tensor, target: Target, rows: slice, classes: slice) -> Statistics:
+    """The `Statistics` of a tile of logits, which become ``exp(z - maximum)``."""
+    maximum = z.amax(1)
+    products = mass = target_logit = torch.zeros_like(maximum)
+    if not target.probabilities:
+        index, inside = _index(target, rows, classes)
+        target_logit = z.gather(1, index)[:, 0].where(inside, 0)
+    z.sub_(reference(maximum)[:, None])
+    if target.dense:
+        t = target.distribution(rows, classes, z.dtype)
+        mass, products = t.sum(-1).expand_as(maximum), t.mul_(z).sum(1) if t.dim() == 2 else z @ t
+    return Statistics(maximum, z.exp_().sum(1), products, mass, target_logit)
+
+
+def _differentiate(
+    z: Tensor, scale: Tensor, exponentials: Tensor, mass: Tensor, target: Target, rows: slice, classes: slice
+) -> None:
+    """A tile of ``exp(z - maximum)`` becomes the gradient of its logits."""
+    z.mul_((scale * mass / exponentials)[:, None])
+    if target.dense:
+        z.addcmul_(target.distribution(rows, classes, z.dtype).expand_as(z), scale[:, None], value=-1)
+    if not target.probabilities:
+        index, inside = _index(target, rows, classes)
+        own = target._replace(target=target.target[rows]).own_weight(z.dtype)
+        share = scale * own * (1 - target.label_smoothing)
+        z.scatter_add_(1, index, -share.where(inside, 0)[:, None])
+
+
+def _index(target: Target, rows: slice, classes: slice) -> tuple[Tensor, Tensor]:
+    """[rows, 1]: where in a tile each row's class is, and [rows]: whether it is there at all."""
+    index = target.target[rows] - classes.start
+    inside = (index >= 0) & (index < classes.stop - classes.start)
+    return index.where(inside, 0)[:, None], inside
 
 
 def conv(

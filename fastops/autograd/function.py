@@ -85,6 +85,16 @@ def gradients(function: type[Function], needs: tuple[bool, ...], *arguments: Any
     return tuple(gradient if needed else None for gradient, needed in zip(results, needs, strict=True))
 
 
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether a backward pass is the last to see what its forward pass made and saved: the graph is not kept."""
+    return (
+        not (_is_dynamo_compiling() or _is_grad_enabled())
+        and _include_set().raw_repr() in _IDLE
+        and all(type(tensor) in _PLAIN_TYPES for tensor in tensors)
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
 def add(*terms: Tensor | None) -> Tensor | None:
     """Sum of the terms that are there."""
     total = None

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops import linear_cross_entropy as ops
 from ..ops.cross_entropy import row_scale, unscaled_gradients
 from .cross_entropy import second_derivatives, tangents_of_gradients
-from .function import Function, add, gradients
+from .function import Function, add, gradients, may_overwrite
 
 
 def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class LinearCrossEntropyBackward(Function):
         ctx.save_for_backward(*inputs[:6], inputs[9])
         ctx.save_for_forward(*inputs[:6], inputs[9])
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.needs = inputs[10:13], inputs[13:17]
+        ctx.options, ctx.needs = inputs[13:16], inputs[16:20]
 
     @staticmethod
     def backward(ctx: Any, h_input: Any, h_weight: Any, h_bias: Any, k: Any) -> Any:
@@ -77,7 +77,7 @@ class LinearCrossEntropyBackward(Function):
             for_weight.to(input.dtype),
             None if linear_bias is None else for_z.sum(0).to(input.dtype),
             None if for_target is None else for_target.to(target.dtype),
-            *(None,) * 14,
+            *(None,) * 17,
         )
 
     @staticmethod
@@ -105,7 +105,9 @@ class LinearCrossEntropyBackward(Function):
 
 @torch.compiler.allow_in_graph
 class LinearCrossEntropy(Function):
-    """``(loss, m, e, sum of t, denominator)`` of `head.losses`; only the loss is differentiable.
+    """``(loss, m, e, sum of t, denominator)`` of `head.losses`, and ``(gx, gw, gb)`` of the loss, or empty ones.
+
+    Only the loss is differentiable. Where the forward pass made the gradients, the backward pass has but to scale them.
 
     [N, K], [C P, K], [C P] and a target [N, P] or [N, C, P]; the loss is 0-d, or [N, P] for ``'none'``.
     """
@@ -114,20 +116,27 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, (ctx.budget, ctx.backend) = inputs[5:8], inputs[9:]
+        ctx.options, ctx.budget, ctx.backend = inputs[5:8], inputs[9], inputs[-1]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for the gradients of gradients that the forward pass made
         ctx.save_for_backward(*inputs[:5], *output[1:])
         ctx.save_for_forward(*inputs[:5], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        if grad_output is None:
+            return (None,) * 14
         needs = ctx.needs_input_grad[:4]
+        made = ctx.saved_tensors[9:]
+        if ops.has_made(made, needs) and may_overwrite(grad_output, *made):
+            scaled = (part.mul_(grad_output) if need else None for part, need in zip(made, needs[:3], strict=True))
+            return (*scaled, *(None,) * 11)
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs, ctx.budget, ctx.backend)
-        return (*gradients(LinearCrossEntropyBackward, needs, *arguments), *(None,) * 7)
+        return (*gradients(LinearCrossEntropyBackward, needs, *arguments), *(None,) * 10)
 
     @staticmethod
     def jvp(ctx: Any, t_input: Any, t_weight: Any, t_bias: Any, t_target: Any, *_: None) -> Any:
-        input, linear_weight, linear_bias, target, weight, *_, denominator = ctx.saved_tensors
+        input, linear_weight, linear_bias, target, weight, *_, denominator, _, _, _ = ctx.saved_tensors
         z = _logits(input, linear_weight, linear_bias, target)
         t_z = _change(
             z,
@@ -141,4 +150,4 @@ class LinearCrossEntropy(Function):
         losses = tangent.sum(1)
         if ctx.options[0] != "none":
             losses = losses.sum() / denominator
-        return losses, None, None, None, None
+        return (losses, *(None,) * 7)

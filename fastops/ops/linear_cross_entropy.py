@@ -64,6 +64,37 @@ def _forward(
     return loss.to(exact if float32_loss else input.dtype), maximum, exponentials, mass, denominator
 
 
+ROWS_AT_ONCE = 64  # if so many rows of logits fit the budget, products of them are as fast as of tiles
+
+
+def _forward_with_gradients(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    float32_loss: bool,
+    budget: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """As `_forward` for one position, and the gradients of the reduced loss."""
+    goal = Target(target[..., 0], weight, ignore_index, label_smoothing, len(linear_weight))
+    scale = torch.ones_like(input[:, 0])
+    if not goal.probabilities:
+        head.check_targets(goal.target, goal.classes, ignore_index)
+        scale = goal.kept().to(input.dtype)
+    denominator = scale.new_ones(())
+    if reduction == "mean":
+        denominator = scale.sum() if goal.probabilities else goal.own_weight(scale.dtype).sum()
+        scale = (scale / denominator).where(scale != 0, 0)  # and not 0 / 0, where nothing counts
+    arguments = (input, linear_weight, linear_bias, goal, scale, needs, budget)
+    (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*arguments)
+    return (loss.sum() / denominator, *(part.unsqueeze(1) for part in saved), denominator), gradients
+
+
 def _backward(
     gradients: Callable[..., tuple[Tensor | None, ...]],
     grad_output: Tensor,
@@ -127,14 +158,32 @@ def _backward_on_kernels(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _backward(linear_cross_entropy.linear_cross_entropy_backward, *arguments)
 
 
-def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments  # type: ignore[assignment]
+def _makes_gradients(
+    input: Tensor, linear_weight: Tensor, target: Tensor, reduction: str, budget: int, needs: Any, backend: str
+) -> bool:
+    """Whether the forward pass makes the gradients too: on a CPU, if the rows are one sum and enough of them fit."""
+    if backend != "onednn" or not any(needs) or reduction == "none" or target.shape[-1] != 1:
+        return False
+    return min(len(input), ROWS_AT_ONCE) * len(linear_weight) * input.element_size() <= budget
+
+
+def has_made(made: tuple[Tensor, ...], needs: tuple[bool, ...]) -> bool:
+    """Whether all gradients that are needed are those of input, weight and bias that the forward pass made."""
+    return not needs[3] and all(part.numel() for part, need in zip(made, needs[:3], strict=True) if need)
+
+
+def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
+    *common, need_input, need_weight, need_bias, backend = arguments
+    input, linear_weight, _, target, _, reduction, *_, budget = common
+    needs = (need_input, need_weight, need_bias)
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
     if backend == "triton":
-        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
-            "linear_cross_entropy", _on_kernels, _on_tiles_of_products, *arguments
-        )
-        return results
-    return _on_tiles_of_products(*arguments)
+        results = run_kernel("linear_cross_entropy", _on_kernels, _on_tiles_of_products, *common)
+    elif _makes_gradients(input, linear_weight, target, reduction, budget, needs, backend):
+        results, gradients = _forward_with_gradients(*(*common, needs))
+    else:
+        results = _on_tiles_of_products(*common)
+    return (*results, *(or_empty(input, gradient) for gradient in gradients))
 
 
 def _linear_cross_entropy_fake(
@@ -148,8 +197,14 @@ def _linear_cross_entropy_fake(
     label_smoothing: float,
     float32_loss: bool,
     budget: int,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    needs = (need_input, need_weight, need_bias)
+    if not _makes_gradients(input, linear_weight, target, reduction, budget, needs, backend):
+        needs = (False, False, False)
     exact = torch.promote_types(input.dtype, torch.float32)
     shape = (input.shape[0], target.shape[-1])
     return (
@@ -158,18 +213,24 @@ def _linear_cross_entropy_fake(
         input.new_empty(shape, dtype=exact),
         input.new_empty(shape, dtype=exact),
         input.new_empty((), dtype=exact),
+        input.new_empty(input.shape if needs[0] else 0),
+        input.new_empty(linear_weight.shape if needs[1] else 0),
+        input.new_empty(linear_weight.shape[:1] if needs[2] else 0),
     )
 
 
-def _linear_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments  # type: ignore[assignment]
-    if backend == "triton":
+def _linear_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    (grad_output, input), made, needs, backend = arguments[:2], arguments[10:13], arguments[-6:-2], arguments[-1]
+    others = (*arguments[:10], *arguments[13:-1])
+    gradients: tuple[Tensor | None, ...]
+    if has_made(made, needs):
+        gradients = *(grad_output * part if need else None for part, need in zip(made, needs[:3], strict=True)), None
+    elif backend == "triton":
         name = "linear_cross_entropy_backward"
-        gradients = run_kernel(name, _backward_on_kernels, _backward_on_tiles_of_products, *arguments)
+        gradients = run_kernel(name, _backward_on_kernels, _backward_on_tiles_of_products, *others)
     else:
-        gradients = _backward_on_tiles_of_products(*arguments)
-    grad_input, grad_weight, grad_bias, grad_target = (or_empty(arguments[1], gradient) for gradient in gradients)
-    return grad_input, grad_weight, grad_bias, grad_target
+        gradients = _backward_on_tiles_of_products(*others)
+    return tuple(or_empty(input, gradient) for gradient in gradients)
 
 
 def _linear_cross_entropy_backward_fake(
@@ -191,8 +252,9 @@ def _linear_cross_entropy_backward_fake(
 
 linear_cross_entropy = register(
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    " str reduction, int ignore_index, float label_smoothing, bool float32_loss, int budget, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " str reduction, int ignore_index, float label_smoothing, bool float32_loss, int budget,"
+    " bool need_input, bool need_weight, bool need_bias, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
     loop_over_batch,
@@ -200,6 +262,7 @@ linear_cross_entropy = register(
 linear_cross_entropy_backward = register(
     "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor maximum, Tensor exponentials, Tensor mass, Tensor denominator,"
+    " Tensor made_input, Tensor made_weight, Tensor made_bias,"
     " str reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias,"
     " bool need_target, int budget, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy_backward,

@@ -122,6 +122,35 @@ def test_shapes(shape: tuple[int, int, int], case: Case, way: Any) -> None:
     check(way, case, shape, torch.bfloat16 if way is kernels else torch.float32, budget=2200)
 
 
+@every_case
+@pytest.mark.parametrize("shape", [(19, 9, 37), (1, 5, 47)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_of_the_forward_pass(dtype: torch.dtype, shape: tuple[int, int, int], case: Case) -> None:
+    """Of four rows at a time. What is not needed is not made."""
+
+    def reference(*tensors: Any) -> tuple[Tensor, ...]:
+        return torchs(case)(*tensors)[: 3 + case.bias]
+
+    judged = []
+    for _ in range(8):
+        tensors, scale = case.tensors(*shape, dtype), torch.rand(shape[0]).to(dtype) + 0.5
+        *layer, target, class_weight = tensors
+        goal = Target(target, class_weight, case.ignore_index, case.label_smoothing, shape[2])
+        own = scale if case.probabilities else scale.where(goal.kept(), 0)
+        budget = 4 * shape[2] * dtype.itemsize
+        arguments, needs = (*layer, goal, own), (True, True, case.bias)
+        (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*arguments, needs, budget)
+        expected = losses(onednn.linear_cross_entropy(*layer, goal, budget), goal)
+        torch.testing.assert_close((loss, *saved), expected)
+        judged.append(((loss, *(gradient for gradient in gradients if gradient is not None)), (*tensors, scale)))
+        for number in range(2 + case.bias):
+            only = tuple(place == number for place in range(3))
+            some = onednn.linear_cross_entropy_with_gradients(*arguments, only, budget)[1]
+            assert [gradient is not None for gradient in some] == list(only)
+            assert torch.equal(some[number], gradients[number])
+    assert_as_accurate_as_torch(reference, *judged)
+
+
 @WAYS
 @every_case
 def test_one_class(case: Case, way: Any) -> None:

@@ -1,0 +1,81 @@
+"""Linear + cross-entropy: what is allocated, and whose the gradients are that the forward pass makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import no_fallback
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastops
+import fastops.functional as FF
+from fastops.kernels import linear, linear_cross_entropy
+from fastops.nn import LinearCrossEntropyOptions
+
+pytestmark = no_fallback
+
+
+class Largest(TorchDispatchMode):
+    """Finds how many elements the largest storage has that any op returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def largest(rows: int, classes: int, features: int, options: LinearCrossEntropyOptions | None, **keywords: Any) -> int:
+    input, weight = torch.ones(rows, features), torch.zeros(classes, features)
+    target = torch.zeros(rows, dtype=torch.int64)
+    input.requires_grad_(), weight.requires_grad_()
+    with Largest() as mode:
+        loss = FF.linear_cross_entropy(input, weight, target, options=options, **keywords)
+        torch.autograd.grad(loss.sum(), (input, weight))
+    return mode.elements
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_kernels_never_have_all_logits(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10^8 of them; kernels launch nothing here."""
+    for module in (linear, linear_cross_entropy):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    with fastops.backend("triton"):
+        assert largest(10**4, 10**4, 2, None, reduction=reduction) <= (32 << 20) // 4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("budget", [4 * 64 * 500, 4000])
+def test_products_never_have_all_logits(budget: int, reduction: str) -> None:
+    options = LinearCrossEntropyOptions(memory_budget=budget)
+    with fastops.backend("onednn"):
+        assert largest(1000, 500, 3, options, reduction=reduction) <= max(budget // 4, 3000)
+
+
+def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
+    """What a caller does to gradients changes nothing while the graph is kept; the last ones need no copy."""
+    input, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((70, 4), (30, 4), (30,)))
+    target = torch.randint(30, (70,))
+    variables = (input, weight, bias)
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(*variables), target), variables)
+    with fastops.backend("onednn"):
+        loss = FF.linear_cross_entropy(input, weight, target, linear_bias=bias)
+        for factor in (3.0, 1.0, -2.0):
+            found = torch.autograd.grad(loss, variables, torch.tensor(factor), retain_graph=True)
+            torch.testing.assert_close(found, [factor * gradient for gradient in expected])
+            for gradient in found:
+                gradient.zero_()
+        created = torch.autograd.grad(loss, variables, create_graph=True)
+        torch.testing.assert_close(created, expected)
+        assert all(gradient.requires_grad for gradient in created)
+        loss.backward(torch.tensor(0.5))
+    torch.testing.assert_close([v.grad for v in variables], [0.5 * gradient for gradient in expected])

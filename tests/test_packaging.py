@@ -49,6 +49,7 @@ expected = model(x)
 model.compile(backend="fastops", options={"compiler": "eager"})
 torch.testing.assert_close(model(x), expected)
 import fastops.compile
+import fastops.distributed
 assert len(fastops.compile.report().rows) == 2
 """
 
@@ -180,10 +181,10 @@ def test_reference_names_every_public_function_and_class() -> None:
             named.add(f"{module}.{name}")
     public = {
         f"{home.__name__}.{name}"
-        for home in (fastops, fastops.compile, fastops.functional, fastops.nn, fastops.models)
+        for home in (fastops, fastops.compile, fastops.distributed, fastops.functional, fastops.nn, fastops.models)
         for name, value in vars(home).items()
         if not name.startswith("_") and callable(value) and value.__module__.startswith("fastops")
-        if home not in (fastops.compile, fastops.functional) or value.__module__ == home.__name__
+        if home not in (fastops.compile, fastops.distributed, fastops.functional) or value.__module__ == home.__name__
     }
     assert named == public
 

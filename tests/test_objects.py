@@ -229,6 +229,23 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         needs = (True, True)
         yield "binary_cross_entropy_with_logits_backward", (a, a, target, *weights, "none", *needs, "triton")
     yield "binary_cross_entropy_with_logits", (a, a, None, None, "mean", "triton")
+    probabilities = torch.rand(4, 2, 3).movedim(2, 1)
+    for way in ("triton", "onednn"):
+        for reduction, goal in (("none", torch.tensor([[0], [2], [1], [0]])), ("mean", probabilities)):
+            positions = goal.shape[-1]
+            layer = (a, torch.randn(3, 3 * positions).t(), torch.randn(3 * positions))
+            options = (reduction, -100, 0.1)
+            yield "linear_cross_entropy", (*layer, goal, torch.rand(3), *options, False, 64, True, True, True, way)
+            saved = (*torch.rand(3, 4, positions), torch.tensor(2.0), *torch.empty(3, 0))
+            grad = torch.rand(4, positions) if reduction == "none" else torch.tensor(3.0)
+            needs = (True, True, reduction == "none", goal.is_floating_point())
+            yield "linear_cross_entropy_backward", (grad, *layer, goal, None, *saved, *options, *needs, 64, way)
+    head = (a, torch.randn(3, 3).t(), torch.randn(3), torch.tensor([[0], [2], [1], [0]]), None)
+    for needs in ((True, True, True), (False, True, False)):
+        yield "linear_cross_entropy", (*head, "mean", -100, 0.1, False, 64, *needs, "onednn")
+        saved = (*torch.rand(3, 4, 1), torch.tensor(2.0), *(torch.rand(variable.shape) for variable in head[:3]))
+        options = ("mean", -100, 0.1, *needs, False, 64, "onednn")
+        yield "linear_cross_entropy_backward", (torch.tensor(3.0), *head, *saved, *options)
     images = torch.randn(2, 3, 4, 4)
     inputs = {
         "rows": (a, torch.tensor([0, 2, 1, 0])),

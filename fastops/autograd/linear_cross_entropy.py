@@ -127,11 +127,12 @@ class LinearCrossEntropy(Function):
         if grad_output is None:
             return (None,) * 14
         needs = ctx.needs_input_grad[:4]
-        made = ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors  # read once: a checkpoint hands them out no second time
+        made = saved[9:]
         if ops.has_made(made, needs) and may_overwrite(grad_output, *made):
             scaled = (part.mul_(grad_output) if need else None for part, need in zip(made, needs[:3], strict=True))
             return (*scaled, *(None,) * 11)
-        arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs, ctx.budget, ctx.backend)
+        arguments = (grad_output, *saved, *ctx.options, *needs, ctx.budget, ctx.backend)
         return (*gradients(LinearCrossEntropyBackward, needs, *arguments), *(None,) * 10)
 
     @staticmethod

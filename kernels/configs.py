@@ -49,18 +49,32 @@ _INTERPRETED_POSITIONS = 1024  # of a convolution, at a time
 
 
 def architecture(device: torch.device) -> str:
-    """Key of this device in the tables; a device that is not listed gets the nearest older entry of its vendor."""
+    """Key of this device in the tables."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return name if name in _HALF_PRECISION else "gfx90a"
+        return listed(name)
     if device.type != "cuda":
         return "sm80"
     major, minor = torch.cuda.get_device_capability(device)
-    capability = major * 10 + minor
-    listed = [int(name[2:]) for name in _HALF_PRECISION if name.startswith("sm")]
-    return f"sm{max((known for known in listed if known <= capability), default=75)}"
+    return listed(f"sm{major * 10 + minor}")
+
+
+def listed(name: str) -> str:
+    """The nearest entry of the tables that is no newer than GPU ``name`` and of its line, or the oldest of that line.
+
+    AMD has two lines, CDNA (gfx9..) and RDNA (gfx1...), with other matrix instructions and warps of another size.
+    """
+
+    def line_and_age(key: str) -> tuple[str, int, int]:
+        if key.startswith("sm"):
+            return "sm", 0, int(key[2:])
+        return "gfx", len(key), int(key[3:], 16)
+
+    *line, age = line_and_age(name)
+    older = {own: key for key in _HALF_PRECISION for *its, own in [line_and_age(key)] if its == line}
+    return older[max((own for own in older if own <= age), default=min(older))]
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -13,6 +13,7 @@ COMMANDS = {
     "verify": "check gradients and accuracy of every operation",
     "doctor": "show versions, devices and the backend of each operation",
     "bench": "time fastops against eager PyTorch",
+    "audit": "compile every kernel for GPUs that need not be here, and inspect it",
 }
 DEMO_EXTRA = {"matplotlib", "mlxtend", "rich", "torchvision"}
 

@@ -1,0 +1,295 @@
+"""Every launch that the launchers make: each kernel, dtype and entry of the tables, on shapes of all kinds.
+
+The launchers run on meta tensors and the launch is recorded instead, specialized as Triton does it: what is compiled is
+what would run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fastops import kernels
+from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, linear, mse
+
+from .machine_code import Request
+from .targets import TARGETS
+
+TRITON_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")
+
+
+class Launch(NamedTuple):
+    """One compilation, and what its machine code should show."""
+
+    op: str
+    request: Request
+    shape: str
+    wide: bool  # 128-bit accesses are possible
+    leading: bool = False  # a product of a shape that fills the GPU, with the first tile of its table
+
+    @property
+    def target(self) -> str:
+        """The architecture that it is for."""
+        return str(self.request["architecture"])
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel, without its module."""
+        return str(self.request["kernel"].split(":")[1])
+
+    @property
+    def dtype(self) -> str:
+        """Triton's name of what is computed with; "tf32" if float32 is rounded to it."""
+        precision = self.request["constants"].get("INPUT_PRECISION")
+        first = next(str(type_)[1:] for type_ in self.request["types"].values() if str(type_).startswith("*"))
+        return "tf32" if precision == "tf32" else first
+
+    @property
+    def product(self) -> bool:
+        """Whether it multiplies matrices."""
+        return "INPUT_PRECISION" in self.request["constants"]
+
+    @property
+    def config(self) -> str:
+        """Block sizes, warps and stages."""
+        constants = self.request["constants"]
+        sizes = "x".join(str(value) for name, value in constants.items() if name.startswith("BLOCK"))
+        stages = f" s{self.request['num_stages']}" if "num_stages" in self.request else ""
+        return f"{sizes} w{self.request.get('num_warps', 4)}{stages}"
+
+
+def recorded(
+    target: str, tile: configs.MatmulConfig | None, precision: str, launcher: Callable[..., Any], *arguments: Any
+) -> tuple[Any, list[Request]]:
+    """``launcher(*arguments)`` and the compilations it would ask for, with one tile for all products or the table's."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, grid: Any, *values: Any, **constants: Any) -> None:
+        launches.append((kernel.fn, values, constants))
+
+    replacements = {"launch": record, "input_precision": lambda *_: precision}
+    if tile is not None:
+        replacements["matmul_config"] = lambda *_: tile
+    with ExitStack() as stack:
+        for module in (
+            import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
+        ):
+            for name, replacement in replacements.items():
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, replacement))
+        stack.enter_context(patch.object(configs, "architecture", lambda _: configs.listed(target)))
+        stack.enter_context(patch.object(configs, "multiprocessors", lambda _: 100))
+        result = launcher(*arguments)
+    return result, [_request(target, *launch) for launch in launches]
+
+
+def _request(target: str, function: Any, values: tuple[Any, ...], constants: dict[str, Any]) -> Request:
+    types: dict[str, str | list[str]] = {}
+    unaligned, fixed = [], dict(constants)
+    for name, value in zip(inspect.signature(function).parameters, values, strict=False):
+        if isinstance(value, Tensor):
+            types[name] = "*" + TRITON_NAMES[value.dtype]
+        elif isinstance(value, tuple):
+            types[name] = ["i32:1" if number == 1 else "i32" for number in value]
+        elif value == 1:
+            fixed[name] = 1
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            unaligned += [name] if value % 16 else []
+    options = {name: fixed.pop(name) for name in OPTIONS if name in fixed}
+    kernel = f"{function.__module__}:{function.__name__}"
+    return {
+        "kernel": kernel,
+        "architecture": target,
+        "types": types,
+        "constants": fixed,
+        "unaligned": unaligned,
+        **options,
+    }
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _half_dtypes(target: str) -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float16] if TARGETS[target].bfloat16 else [torch.float16]
+
+
+def _tables(target: str) -> Iterator[tuple[torch.dtype, str, Sequence[configs.MatmulConfig]]]:
+    """(dtype, precision, the tiles of its table) for every dtype of a matrix product."""
+    tf32 = target.startswith("sm") and TARGETS[target].matrix_units
+    pairs = [(dtype, "ieee") for dtype in (*_half_dtypes(target), torch.float32, torch.float64)]
+    for dtype, precision in [*pairs, (torch.float32, "tf32")] if tf32 else pairs:
+        yield dtype, precision, configs.matmul_candidates(configs.listed(target), dtype, precision)
+
+
+def linear_launches(target: str) -> Iterator[Launch]:
+    """Every tile of the tables and what is taken for odd sizes; backward with all of one 16-bit dtype."""
+    aligned, odd = (512, 784, 512), (509, 783, 511)
+    half = _half_dtypes(target)[0]
+    for dtype, precision, tiles in _tables(target):
+        for tile, shape in [*((tile, aligned) for tile in tiles), (None, odd)]:
+            M, K, N = shape
+            x, w, b, y = (_empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
+            _, forward = recorded(target, tile, precision, linear.linear, x, w, b, True)
+            requests = forward
+            if dtype is half or tile == tiles[0]:
+                requests += recorded(target, tile, precision, linear.linear_backward, y, x, w, y, True)[1]
+            for request in requests:
+                leading = tile == tiles[0] and dtype.itemsize == 2
+                yield Launch("linear", request, f"{M}x{K}x{N}", shape == aligned, leading)
+
+
+def conv_launches(target: str) -> Iterator[Launch]:
+    """Every tile of the tables, forward and backward; what is taken for few channels, odd ones, groups and volumes."""
+    body, stride_2 = (8, 256, (28, 28), 256, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
+    others = (
+        (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
+        (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
+        (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
+        (8, 64, (28, 28), 64, (3, 3), 2, 64),  # depthwise
+        (8, 64, (28, 28), 128, (3, 3), 1, 2),
+        (8, 64, (28, 28), 128, (3, 3), 1, 1),
+        (8, 512, (7, 7), 512, (3, 3), 1, 1),
+        (8, 64, (100,), 64, (5,), 2, 1),
+        (2, 32, (8, 14, 14), 64, (3, 3, 3), 2, 1),
+    )
+    half = _half_dtypes(target)[0]
+    for dtype, precision, tiles in _tables(target):
+        table: list[tuple[configs.MatmulConfig | None, tuple[Any, ...]]] = [(tile, body) for tile in tiles]
+        if dtype is half:
+            table += [*((tile, stride_2) for tile in tiles), *((None, shape) for shape in others)]
+        for tile, shape in table:
+            N, C, size, out, kernel, stride, groups = shape
+            n = len(size)
+            x, w, b = (_empty(*sizes, dtype=dtype) for sizes in ((N, C, *size), (out, C // groups, *kernel), (out,)))
+            options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, groups
+            contiguous = torch.contiguous_format
+            y, forward = recorded(target, tile, precision, conv.conv, x, w, b, *options, True, contiguous)
+            arguments = (y, x, w, y, x.shape, w.shape, *options, True, contiguous)
+            backward = recorded(target, tile, precision, conv.conv_backward, *arguments)[1]
+            for request in (*forward, *backward):
+                name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride}"
+                launch = Launch("conv", request, name + (f" groups {groups}" if groups > 1 else ""), False)
+                even = C // groups % 8 == 0 and out // groups % 8 == 0
+                wide = launch.product and dtype.itemsize == 2 and even
+                yield launch._replace(wide=wide, leading=tile == tiles[0] and shape == body and dtype.itemsize == 2)
+
+
+def _loss_launches(target: str, op: str, shape: str, launcher: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    result, requests = recorded(target, None, "ieee", launcher, *arguments)
+    return result, [Launch(op, request, shape, _fills_128_bits(request)) for request in requests]
+
+
+def mse_launches(target: str) -> Iterator[Launch]:
+    """Each dtype with a mean, and one without reduction; aligned sizes and odd ones."""
+    half = _half_dtypes(target)
+    for dtype, reduction, size in [
+        *((dtype, "mean", 512 * 2048) for dtype in (*half, torch.float32, torch.float64)),
+        (half[0], "none", 512 * 2048),
+        (half[0], "mean", 509 * 2047),
+    ]:
+        a, shape = _empty(size, dtype=dtype), f"{size} {reduction}"
+        loss, forward = _loss_launches(target, "mse_loss", shape, mse.mse_loss, a, a, reduction)
+        yield from forward
+        arguments = (loss, a, a, reduction, True, True)
+        yield from _loss_launches(target, "mse_loss", shape, mse.mse_loss_backward, *arguments)[1]
+
+
+def add_relu_launches(target: str) -> Iterator[Launch]:
+    """Each dtype; aligned sizes and odd ones."""
+    half = _half_dtypes(target)
+    dtypes = (*half, torch.float32, torch.float64)
+    for dtype, size in [*((dtype, 512 * 2048) for dtype in dtypes), (half[0], 509 * 2047)]:
+        a = _empty(size, dtype=dtype)
+        result, forward = _loss_launches(target, "add_relu", str(size), add_relu.add_relu, a, a)
+        yield from forward
+        yield from _loss_launches(target, "add_relu", str(size), add_relu.add_relu_backward, a, result)[1]
+
+
+def bce_launches(target: str) -> Iterator[Launch]:
+    """Each dtype, with one weight for each element and one for each column."""
+    half = _half_dtypes(target)
+    op = "binary_cross_entropy_with_logits"
+    for dtype in (*half, torch.float32, torch.float64):
+        a = _empty(512, 2048, dtype=dtype)
+        arguments: tuple[Any, ...] = (a, a, a, a[0], "mean")
+        loss, forward = _loss_launches(target, op, "512x2048", bce.bce, *arguments)
+        yield from forward
+        yield from _loss_launches(target, op, "512x2048", bce.bce_backward, loss, *arguments, True, True)[1]
+
+
+def cross_entropy_launches(target: str) -> Iterator[Launch]:
+    """Few classes, many, probabilities, images, and odd numbers of classes."""
+    half = _half_dtypes(target)
+    for dtype, sizes, probabilities in (
+        (half[0], (4096, 16, 1), False),
+        (half[0], (4096, 1024, 1), True),
+        (half[0], (4096, 32000, 1), False),
+        (half[0], (4096, 50257, 1), False),
+        (half[0], (8, 16, 4096), False),
+        (half[-1], (4096, 1024, 1), False),
+        (torch.float32, (4096, 1024, 1), False),
+        (torch.float64, (4096, 1024, 1), True),
+    ):
+        N, classes, positions = sizes
+        logits = _empty(*sizes, dtype=dtype)
+        truth = logits if probabilities else _empty(N, positions, dtype=torch.int64)
+        weight = _empty(classes, dtype=dtype) if probabilities else None
+        common, options = (logits, truth, weight), ("mean", -100, 0.1 if probabilities else 0.0)
+        shape = f"{N}x{classes}x{positions} {'probabilities' if probabilities else 'indices'}"
+        (loss, *saved), forward = _loss_launches(
+            target, "cross_entropy", shape, cross_entropy.cross_entropy, *common, *options
+        )
+        yield from forward
+        arguments = (loss, *common, *saved, *options, True, probabilities)
+        yield from _loss_launches(target, "cross_entropy", shape, cross_entropy.cross_entropy_backward, *arguments)[1]
+
+
+def _fills_128_bits(request: Request) -> bool:
+    """Whether rows are aligned and a tile holds 16 bytes of the input or more for every thread.
+
+    A sum of partial sums reads too little.
+    """
+    constants, element = request["constants"], request["types"].get("input_ptr")
+    alignments = [abs(constants[name]) for name in ("ALIGNMENT", "CLASSES_ALIGNMENT") if name in constants]
+    if element is None or min(alignments, default=16) < 8:
+        return False
+    elements = constants.get("BLOCK", 1) * constants.get("BLOCK_ROWS", 1) * constants.get("BLOCK_CLASSES", 1)
+    threads = request["num_warps"] * TARGETS[request["architecture"]].warp_size
+    return bool(elements * (int(element[-2:]) // 8) >= 16 * threads)
+
+
+OPS: dict[str, Callable[[str], Iterator[Launch]]] = {
+    "linear": linear_launches,
+    "conv": conv_launches,
+    "add_relu": add_relu_launches,
+    "mse_loss": mse_launches,
+    "cross_entropy": cross_entropy_launches,
+    "binary_cross_entropy_with_logits": bce_launches,
+}
+
+
+def launches(target: str, ops: Sequence[str]) -> list[Launch]:
+    """The launches of some ops for one target, each compilation once."""
+    found: dict[str, Launch] = {}
+    for op in ops:
+        for launch in OPS[op](target):
+            found.setdefault(repr(launch.request), launch)
+    return list(found.values())

@@ -1,0 +1,117 @@
+"""`fastops audit` as its user meets it: rows, rules, exit status, JSON and assembly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastops
+from fastops.audit import launches, rules, targets
+from fastops.cli import main
+from fastops.kernels import configs
+
+ROOT = Path(fastops.__file__).parents[1]
+
+
+def first_product() -> launches.Launch:
+    return next(launches.linear_launches("sm80"))
+
+
+def test_in_an_installed_package(tmp_path: Path) -> None:
+    """From the package alone, in another folder and without the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = "audit --target gfx942 --op add_relu --jobs 1 --json found.json --dump code"
+    (tmp_path / "fastops").symlink_to(ROOT / "fastops")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastops", *command.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {"add_relu_kernel", "add_relu_backward_kernel"}
+    assert {row["dtype"] for row in rows} == {"fp64", "fp32", "bf16", "fp16"}
+    assert f"{len(rows)} compilations for gfx942" in done.stdout
+    dumped = list((tmp_path / "code").iterdir())
+    assert len(dumped) == len(rows)
+    assert all("s_endpgm" in file.read_text() for file in dumped)
+
+
+def with_tile(launch: launches.Launch, tile: configs.MatmulConfig) -> launches.Launch:
+    options = {name: value for name, value in tile._asdict().items() if name.startswith("num")}
+    blocks = {name: value for name, value in tile._asdict().items() if name.startswith("BLOCK")}
+    constants = launch.request["constants"] | blocks
+    return launch._replace(request=launch.request | {"constants": constants, **options})
+
+
+def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A crash of the compiler, an error and a broken rule are one row each; what follows is compiled as ever."""
+    (tmp_path / "crashes.py").write_text("import os\nos.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    good = first_product()
+    crash = good._replace(request=good.request | {"kernel": "crashes:kernel"})
+    error = good._replace(request=good.request | {"num_warps": 3})
+    too_large = with_tile(good, configs.MatmulConfig(128, 128, 128, 8, 4))
+    spilling = with_tile(good, configs.MatmulConfig(256, 256, 32, 4, 2))
+    monkeypatch.setitem(launches.OPS, "linear", lambda _: iter((crash, error, too_large, spilling, good)))
+    file, code = tmp_path / "audit.json", tmp_path / "code"
+    status = main(f"audit --target sm80 --op linear --jobs 1 --json {file} --dump {code}".split())
+    assert status == 1
+
+    *rows, row = json.loads(file.read_text())["rows"]
+    assert [next(iter(bad["broken"])) for bad in rows] == ["compile", "compile", "shared-memory", "spill"]
+    assert rows[0]["broken"]["compile"] == "the compiler crashed with exit status -6"
+    printed = capsys.readouterr().out
+    assert "compile: the compiler takes it: broken by 2" in printed
+    assert "shared-memory: a program's shared memory fits the card: broken by 1" in printed
+
+    assert row["target"] == "sm80" and row["kernel"] == "matmul_kernel" and row["dtype"] == "bf16"
+    assert row["broken"] == {}
+    assert 0 < row["shared_memory"] <= row["shared_memory_limit"] == 163 << 10
+    assert 0 < row["registers"] <= 255 and row["spilled_registers"] == 0
+    assert row["matrix_instructions"].keys() == {"HMMA"} and row["loop"]["matrix"] > 0
+    assert row["accesses"]["128"] > 0 and 0 < row["occupancy"] <= 1 and 0 < row["issue_bound"] <= 1
+    assert row["seconds"] > 0
+    assert len(list(code.iterdir())) == 3 and all("HMMA" in part.read_text() for part in code.iterdir())
+
+
+def test_every_rule_is_explained() -> None:
+    page = (ROOT / "docs" / "audit.md").read_text()
+    assert all(f"`{rule.name}`" in page for rule in rules.RULES)
+    assert all(target in page for target in targets.TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("sm70", "sm75"),
+        ("sm87", "sm86"),
+        ("sm89", "sm86"),
+        ("sm103", "sm100"),
+        ("sm121", "sm120"),
+        ("gfx908", "gfx90a"),
+        ("gfx940", "gfx90a"),
+        ("gfx942", "gfx942"),
+        ("gfx950", "gfx950"),
+        ("gfx1030", "gfx1100"),
+        ("gfx1201", "gfx1100"),
+    ],
+)
+def test_unlisted_gpu_takes_the_nearest_older_entry_of_its_line(name: str, entry: str) -> None:
+    assert configs.listed(name) == entry
+
+
+@pytest.mark.parametrize("words", ["--target sm42", "--op softmax", "--jobs 0"])
+def test_wrong_words(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["audit", *words.split()])
+    except SystemExit as exit_:
+        status = exit_.code  # type: ignore[assignment]
+    assert status == 2
+    assert words.split()[1] in capsys.readouterr().err

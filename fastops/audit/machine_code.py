@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeAlias
@@ -230,8 +232,10 @@ def _issue_bound(loop: list[str], architecture: str, warps: int, tile: tuple[int
 
 def _serve(connection: Connection[Any, Any]) -> None:
     """The life of a worker process: a request in, a `Machine` or a `Failure` out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
     os.environ.pop("TRITON_INTERPRET", None)
-    while (request := connection.recv()) is not None:
+    while True:
+        request = connection.recv()
         try:
             connection.send(compiled(**request))
         except Exception as error:
@@ -239,19 +243,18 @@ def _serve(connection: Connection[Any, Any]) -> None:
 
 
 class _Worker:
-    """A process that compiles, and a new one after it died or did not answer."""
+    """A process that compiles, and another one after it died or did not answer."""
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
+        self.process: SpawnProcess | None = None
 
     def answer(self, request: Request) -> Machine | Failure:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, other = context.Pipe()
+            self.process = context.Process(target=_serve, args=(other,), daemon=True)
+            self.process.start()
+            other.close()
         try:
             self.connection.send(request)
             if self.connection.poll(PATIENCE):
@@ -262,13 +265,14 @@ class _Worker:
             self.process.join()
             reason = f"the compiler crashed with exit status {self.process.exitcode}"
         self.stop()
-        self.start()
         return Failure(reason)
 
     def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
 
 
 def machine_code(requests: Sequence[Request], jobs: int) -> Iterator[Machine | Failure]:

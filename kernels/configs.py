@@ -31,8 +31,13 @@ _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
         MatmulConfig(64, 128, 64, 4, 4),
         MatmulConfig(64, 64, 64, 4, 4),
     ),
-    "sm86": (MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(128, 128, 32, 4, 4), MatmulConfig(64, 64, 64, 4, 3)),
-    "sm90": (MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(64, 128, 64, 4, 4), MatmulConfig(64, 64, 128, 4, 4)),
+    "sm86": (MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(64, 128, 64, 4, 3), MatmulConfig(64, 64, 64, 4, 3)),
+    "sm90": (
+        MatmulConfig(128, 256, 64, 8, 3),
+        MatmulConfig(128, 128, 64, 8, 3),
+        MatmulConfig(64, 128, 64, 4, 4),
+        MatmulConfig(64, 64, 128, 4, 4),
+    ),
     "sm100": (MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(64, 128, 64, 4, 3)),
     "sm120": (MatmulConfig(128, 128, 64, 8, 3), MatmulConfig(64, 128, 64, 4, 3), MatmulConfig(64, 64, 64, 4, 3)),
     "gfx942": (MatmulConfig(128, 128, 64, 8, 2), MatmulConfig(64, 64, 64, 4, 2)),
@@ -174,6 +179,8 @@ def conv_grad_weight_config(
     """Tile of a product [rows, positions] x [positions, taps x channels]: few tiles, as the positions are split."""
     candidates = matmul_candidates(architecture(device), dtype, precision)
     tile = candidates[0] if aligned else candidates[-1]._replace(num_warps=8)
+    # The second operand is gathered, at a dozen instructions for each address: the narrow side.
+    tile = tile._replace(BLOCK_M=max(tile[:2]), BLOCK_N=min(tile[:2]))
     if device.type == "cpu":
         tile = candidates[0]._replace(BLOCK_K=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
     block_m = _power_of_2_within(rows, tile.BLOCK_M)
@@ -189,8 +196,8 @@ def _warps(tile: MatmulConfig, elements: int) -> int:
 
 
 def register_limit(device: torch.device) -> dict[str, int]:
-    """Compiler options that let each thread have all registers: left alone, ptxas spills some on sm_100 at a third."""
-    return {"maxnreg": 255} if architecture(device) == "sm100" else {}
+    """Compiler options that let each thread have all registers: left alone, ptxas spills some on Blackwell early."""
+    return {"maxnreg": 255} if architecture(device) in ("sm100", "sm120") else {}
 
 
 def conv_splits(device: torch.device, tiles: int, steps: int, result: int, operands: int) -> int:

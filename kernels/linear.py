@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import MatmulConfig, matmul_config
+from .configs import MatmulConfig, matmul_config, register_limit
 from .launch import accumulator_dtype, input_precision, launch, reshaped
 
 
@@ -189,6 +189,7 @@ def matmul(
         EVEN_K=K % config.BLOCK_K == 0,
         GROUP_M=8,
         **config._asdict(),
+        **register_limit(a.device),
     )
     return c
 
@@ -269,6 +270,7 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
         ALIGNMENT_N=alignment(N, block_n),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        **register_limit(grad.device),
     )
     if not need_sum:
         return masked, None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastops
-from fastops.audit import launches, rules, targets
+from fastops.audit import launches, machine_code, rules, targets
 from fastops.cli import main
 from fastops.kernels import configs
 
@@ -79,6 +79,54 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert row["accesses"]["128"] > 0 and 0 < row["occupancy"] <= 1 and 0 < row["issue_bound"] <= 1
     assert row["seconds"] > 0
     assert len(list(code.iterdir())) == 3 and all("HMMA" in part.read_text() for part in code.iterdir())
+
+
+def test_main_loop_is_the_innermost_with_matrix_instructions() -> None:
+    nvidia = """
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/              @!P0 HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0060*/               @P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+    loop = machine_code._main_loop(machine_code._instructions(nvidia))
+    assert [text.split()[0] for text in loop] == ["HMMA.16816.F32.BF16", "IADD3", "BRA"]
+    amd = """
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v[4:5], off
+\tv_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+"""
+    loop = machine_code._main_loop(machine_code._instructions(amd))
+    assert [machine_code._kind(text) for text in loop] == ["global", "matrix", "other"]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "bits"),
+    [
+        ("LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", 128),
+        ("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", 128),
+        ("LDG.E.64 R4, desc[UR4][R2.64]", 64),
+        ("LDG.E R4, desc[UR4][R2.64]", 32),
+        ("STG.E.U16 desc[UR4][R2.64], R4", 16),
+        ("global_load_dwordx4 v[0:3], v[4:5], off", 128),
+        ("buffer_store_dwordx2 v[0:1], v2, s[0:3], 0", 64),
+        ("global_load_dword v0, v[4:5], off", 32),
+        ("global_load_ushort v0, v[4:5], off", 16),
+        ("global_load_b128 v[0:3], v[4:5], off", 128),
+        ("global_store_d16_hi_b16 v[4:5], v0, off", 16),
+        ("global_load_u8 v0, v[4:5], off", 8),
+    ],
+)
+def test_width_of_an_access(instruction: str, bits: int) -> None:
+    assert machine_code.GLOBAL.match(instruction)
+    assert machine_code._width(instruction) == bits
 
 
 def test_every_rule_is_explained() -> None:

@@ -163,22 +163,26 @@ def _spills(assembly: str, code: list[tuple[str, str]]) -> int:
 
 
 def _main_loop(code: list[tuple[str, str]]) -> list[str]:
-    """The instructions of the loop with the most matrix instructions, or accesses; the innermost of equal ones.
+    """The instructions of the innermost loop with the most matrix instructions; with accesses where there are none.
 
-    All of the program where there is no loop or it was unrolled: where none has a matrix instruction, but the program.
+    All of the program if it has no such loop: a loop of few turns is unrolled.
     """
-    labels = {label: place for place, (label, _) in enumerate(code) if label}
-    loops = []
-    for place, (_, text) in enumerate(code):
-        branch = re.match(r"(?:BRA\b|s_c?branch).*?(\.L\w+)", text)
-        if branch and labels.get(branch[1], place) + 1 < place:
-            loops.append([text for _, text in code[labels[branch[1]] : place + 1] if text])
     program = [text for _, text in code if text]
-    kinds = [Counter(map(_kind, loop)) for loop in [program, *loops]]
-    if not loops or kinds[0]["matrix"] > 0 == max(kind["matrix"] for kind in kinds[1:]):
-        return program
-    order = [(kind["matrix"], kind["global"], -kind.total()) for kind in kinds[1:]]
-    return loops[order.index(max(order))]
+    wanted = "matrix" if any(_kind(text) == "matrix" for text in program) else "global"
+    labels = {label: place for place, (label, _) in enumerate(code) if label}
+    loops: dict[tuple[int, int], list[str]] = {}
+    for end, (_, text) in enumerate(code):
+        branch = re.match(r"(?:BRA\b|s_c?branch).*?(\.L\w+)", text)
+        start = labels.get(branch[1], end) if branch else end
+        body = [text for _, text in code[start : end + 1] if text]
+        if start < end and any(_kind(text) == wanted for text in body):
+            loops[start, end] = body
+    innermost = [
+        body
+        for (start, end), body in loops.items()
+        if not any(start <= first and last <= end for first, last in loops if (first, last) != (start, end))
+    ]
+    return max(innermost, key=lambda body: sum(_kind(text) == wanted for text in body), default=program)
 
 
 def _kind(instruction: str) -> str:

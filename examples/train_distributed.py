@@ -35,6 +35,8 @@ def main() -> None:
 
     gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpus else "gloo")
     torch.manual_seed(0)
 

@@ -74,10 +74,10 @@ def network() -> nn.Module:
 
 def test_functional_call_of_an_ensemble(backend: str) -> None:
     """Many models at once, as torch's tutorial does it: stacked parameters, one vmap."""
-    models = [fastops.swap(network().requires_grad_(False)) for _ in range(3)]
+    models = [fastops.swap(network()) for _ in range(3)]
     for scale, model in enumerate(models, 1):
         for parameter in model.parameters():
-            parameter.mul_(scale)
+            parameter.data.mul_(scale)
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.randn(4, 3, dtype=FLOAT64)
 
@@ -85,7 +85,27 @@ def test_functional_call_of_an_ensemble(backend: str) -> None:
         return torch.func.functional_call(models[0], (parameters, buffers), (x,))
 
     found = torch.vmap(call, (0, 0, None))(parameters, buffers, x)
-    torch.testing.assert_close(found, torch.stack([fastops.unswap(model)(x) for model in models]))
+    gradients = torch.autograd.grad(found.square().sum(), list(parameters.values()))
+    expected = torch.stack([fastops.unswap(model)(x) for model in models])
+    torch.testing.assert_close(found, expected)
+    for gradient, *own in zip(gradients, *(model.parameters() for model in models), strict=True):
+        grads = torch.autograd.grad(expected.square().sum(), own, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.stack(grads))
+
+
+@one_case_per_op
+def test_gradient_of_vmap_for_one_argument(case: Case, backend: str) -> None:
+    """Trained through vmap with the others frozen: what their gradients would take is not saved, but is batched."""
+
+    def slope(function: Callable[..., Tensor], which: int) -> object:
+        tensors = [
+            torch.stack([t, -t, 2 * t]).requires_grad_(i == which)
+            for i, t in enumerate(case.tensors(requires_grad=False))
+        ]
+        return torch.autograd.grad(torch.vmap(function)(*tensors).square().sum(), tensors[which])
+
+    for which in range(len(case.shapes)):
+        torch.testing.assert_close(slope(case.ours, which), slope(case.torchs, which))
 
 
 def test_gradients_of_each_sample(backend: str) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastops import kernels
-from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, linear, mse
+from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, linear, linear_cross_entropy, mse
+from fastops.kernels.head import Target
 
 from .machine_code import Request
 from .targets import TARGETS
@@ -262,6 +263,28 @@ def cross_entropy_launches(target: str) -> Iterator[Launch]:
         yield from _loss_launches(target, "cross_entropy", shape, cross_entropy.cross_entropy_backward, *arguments)[1]
 
 
+def head_launches(target: str) -> Iterator[Launch]:
+    """The first tile of every table, class indices or all options of probabilities; aligned sizes and odd ones."""
+    half = _half_dtypes(target)[0]
+    aligned, odd = (512, 768, 1024), (509, 783, 1021)
+    for dtype, precision, _ in _tables(target):
+        cases = [(aligned, True), *([(aligned, False), (odd, False)] if dtype is half else [])]
+        for (M, K, N), dense in cases:
+            x, w, b = (_empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,)))
+            truth = _empty(M, N, dtype=dtype) if dense else _empty(M, dtype=torch.int64)
+            goal = Target(truth, b if dense else None, -100, 0.1 if dense else 0.0, N)
+            vector = _empty(M, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            saved, needs = (goal, vector, vector, vector), (True, True, True, dense)
+            for launcher, arguments in (
+                (linear_cross_entropy.linear_cross_entropy, (x, w, b, goal, 1 << 30)),
+                (linear_cross_entropy.linear_cross_entropy_backward, (vector, x, w, b, *saved, needs, 1 << 30)),
+            ):
+                for request in recorded(target, None, precision, launcher, *arguments)[1]:
+                    if request["kernel"].startswith(linear_cross_entropy.__name__):  # the products behind are linear's
+                        shape = f"{M}x{K}x{N} {'probabilities' if dense else 'indices'}"
+                        yield Launch("linear_cross_entropy", request, shape, M == 512)
+
+
 def _fills_128_bits(request: Request) -> bool:
     """Whether rows are aligned and a tile holds 16 bytes of the input or more for every thread.
 
@@ -283,6 +306,7 @@ OPS: dict[str, Callable[[str], Iterator[Launch]]] = {
     "mse_loss": mse_launches,
     "cross_entropy": cross_entropy_launches,
     "binary_cross_entropy_with_logits": bce_launches,
+    "linear_cross_entropy": head_launches,
 }
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..ops import conv as ops
 from ..ops.conv import is_channels_last
-from .function import Function, add, gradients
+from .function import Function, add, gradients, saved_for
 
 
 class _Options(NamedTuple):
@@ -182,7 +182,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, saved_output: Tenso
     ctx.constants = len(inputs) - 3
     ctx.channels_last = is_channels_last(input, weight)
     ctx.output_shape = output.shape
-    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    needs_input, needs_weight = saved_for(ctx)
     ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, saved_output)
     ctx.save_for_forward(input, weight, saved_output)
 

@@ -95,6 +95,14 @@ def may_overwrite(*tensors: Tensor) -> bool:
     )
 
 
+def saved_for(ctx: Any) -> tuple[bool, bool]:
+    """Whether to save what the gradients of the first two arguments take. torch's vmap needs all that jvp does."""
+    if torch._C._are_functorch_transforms_active():
+        return True, True
+    needs: tuple[bool, bool] = ctx.needs_input_grad[:2]
+    return needs
+
+
 def add(*terms: Tensor | None) -> Tensor | None:
     """Sum of the terms that are there."""
     total = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops import linear as ops
-from .function import Function, add, gradients, rows
+from .function import Function, add, gradients, rows, saved_for
 
 
 def _mask(grad: Tensor, output: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ def _jvp(ctx: Any, t_input: Tensor | None, t_weight: Tensor | None, t_bias: Tens
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     input, weight, _, ctx.backend = inputs
-    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    needs_input, needs_weight = saved_for(ctx)
     ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output)
     ctx.save_for_forward(input, weight, output)
 

@@ -208,7 +208,7 @@ class _NoSynchronisation(TorchDispatchMode):
 
 
 def _without_synchronisation(subject: Subject) -> list[Tensor]:
-    with _NoSynchronisation():
+    with _NoSynchronisation():  # type: ignore[no-untyped-call]
         return _gradients(subject)
 
 

@@ -108,6 +108,21 @@ def test_gradient_of_vmap_for_one_argument(case: Case, backend: str) -> None:
         torch.testing.assert_close(slope(case.ours, which), slope(case.torchs, which))
 
 
+@one_case_per_op
+def test_batched_gradients_keep_their_graph(case: Case, backend: str) -> None:
+    """torch drops the graph of a Function whose backward runs for a batch of gradients."""
+
+    def penalty(function: Callable[..., Tensor]) -> list[Tensor]:
+        tensors = case.tensors()
+        result = function(*tensors).square()
+        directions = torch.stack([torch.ones_like(result), torch.full_like(result, 2)])
+        options = {"is_grads_batched": True, "create_graph": True}
+        gradients = torch.autograd.grad(result, tensors, directions, **options)
+        return [*gradients, *torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)]
+
+    torch.testing.assert_close(penalty(case.ours), penalty(case.torchs))
+
+
 def test_gradients_of_each_sample(backend: str) -> None:
     model, plain = fastops.swap(network()), network()
     x, target = torch.randn(6, 3, dtype=FLOAT64), torch.tensor([0, 1, 1, 0, 1, 0])

@@ -61,6 +61,7 @@ _IDLE: Final = (
     (_BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
     _BACKEND_SELECT.raw_repr(),
 )
+_VMAP_MODE: Final = torch._C._dispatch_key_parse("VmapMode")
 _PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
 # By name: a lookup through modules at each call adds up.
 _include_set: Final = torch._C._dispatch_tls_local_include_set
@@ -79,9 +80,38 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     return function.compute(arguments)
 
 
+class _Context:
+    """What `setup_context` and `jvp` need of a ctx."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *_: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, _: bool) -> None: ...
+
+
+def _batched_and_recorded() -> bool:
+    """Whether `torch.autograd.grad` runs a backward for a batch of gradients, and is to record it.
+
+    Its vmap, older than torch.func's, drops the graph of a Function.
+    """
+    return _is_grad_enabled() and _include_set().has(_VMAP_MODE)
+
+
 def gradients(function: type[Function], needs: tuple[bool, ...], *arguments: Any) -> tuple[Tensor | None, ...]:
-    """What a backward returns: ``function``'s results where they are needed."""
-    results = apply(function, *arguments)
+    """What a backward returns: ``function``'s results where they are needed.
+
+    They are linear in the first argument, the gradient of the output: so its jvp along that is the same in plain torch.
+    """
+    if _batched_and_recorded():
+        ctx = _Context()
+        function.setup_context(ctx, arguments, None)
+        results = function.jvp(ctx, arguments[0], *(None,) * (len(arguments) - 1))
+    else:
+        results = apply(function, *arguments)
     return tuple(gradient if needed else None for gradient, needed in zip(results, needs, strict=True))
 
 

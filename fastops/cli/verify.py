@@ -423,8 +423,8 @@ def run(args: argparse.Namespace) -> int:
 def _run_in_interpreter(args: argparse.Namespace) -> int:
     """The same command in a process whose Triton kernels are interpreted: that is decided when they are imported."""
     print("no GPU here: the same kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)", flush=True)
-    words = ["--device", "cpu", *(["--op", *args.op] if args.op else []), *(["--matrix"] if args.matrix else [])]
-    words += ["--backend", args.backend] if args.backend else []
+    words = [*(["--backend", args.backend] if args.backend else []), "--device", "cpu"]
+    words += [*(["--op", *args.op] if args.op else []), *(["--matrix"] if args.matrix else [])]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run([sys.executable, "-m", "fastops", "verify", *words], env=environment).returncode
 

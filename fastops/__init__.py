@@ -6,10 +6,13 @@ from . import compile, functional, nn
 from .dispatch import backend, explain
 from .ops import FallbackWarning
 from .swap import Report, report, swap, unswap
+from .tuning import Choice, Tuning, tune
 
 __all__ = [
+    "Choice",
     "FallbackWarning",
     "Report",
+    "Tuning",
     "__version__",
     "backend",
     "compile",
@@ -18,5 +21,6 @@ __all__ = [
     "nn",
     "report",
     "swap",
+    "tune",
     "unswap",
 ]

@@ -1,16 +1,17 @@
 """Decides, for every call of `fastops.functional`, which way it goes: Triton kernels, oneDNN, or the torch expression.
 
 A decision reads devices, dtypes and shapes, never values and never a clock: the same call goes the same way in every
-run. Arguments without a kernel, and wrong ones too, take the torch expression: so every feature and every error
-message is torch's own.
+run, by a rule or as `fastops.tune` once found faster. Arguments without a kernel, and wrong ones too, take the torch
+expression: so every feature and every error message is torch's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import LinearCrossEntropyOptions
 
+from . import winners
 from .kernels import head
 from .kernels.geometry import conv_output_size
 
@@ -147,6 +149,44 @@ def autocast_to(dtype: torch.dtype, value: Any) -> Any:
     return value.to(dtype) if eligible else value
 
 
+# What was measured ----------------------------------------------------------------------------------------------------
+
+tuned = winners.anything()  # or `fastops.tune` ran in this process
+_asked: list[winners.Key] | None = None
+
+
+@contextlib.contextmanager
+def by_the_rule() -> Iterator[list[winners.Key]]:
+    """What was measured does not count inside; what would have been looked for is in the list."""
+    global tuned, _asked
+    outer = tuned, _asked
+    tuned, _asked = True, []
+    try:
+        yield _asked
+    finally:
+        tuned, _asked = outer
+
+
+def _measured(
+    op: str, unfit: Callable[[], str | None], tensors: tuple[Tensor | None, ...], *options: Any
+) -> Explanation | None:
+    """The way that won when this call was measured, if it was and can still be gone."""
+    first = tensors[0]
+    if _selected != "auto" or not isinstance(first, Tensor) or first.is_meta or torch.compiler.is_compiling():
+        return None
+    if not all(
+        tensor is None or (type(tensor) in _PLAIN[:2] and tensor.layout is torch.strided and not tensor.is_nested)
+        for tensor in tensors
+    ):
+        return None
+    key = winners.key(op, tensors, options)
+    if _asked is not None:
+        _asked.append(key)
+        return None
+    way = winners.of(first.device).get(key)
+    return None if way is None or (way != "torch" and unfit() is not None) else _MEASURED[way]
+
+
 # The rule -------------------------------------------------------------------------------------------------------------
 
 _SELECTED_TORCH = Explanation("torch", "backend 'torch' is selected")
@@ -158,6 +198,7 @@ _ATEN_IS_ONEDNN = Explanation("torch", "ATen's convolution on a CPU is oneDNN's 
 _NO_PRODUCT = Explanation("torch", "there is no product here that oneDNN could take")
 _BUDGET_HOLDS = Explanation("onednn", "all logits at once would exceed the memory budget")
 _LOGITS_FIT = Explanation("torch", "all logits fit into the memory budget at once")
+_MEASURED: Final = {way: Explanation(way, "fastops.tune measured it the fastest here") for way in winners.WAYS}
 _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
@@ -257,6 +298,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
         return _SELECTED_TORCH
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return _NO_TENSOR
+    if tuned:
+        tensors = (input, weight, bias)
+        if (measured := _measured("linear", lambda: _unfit_linear(*tensors), tensors)) is not None:
+            return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         if _onednn_from is None or input.numel() * weight.shape[:1].numel() < _onednn_from:
             return _ATEN_IS_FASTER
@@ -353,6 +398,11 @@ def conv(
         return _SELECTED_TORCH
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         return _NO_TENSOR
+    if tuned:
+        tensors, options = (input, weight, bias), (stride, padding, dilation, groups)
+        measured = _measured("conv", lambda: _unfit_conv(dimensions, *tensors, *options), tensors, dimensions, *options)
+        if measured is not None:
+            return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         return _ATEN_IS_ONEDNN
     if _selected != "onednn":
@@ -367,13 +417,15 @@ def conv(
     return _ONEDNN_SELECTED if _selected == "onednn" else _TRITON
 
 
-def _without_product(input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
+def _without_product(op: str, input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
     if _selected == "torch":
         return _SELECTED_TORCH
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         return _NO_TENSOR
     if _selected == "onednn":
         return _NO_PRODUCT
+    if tuned and (measured := _measured(op, unfit, (input, target))) is not None:
+        return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         return _ATEN_IS_FASTER
     no_triton = _triton_applies(input)
@@ -391,7 +443,7 @@ def add_relu(input: Tensor, other: Tensor) -> Explanation:
             return "the shapes differ"
         return _unfit(input, other)
 
-    return _without_product(input, other, unfit)
+    return _without_product("add_relu", input, other, unfit)
 
 
 def mse_loss(
@@ -413,7 +465,7 @@ def mse_loss(
             return f"{reduction!r} is no reduction"
         return _unfit(input, target)
 
-    return _without_product(input, target, unfit)
+    return _without_product("mse_loss", input, target, unfit)
 
 
 def cross_entropy(
@@ -455,7 +507,7 @@ def cross_entropy(
             return "label_smoothing is not a number from 0 to 1"
         return None
 
-    return _without_product(input, target, unfit)
+    return _without_product("cross_entropy", input, target, unfit)
 
 
 def binary_cross_entropy_with_logits(
@@ -489,7 +541,7 @@ def binary_cross_entropy_with_logits(
                 return "a weight may be differentiated"
         return None
 
-    return _without_product(input, target, unfit)
+    return _without_product("binary_cross_entropy_with_logits", input, target, unfit)
 
 
 def logits_budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
@@ -576,6 +628,10 @@ def linear_cross_entropy(
     unfit = _unfit_linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
     )
+    if tuned and unfit is None:
+        tensors, budget = (input, linear_weight, target), logits_budget(input, linear_weight, options)
+        if (measured := _measured("linear_cross_entropy", lambda: None, tensors, budget)) is not None:
+            return measured
     if unfit is None and on_cpu and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN products are for float32 on the CPU"
     if unfit is not None:

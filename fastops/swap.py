@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from .fuse import (
 )
 from .ops.conv import is_channels_last
 from .trace import LeftAlone
+from .tuning import calls_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -210,8 +211,13 @@ class Report:
         return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows", *self.notes])
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example_input: Any = None) -> Report:
     """What is swapped and fused in ``model`` now, and why the rest is not. Swapped or not, ``model`` is only looked at.
+
+    Args:
+        model: any module.
+        example_input: what the model is called with, one argument or a tuple of several: then it is called once, its
+            buffers and the random state are put back, and the notes say which way each fastops call went and why.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -249,7 +255,12 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, nn.ReLU) and path not in relus:
             rows.append(Row(path or "(model)", "ReLU", "not fused: no traced forward calls it", False, _RELUS))
         rows += relus.get(path, [])
-    return Report(tuple(rows), (_CHANNELS_LAST,) if any(map(_is_channels_last, modules.values())) else ())
+    notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
+    if example_input is not None:
+        words = example_input if isinstance(example_input, tuple) else (example_input,)
+        ways = Counter(f"{call.name} {call.shapes}: {call.way()}" for call in calls_of(model, words))
+        notes += [f"{way} ({times} times)" if times > 1 else way for way, times in ways.items()]
+    return Report(tuple(rows), tuple(notes))
 
 
 _CHANNELS_LAST: Final = (

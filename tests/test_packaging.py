@@ -28,6 +28,7 @@ TRAIN_ONE_STEP = """
 import torch
 from torch import nn
 import fastops
+import fastops.distributed
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))

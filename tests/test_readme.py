@@ -52,9 +52,9 @@ def test_pages_have_both_kinds() -> None:
 
 @pytest.mark.parametrize(("page", "block"), blocks("python"), ids=lambda value: value[:20] if "." in value else "")
 def test_python_block(page: str, block: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    own = environment() | {"FASTOPS_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, "-W", "error", "-c", block]
+    done = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, text=True)
     assert done.returncode == 0, f"{page}: {done.stderr}"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,19 @@ def or_empty(like: Tensor, gradient: Tensor | None) -> Tensor:
 
 
 _warned: set[tuple[str, torch.device]] = set()
+
+
+@contextlib.contextmanager
+def failures_raised() -> Iterator[None]:
+    """A kernel that fails raises its `FallbackWarning` inside, whether it was given before or not."""
+    before = _warned.copy()
+    _warned.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FallbackWarning)
+            yield
+    finally:
+        _warned.update(before)
 
 
 def run_kernel(op: str, kernel: Callable[..., Any], torch_expression: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,0 +1,273 @@
+"""`fastops.tune`: measure the ways of every call that a model makes, here and now, and remember which won."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from . import dispatch, functional, winners
+from .ops.registry import FallbackWarning, failures_raised
+
+Timer = Callable[[Callable[[], object]], float]
+
+TURNS: Final = 5
+LEAST_GAIN: Final = 0.02  # of the rule's time: less is noise, and no reason to leave the rule
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One call of the model and the seconds that it takes each way, with its backward pass where ``gradients`` is true.
+
+    ``way`` is the fastest, or the one that the rule takes where no other is clearly faster.
+    """
+
+    op: str
+    shapes: str
+    gradients: bool
+    seconds: dict[str, float]
+    way: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` found. ``str(tuning)`` is a table.
+
+    ``memory_format`` is the faster one of the whole model, given to ``fastops.swap(model, memory_format=..)``; None
+    where there is no convolution in two dimensions. ``path`` is the file that keeps the choices; None if none could be
+    written.
+    """
+
+    choices: tuple[Choice, ...]
+    memory_format: torch.memory_format | None
+    format_seconds: dict[torch.memory_format, float]
+    path: Path | None
+
+    def __str__(self) -> str:
+        lines = []
+        for choice in self.choices:
+            times = "  ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in choice.seconds.items())
+            direction = "forward+backward" if choice.gradients else "forward"
+            lines.append(f"{choice.op} {choice.shapes}, {direction}: {choice.way}  ({times})")
+        for memory_format, seconds in self.format_seconds.items():
+            lines.append(f"whole model, {str(memory_format).removeprefix('torch.')}: {1e3 * seconds:.2f} ms")
+        lines.append("kept nowhere" if self.path is None else f"kept in {self.path}")
+        return "\n".join(lines)
+
+
+def tune(model: nn.Module, example_input: Any, *, timer: Timer | None = None) -> Tuning:
+    """Measure each call of a swapped model every way that it can go, and let the fastest be taken from now on.
+
+    Which calls and shapes there are shows one run of ``model(example_input)``. Each is timed with and without its
+    backward pass, in turns: Triton's kernels against the vendor's library (through ATen) on a GPU, oneDNN against ATen
+    on a CPU. The winners are kept in the user's cache folder (``FASTOPS_CACHE_DIR`` names another) for this device and
+    these versions of torch, Triton and fastops; later processes read them there. Another batch size is another shape,
+    and goes by the rule until it is tuned too. Inside ``torch.compile`` the rule is taken.
+
+    The model is left as it is: parameters, gradients, buffers, mode and random state. A model with convolutions in two
+    dimensions is also timed as a whole in both memory formats, on a copy.
+
+    Args:
+        model: on the device to tune for; swapped, or nothing is measured.
+        example_input: what the model is called with: one argument, or a tuple of several.
+        timer: gives the seconds that a callable takes; the default looks at the clock and waits for the GPU.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        RuntimeError: if another backend than ``"auto"`` is selected, or where the call of the model raises one.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tune expects a torch.nn.Module, not {type(model).__name__}")
+    if dispatch.selected_backend() != "auto":
+        raise RuntimeError(f"backend {dispatch.selected_backend()!r} is selected: tune measures what 'auto' chooses")
+    timer = timer or _seconds
+    words = example_input if isinstance(example_input, tuple) else (example_input,)
+    formats = _formats(model)
+    calls = [call for one in formats.values() or [model] for call in calls_of(one, words)]
+    choices, won = [], dict[torch.device, dict[winners.Key, str]]()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for (key, usual), alike in _grouped(calls).items():
+                choices.append(_choose(alike, usual, timer))
+                won.setdefault(alike[0].device, {})[key] = choices[-1].way
+    files = [winners.add(device, ways) for device, ways in won.items()]
+    dispatch.tuned = dispatch.tuned or bool(won)
+    seconds = _time_formats(formats, words, timer)
+    fastest = min(seconds, key=lambda memory_format: seconds[memory_format], default=None)
+    return Tuning(tuple(choices), fastest, seconds, files[0] if files else None)
+
+
+class Call:
+    """A call of `fastops.functional` that a model made, to be made again on the same memory."""
+
+    def __init__(self, function: Callable[..., Tensor], words: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.name = function.__name__
+        self._function = function
+        self._words = tuple(map(_detached, words))
+        self._options = {name: _detached(value) for name, value in options.items()}
+        self._tensors = [value for value in (*self._words, *self._options.values()) if isinstance(value, Tensor)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._tensors[0].device
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of its tensors."""
+        return " ".join("x".join(map(str, tensor.shape)) or "()" for tensor in self._tensors)
+
+    def way(self) -> dispatch.Explanation:
+        """The way that it goes now, where gradients are recorded or not as they are now."""
+        return dispatch.explain(self.name, *self._words, **self._options)
+
+    def can_go(self, way: str) -> bool:
+        """Whether the backend ``way`` would take it."""
+        try:
+            with dispatch.backend(way):
+                return self.way().backend == way
+        except RuntimeError:  # Triton cannot run here
+            return False
+
+    def run(self) -> None:
+        """Make the call, and its backward pass where gradients are recorded."""
+        output = self._function(*self._words, **self._options)
+        if output.requires_grad:
+            leaves = [tensor for tensor in self._tensors if tensor.requires_grad]
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, words: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        if getattr(function, "__module__", "") == functional.__name__:
+            self.calls.append(Call(function, words, options))
+        return function(*words, **options)
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random state back afterwards."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    kind = accelerators[0].type if accelerators else "cuda"
+    try:
+        with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def calls_of(model: nn.Module, words: tuple[Any, ...]) -> list[Call]:
+    """The calls of `fastops.functional` in one run of ``model(*words)``, which leaves the model as it is."""
+    with _kept(model), torch.enable_grad(), _Recorder() as recorder:
+        model(*words)
+    return recorder.calls
+
+
+def _grouped(calls: list[Call]) -> dict[tuple[winners.Key, str], list[Call]]:
+    """The calls that no decision can tell apart, by what it can tell and the way that the rule takes."""
+    groups: dict[tuple[winners.Key, str], list[Call]] = {}
+    for call in calls:
+        with dispatch.by_the_rule() as keys:
+            usual = call.way().backend
+        if keys and keys[0][1] == torch.is_grad_enabled():  # else it has no backward pass
+            groups.setdefault((keys[0], usual), []).append(call)
+    return groups
+
+
+def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:
+    """Time calls that no decision can tell apart, each way in turns."""
+
+    def run() -> None:
+        for call in calls:
+            call.run()
+
+    times = {way: list[float]() for way in winners.WAYS if calls[0].can_go(way)}
+    with failures_raised():
+        for turn in range(TURNS):
+            for way in list(times)[:: 1 if turn % 2 == 0 else -1]:
+                try:
+                    with dispatch.backend(way):
+                        times[way].append(timer(run))
+                except FallbackWarning:  # this kernel does not compile here
+                    del times[way]
+    seconds = {way: min(own) for way, own in times.items()}  # other programs only add to it
+    best = min(seconds, key=lambda way: seconds[way])
+    if seconds[best] > (1 - LEAST_GAIN) * seconds.get(usual, float("inf")):
+        best = usual
+    return Choice(calls[0].name, calls[0].shapes, torch.is_grad_enabled(), seconds, best)
+
+
+def _formats(model: nn.Module) -> dict[torch.memory_format, nn.Module]:
+    """The model in both memory formats, where it matters: copies, but for the one that the model is in."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return {}
+    channels_last = any(isinstance(m, nn.Conv2d) and not m.weight.is_contiguous() for m in model.modules())
+    formats = (torch.contiguous_format, torch.channels_last)
+    own = formats[channels_last]
+    return {
+        memory_format: model if memory_format is own else copy.deepcopy(model).to(memory_format=memory_format)
+        for memory_format in formats
+    }
+
+
+def _time_formats(
+    formats: dict[torch.memory_format, nn.Module], words: tuple[Any, ...], timer: Timer
+) -> dict[torch.memory_format, float]:
+    """Seconds of a step of each: forward, and backward where the model trains."""
+
+    def step(model: nn.Module) -> None:
+        with torch.set_grad_enabled(model.training):
+            outputs = [leaf for leaf in tree_leaves(model(*words)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if outputs:
+                leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)), allow_unused=True)
+
+    times = {memory_format: list[float]() for memory_format in formats}
+    for turn in range(TURNS):
+        for memory_format in list(formats)[:: 1 if turn % 2 == 0 else -1]:
+            with _kept(formats[memory_format]):
+                times[memory_format].append(timer(partial(step, formats[memory_format])))
+    return {memory_format: min(own) for memory_format, own in times.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call, over as many as take a hundredth of a second."""
+    gpu = torch.accelerator.is_available()
+    calls = 1
+    while True:
+        if gpu:
+            torch.accelerator.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if gpu:
+            torch.accelerator.synchronize()
+        took = time.perf_counter() - start
+        if took > 0.01:
+            return took / calls
+        calls *= 2

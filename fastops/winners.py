@@ -1,0 +1,116 @@
+"""What `fastops.tune` measured: which way won each call, kept on disk for one device and one set of versions.
+
+A call is known by its op, whether gradients are recorded, dtype, shapes, strides and options. Nothing is read until
+something was once tuned for this user, and then once for each device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Key = tuple[Any, ...]
+Winners = dict[Key, str]
+
+WAYS = ("triton", "onednn", "torch")
+
+
+def folder() -> Path:
+    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder."""
+    own = os.environ.get("FASTOPS_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastops"
+
+
+def anything() -> bool:
+    """Whether this user ever tuned."""
+    return any(folder().glob("*.json"))
+
+
+def key(op: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Key:
+    """What decides how long a call takes, as far as a decision may look."""
+    first = tensors[0]
+    assert first is not None
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    layouts = tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+    return op, recorded, str(first.dtype), layouts, _tuples(options)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
+    for package in ("torch-fastops", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cpu":
+        name = torch.cpu.get_capabilities()["cpu_name"] if hasattr(torch.cpu, "get_capabilities") else "CPU"
+        return f"{name}, {torch.get_num_threads()} threads"
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def path(device: torch.device) -> Path:
+    """The file for this device and these versions."""
+    name = _device(device)
+    digest = sha256(json.dumps([name, _versions()]).encode()).hexdigest()[:8]
+    return folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{digest}.json"
+
+
+@functools.cache
+def of(device: torch.device) -> Winners:
+    """The winners on this device, read at the first call; `add` changes the dict that everybody has."""
+    return _read(path(device))
+
+
+def _read(file: Path) -> Winners:
+    try:
+        entries = json.loads(file.read_text())["winners"]
+        return {_tuples(entry["call"]): WAYS[WAYS.index(entry["way"])] for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file} is damaged and counts for nothing until fastops.tune mends it: {error!r}", stacklevel=2)
+        return {}
+
+
+def add(device: torch.device, won: Winners) -> Path | None:
+    """Remember winners from now on, beside what other processes have written meanwhile.
+
+    Returns:
+        The file; None, after a warning, where it cannot be written: then they count in this process alone.
+    """
+    file = path(device)
+    of(device).update(won)
+    try:
+        from filelock import FileLock  # torch needs it too
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            winners = _read(file) | won
+            entries = [{"call": call, "way": way} for call, way in winners.items()]
+            text = json.dumps({"device": _device(device), "versions": _versions(), "winners": entries}, indent=1)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
+                part.write(text)
+            os.replace(part.name, file)  # whoever reads sees the old file or the new one
+    except OSError as error:
+        warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=3)
+        return None
+    return file

@@ -1,0 +1,313 @@
+"""`fastops.tune`: what it measures and leaves alone, what is obeyed, and the file that keeps it. Clocks are fakes."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastops
+import fastops.functional as FF
+from fastops import dispatch, winners
+from fastops.kernels import linear as linear_kernels
+from fastops.models import LeNet
+
+CPU = torch.device("cpu")
+Timer = Callable[[Callable[[], object]], float]
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache folder of the test's own, and nothing tuned before and after."""
+    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "tuned", False)
+    winners.of.cache_clear()
+    yield tmp_path / "cache"
+    winners.of.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(no_interpreter: None) -> None:
+    """oneDNN against ATen."""
+
+
+def clock(**seconds: float) -> Timer:
+    """Makes the call, and says how long its backend takes."""
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        return seconds.get(dispatch.selected_backend(), 1.0)
+
+    return timer
+
+
+def again() -> None:
+    """As a new process would find it."""
+    winners.of.cache_clear()
+    dispatch.tuned = winners.anything()
+
+
+def mlp() -> nn.Module:
+    return fastops.swap(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 4)))
+
+
+def test_the_fastest_way_is_obeyed(folder: Path) -> None:
+    """For the shapes that were met, with and without gradients as measured; here and in a later process."""
+    model, x = mlp(), torch.randn(5, 8)
+    tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    assert [(c.op, c.gradients, c.way) for c in tuning.choices] == [
+        (op, gradients, "onednn") for gradients in (True, False) for op in ("linear_relu", "linear")
+    ]
+    assert tuning.choices[0].seconds == {"onednn": 1.0, "torch": 2.0}
+    assert tuning.choices[0].shapes == "5x8 16x8 16" and tuning.memory_format is None
+    assert str(tuning.path) in str(tuning) and "linear_relu 5x8 16x8 16" in str(tuning)
+
+    for _ in range(2):
+        first, last = model[0], model[3]
+        assert fastops.explain("linear", x, first.weight, first.bias) == (
+            "onednn",
+            "fastops.tune measured it the fastest here",
+        )
+        other_batch, other_dtype = torch.randn(6, 8), [tensor.double() for tensor in (x, first.weight, first.bias)]
+        assert fastops.explain("linear", other_batch, first.weight, first.bias).backend == "torch"
+        assert fastops.explain("linear", *other_dtype).backend == "torch"
+        with torch.no_grad():
+            assert fastops.explain("linear", torch.randn(5, 16), last.weight, last.bias).backend == "onednn"
+        with fastops.backend("torch"):
+            assert fastops.explain("linear", x, first.weight, first.bias).reason == "backend 'torch' is selected"
+        model.eval()
+        assert "Linear" in type(FF.linear_relu(x, first.weight, first.bias).grad_fn).__name__  # the hand-written one
+        torch.testing.assert_close(model(x), F.linear(F.linear(x, first.weight, first.bias).relu(), *last.parameters()))
+        again()
+
+    directions = fastops.tune(model, x, timer=lambda call: (call(), 1.0)[1])  # nothing gained: the rule
+    assert {choice.way for choice in directions.choices} == {"torch"}
+    again()
+    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "torch"
+
+
+@pytest.mark.parametrize(("seconds", "way"), [(0.97, "onednn"), (0.99, "torch"), (1.5, "torch")])
+def test_the_rule_stays_without_a_clear_gain(folder: Path, seconds: float, way: str) -> None:
+    tuning = fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=seconds, torch=1.0))
+    assert {choice.way for choice in tuning.choices} == {way}
+
+
+def test_a_slow_turn_does_not_count(folder: Path) -> None:
+    """Another program makes some turns slow: the least time is the call's own."""
+    turns = iter(range(1000))
+
+    def timer(call: Callable[[], object]) -> float:
+        return {"onednn": 1.0, "torch": 2.0}[dispatch.selected_backend()] + (next(turns) % 3 > 0) * 10
+
+    assert {choice.way for choice in fastops.tune(mlp(), torch.randn(5, 8), timer=timer).choices} == {"onednn"}
+
+
+def test_gradients_apart(folder: Path) -> None:
+    """A way may win with its backward pass and lose without."""
+
+    def timer(call: Callable[[], object]) -> float:
+        return 1.0 if (dispatch.selected_backend() == "onednn") == torch.is_grad_enabled() else 2.0
+
+    model, x = mlp(), torch.randn(5, 8)
+    fastops.tune(model, x, timer=timer)
+    words = (x, model[0].weight, model[0].bias)
+    assert fastops.explain("linear", *words).backend == "onednn"
+    with torch.no_grad():
+        assert fastops.explain("linear", *words).backend == "torch"
+    assert fastops.explain("linear", *(word.detach() for word in words)).backend == "torch"
+
+
+def test_backward_is_measured_where_gradients_are_recorded(folder: Path) -> None:
+    made = []
+
+    def timer(call: Callable[[], object]) -> float:
+        with torch.profiler.profile() as profile:
+            call()
+        made.append((torch.is_grad_enabled(), any("Backward" in event.name for event in profile.events())))
+        return 1.0
+
+    fastops.tune(mlp(), torch.randn(5, 8), timer=timer)
+    assert set(made) == {(True, True), (False, False)}
+
+
+def test_model_and_input_are_left_alone(folder: Path) -> None:
+    model = fastops.swap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten()))
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    strides = [parameter.stride() for parameter in model.parameters()]
+    copy, random = x.detach().clone(), torch.get_rng_state()
+    tuning = fastops.tune(model, x, timer=clock())
+    assert set(tuning.format_seconds) == {torch.contiguous_format, torch.channels_last}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and model.training
+    assert torch.equal(x, copy) and x.grad is None and all(p.grad is None for p in model.parameters())
+    assert [parameter.stride() for parameter in model.parameters()] == strides
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) @ x
+
+    fails = Fails()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fastops.tune(fails, torch.randn(4, 3))
+    assert fails.norm.num_batches_tracked == 0
+
+
+def test_memory_format_of_the_whole_model(folder: Path) -> None:
+    """Both are timed, the calls of both are tuned, and `swap` takes the answer."""
+    model, x = fastops.swap(LeNet()), torch.randn(2, 1, 32, 32)
+
+    def timer(call: Callable[[], object]) -> float:
+        if dispatch.selected_backend() != "auto":
+            return 1.0
+        model = call.args[0]  # type: ignore[attr-defined]
+        return 2.0 if model.conv2.weight.is_contiguous() else 1.0
+
+    tuning = fastops.tune(model, x, timer=timer)
+    assert tuning.format_seconds == {torch.contiguous_format: 2.0, torch.channels_last: 1.0}
+    assert tuning.memory_format is torch.channels_last
+    assert "whole model, channels_last: 1000.00 ms" in str(tuning)
+    fastops.swap(model, memory_format=tuning.memory_format)
+    assert not model.conv2.weight.is_contiguous()
+
+
+def test_report_says_which_way_ran(folder: Path) -> None:
+    model, x = mlp(), torch.randn(5, 8)
+    assert fastops.report(model).notes == ()
+    fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    notes = fastops.report(model, x).notes
+    assert notes[0] == "linear_relu 5x8 16x8 16: onednn: fastops.tune measured it the fastest here"
+    assert notes[1].startswith("linear 5x16 4x16 4: onednn")
+    assert "measured" in str(fastops.report(model, (x,))) and "rule" not in str(fastops.report(model, x))
+
+
+def test_calls_that_nobody_tuned_go_by_the_rule(folder: Path) -> None:
+    """And those that no key describes: sparse, nested, other classes, meta, in transforms and under compilers."""
+    model, x = mlp(), torch.randn(5, 8)
+    fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    w, b = model[0].weight.detach(), model[0].bias.detach()
+    expected = F.linear(x, w, b)
+    assert torch.equal(FF.linear(x.to_sparse(), w), F.linear(x.to_sparse(), w))
+    assert FF.linear(torch.empty(5, 8, device="meta"), w.to("meta")).shape == (5, 16)
+    torch.testing.assert_close(torch.vmap(FF.linear, (0, None, None))(x, w, b), expected)
+    torch.testing.assert_close(torch.compile(FF.linear, backend="eager", fullgraph=True)(x, w, b), expected)
+    torch.testing.assert_close(torch.func.jvp(lambda t: FF.linear(t, w, b), (x,), (x,))[0], expected)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        FF.linear(x, torch.randn(4, 7))
+    assert FF.mse_loss(x, x, reduction="sum") == 0
+    assert FF.cross_entropy(x, torch.zeros(5, dtype=torch.int64)) > 0
+    assert FF.conv1d(x[None], torch.randn(2, 5, 3), stride=[2]).shape == (1, 2, 3)
+
+
+def test_convolutions_and_heads(folder: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 4, 3, padding="same")
+            self.loss = fastops.nn.LinearCrossEntropyLoss(4, 7)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return self.loss(self.conv(x).mean(2), target)  # type: ignore[no-any-return]
+
+    model = fastops.swap(Net())
+    words = torch.randn(2, 3, 5), torch.tensor([1, 2])
+    tuning = fastops.tune(model, words, timer=clock(onednn=1.0, torch=2.0))
+    assert {(choice.op, choice.way) for choice in tuning.choices} == {
+        ("conv1d", "onednn"),
+        ("linear_cross_entropy", "onednn"),
+    }
+    notes = fastops.report(model, words).notes
+    assert len(notes) == 2 and all("onednn: fastops.tune measured" in note for note in notes)
+
+
+def test_nothing_to_tune(folder: Path) -> None:
+    tuning = fastops.tune(nn.Linear(8, 4), torch.randn(5, 8))
+    assert tuning.choices == () and tuning.path is None and not folder.exists() and not dispatch.tuned
+
+
+def test_wrong_arguments(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"tune expects a torch\.nn\.Module, not function"):
+        fastops.tune(F.relu, torch.randn(1))  # type: ignore[arg-type]
+    with fastops.backend("onednn"), pytest.raises(RuntimeError, match="backend 'onednn' is selected"):
+        fastops.tune(mlp(), torch.randn(5, 8))
+
+
+def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton would run: its kernels against the torch expression, without one that does not compile."""
+    monkeypatch.setattr(dispatch, "_INTERPRETER", True)
+    model, x = mlp(), torch.randn(5, 8)
+    seconds = clock(triton=1.0, onednn=3.0, torch=2.0)
+    assert {choice.way for choice in fastops.tune(model, x, timer=seconds).choices} == {"triton"}
+
+    def fail(*words: object) -> None:
+        raise RuntimeError("no code for this GPU")
+
+    monkeypatch.setattr(linear_kernels, "linear", fail)
+    monkeypatch.setattr(fastops.ops.registry, "_warned", set())
+    with pytest.warns(fastops.FallbackWarning, match="no code for this GPU"):
+        tuning = fastops.tune(model, x, timer=seconds)
+    assert {choice.way for choice in tuning.choices} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"winners": [{"call": 1}]}', '{"winners": [{"call": [], "way": "x"}]}']
+)
+def test_damaged_file_is_survived(folder: Path, text: str) -> None:
+    model, x = mlp(), torch.randn(5, 8)
+    file = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0)).path
+    assert file is not None
+    file.write_text(text)
+    again()
+    with pytest.warns(UserWarning, match="is damaged and counts for nothing until fastops.tune mends it"):
+        assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "torch"
+    with pytest.warns(UserWarning, match="is damaged"):
+        fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    again()
+    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "onednn"
+
+
+def test_folder_that_cannot_be_written(folder: Path) -> None:
+    folder.write_text("a file, and no folder")
+    model, x = mlp(), torch.randn(5, 8)
+    with pytest.warns(UserWarning, match="counts in this process alone"):
+        tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    assert tuning.path is None and "kept nowhere" in str(tuning)
+    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "onednn"
+
+
+def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
+    def write(writer: int) -> None:
+        for i in range(20):
+            winners.add(CPU, {("op", writer, i): "torch"})
+
+    with ThreadPoolExecutor(4) as pool:  # as processes: each opens the lock for itself
+        list(pool.map(write, range(4)))
+    winners.of.cache_clear()
+    assert set(winners.of(CPU)) == {("op", writer, i) for writer in range(4) for i in range(20)}
+    assert not list(folder.glob("*.part"))
+
+
+def test_other_versions_and_devices_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = winners.add(CPU, {("op",): "torch"})
+    assert file is not None and file.parent == folder and set(os.listdir(folder)) == {file.name, f"{file.name}.lock"}
+    saved = json.loads(file.read_text())
+    assert saved["versions"]["torch"] == torch.__version__ and "threads" in saved["device"]
+    for change in ("_versions", "_device"):
+        with monkeypatch.context() as patch:
+            patch.setattr(winners, change, lambda *_: "another")
+            assert winners.path(CPU) != file
+
+
+def test_the_clock(folder: Path) -> None:
+    """The default timer, once: it makes the call and says seconds."""
+    tuning = fastops.tune(mlp(), torch.randn(5, 8))
+    assert all(0 < seconds < 10 for choice in tuning.choices for seconds in choice.seconds.values())

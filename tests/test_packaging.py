@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fastops.distributed
 import fastops.models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,6 @@ TRAIN_ONE_STEP = """
 import torch
 from torch import nn
 import fastops
-import fastops.distributed
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))

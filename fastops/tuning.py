@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from . import dispatch, functional, winners
+from .kernels import configs
 from .ops.registry import FallbackWarning, failures_raised
 
 Timer = Callable[[Callable[[], object]], float]
@@ -94,13 +95,17 @@ def tune(model: nn.Module, example_input: Any, *, timer: Timer | None = None) ->
     words = example_input if isinstance(example_input, tuple) else (example_input,)
     formats = _formats(model)
     calls = [call for one in formats.values() or [model] for call in calls_of(one, words)]
-    choices, won = [], dict[torch.device, dict[winners.Key, str]]()
+    choices, won, tiles = [], dict[torch.device, winners.Winners](), winners.Tiles()
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             for (key, usual), alike in _grouped(calls).items():
+                tiles |= _choose_tiles(alike, timer)
                 choices.append(_choose(alike, usual, timer))
                 won.setdefault(alike[0].device, {})[key] = choices[-1].way
-    files = [winners.add(device, ways) for device, ways in won.items()]
+    files = [
+        winners.add(device, ways, {product: tile for product, tile in tiles.items() if product[0] == device})
+        for device, ways in won.items()
+    ]
     dispatch.tuned = dispatch.tuned or bool(won)
     seconds = _time_formats(formats, words, timer)
     fastest = min(seconds, key=lambda memory_format: seconds[memory_format], default=None)
@@ -197,6 +202,55 @@ def _grouped(calls: list[Call]) -> dict[tuple[winners.Key, str], list[Call]]:
         if keys and keys[0][1] == torch.is_grad_enabled():  # else it has no backward pass
             groups.setdefault((keys[0], usual), []).append(call)
     return groups
+
+
+def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
+    """For each matrix product in the kernels of calls that are alike, a tile clearly faster than the table's, or None.
+
+    They are in use from now on.
+    """
+    if not calls[0].can_go("triton"):
+        return {}
+
+    def run() -> None:
+        for call in calls:
+            call.run()
+
+    found: winners.Tiles = {}
+    with dispatch.backend("triton"), failures_raised():
+        for product in _products(run):
+            device, dtype, precision, *_ = product
+            usual = configs.measured.get(product)
+            tiles = configs.matmul_candidates(configs.architecture(device), dtype, precision)
+            times: dict[configs.MatmulConfig | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
+            for _ in range(TURNS):
+                for tile in list(times):  # None is the table's own choice
+                    configs.measured.pop(product, None)
+                    if tile is not None:
+                        configs.measured[product] = tile
+                    try:
+                        times[tile].append(timer(run))
+                    except FallbackWarning:  # this tile does not compile or fit here
+                        del times[tile]
+            configs.measured.pop(product, None)
+            best = min(times, key=lambda tile: min(times[tile]), default=None)
+            if best is not None and None in times and min(times[best]) > (1 - LEAST_GAIN) * min(times[None]):
+                best = None
+            found[product] = best
+            if best is not None:
+                configs.measured[product] = best
+    return found
+
+
+def _products(run: Callable[[], None]) -> list[configs.Product]:
+    """The matrix products that ask for a tile while something runs."""
+    configs.met = set()
+    try:
+        with suppress(FallbackWarning):
+            run()
+        return sorted(configs.met, key=str)
+    finally:
+        configs.met = None
 
 
 def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:

@@ -1,4 +1,5 @@
-"""What `fastops.tune` measured: which way won each call, kept on disk for one device and one set of versions.
+"""What `fastops.tune` measured: which way won each call, and which tile each matrix product, kept on disk for one
+device and one set of versions.
 
 A call is known by its op, whether gradients are recorded, dtype, shapes, strides and options. Nothing is read until
 something was once tuned for this user, and then once for each device.
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import configs
+
 Key = tuple[Any, ...]
 Winners = dict[Key, str]
+Tiles = dict[configs.Product, configs.MatmulConfig | None]  # None: what the table says
 
 WAYS = ("triton", "onednn", "torch")
 
@@ -76,39 +80,60 @@ def path(device: torch.device) -> Path:
 
 @functools.cache
 def of(device: torch.device) -> Winners:
-    """The winners on this device, read at the first call; `add` changes the dict that everybody has."""
-    return _read(path(device))
+    """The ways that won on this device, read at the first call with the tiles; `add` changes what everybody has."""
+    ways, tiles = _read(path(device), device)
+    configs.measured.update({product: tile for product, tile in tiles.items() if tile is not None})
+    return ways
 
 
-def _read(file: Path) -> Winners:
+def _read(file: Path, device: torch.device) -> tuple[Winners, Tiles]:
     try:
-        entries = json.loads(file.read_text())["winners"]
-        return {_tuples(entry["call"]): WAYS[WAYS.index(entry["way"])] for entry in entries}
+        saved = json.loads(file.read_text())
+        ways = {_tuples(entry["call"]): WAYS[WAYS.index(entry["way"])] for entry in saved["winners"]}
+        tiles: Tiles = {}
+        for entry in saved["tiles"]:
+            name, precision, M, N = entry["product"]
+            dtype, tile = getattr(torch, name), configs.MatmulConfig(*entry["tile"])
+            if tile in configs.matmul_candidates(configs.architecture(device), dtype, precision):
+                tiles[device, dtype, precision, M, N] = tile
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         warnings.warn(f"{file} is damaged and counts for nothing until fastops.tune mends it: {error!r}", stacklevel=2)
-        return {}
+        return {}, {}
+    return ways, tiles
 
 
-def add(device: torch.device, won: Winners) -> Path | None:
+def add(device: torch.device, ways: Winners, tiles: Tiles) -> Path | None:
     """Remember winners from now on, beside what other processes have written meanwhile.
 
     Returns:
         The file; None, after a warning, where it cannot be written: then they count in this process alone.
     """
     file = path(device)
-    of(device).update(won)
+    of(device).update(ways)
+    for product, tile in tiles.items():
+        configs.measured.pop(product, None)
+        if tile is not None:
+            configs.measured[product] = tile
     try:
         from filelock import FileLock  # torch needs it too
 
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            winners = _read(file) | won
-            entries = [{"call": call, "way": way} for call, way in winners.items()]
-            text = json.dumps({"device": _device(device), "versions": _versions(), "winners": entries}, indent=1)
+            all_ways, all_tiles = _read(file, device)
+            saved = {
+                "device": _device(device),
+                "versions": _versions(),
+                "winners": [{"call": call, "way": way} for call, way in (all_ways | ways).items()],
+                "tiles": [
+                    {"product": [str(dtype).removeprefix("torch."), *rest], "tile": tile}
+                    for (_, dtype, *rest), tile in (all_tiles | tiles).items()
+                    if tile is not None
+                ],
+            }
             with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
-                part.write(text)
+                json.dump(saved, part, indent=1)
             os.replace(part.name, file)  # whoever reads sees the old file or the new one
     except OSError as error:
         warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=3)

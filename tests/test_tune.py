@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import fastops
 import fastops.functional as FF
 from fastops import dispatch, winners
+from fastops.kernels import configs
 from fastops.kernels import linear as linear_kernels
 from fastops.models import LeNet
 
@@ -258,8 +260,59 @@ def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.Mo
     assert {choice.way for choice in tuning.choices} == {"torch"}
 
 
+def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton runs, each matrix product of each call is timed with every tile of its table."""
+    monkeypatch.setattr(dispatch, "_INTERPRETER", True)
+    monkeypatch.setattr(configs, "measured", {})
+    large, small = configs.matmul_candidates("interpreter", torch.float32, "ieee")
+    layer, x = fastops.swap(nn.Linear(8, 4)), torch.randn(6, 8)
+    forward = (CPU, torch.float32, "ieee", 6, 4)  # of 6x8 and 8x4; the gradient of the weight is 4x8
+    taken = []
+
+    def timer(call: Callable[[], object]) -> float:
+        taken.clear()
+        call()
+        return 5.0 if small in taken else 1.0 + (dispatch.selected_backend() != "triton")
+
+    original = linear_kernels.launch
+
+    def launch(kernel: object, *words: object, **options: Any) -> None:
+        if "BLOCK_K" in options:
+            taken.append(configs.MatmulConfig(*(options[name] for name in configs.MatmulConfig._fields)))
+        original(kernel, *words, **options)
+
+    monkeypatch.setattr(linear_kernels, "launch", launch)
+    words = (*forward[:3], 6, 4)
+    assert configs.matmul_config(*words, True) == small
+    with torch.no_grad():
+        tuning = fastops.tune(layer, x, timer=timer)
+    assert {choice.way for choice in tuning.choices if not choice.gradients} == {"triton"}
+    assert configs.measured[forward] == configs.matmul_config(*words, True) == large
+    assert configs.matmul_config(*words, False) == small  # operands that are not aligned have their own tile
+    assert configs.met is None
+
+    configs.measured.clear()
+    again()
+    taken.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert configs.measured[forward] == large and taken == [large]
+
+    fastops.tune(layer, x, timer=lambda call: (call(), 1.0)[1])
+    again()
+    assert fastops.explain("linear", x, layer.weight).backend == "triton"
+    assert forward not in configs.measured  # nothing gained: the table
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"winners": [{"call": 1}]}', '{"winners": [{"call": [], "way": "x"}]}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"winners": [{"call": 1}], "tiles": []}',
+        '{"winners": [], "tiles": [{"product": ["float1", "ieee", 1, 1], "tile": [1, 1, 1, 1, 1]}]}',
+    ],
 )
 def test_damaged_file_is_survived(folder: Path, text: str) -> None:
     model, x = mlp(), torch.randn(5, 8)
@@ -287,7 +340,7 @@ def test_folder_that_cannot_be_written(folder: Path) -> None:
 def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
     def write(writer: int) -> None:
         for i in range(20):
-            winners.add(CPU, {("op", writer, i): "torch"})
+            winners.add(CPU, {("op", writer, i): "torch"}, {})
 
     with ThreadPoolExecutor(4) as pool:  # as processes: each opens the lock for itself
         list(pool.map(write, range(4)))
@@ -297,7 +350,7 @@ def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
 
 
 def test_other_versions_and_devices_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = winners.add(CPU, {("op",): "torch"})
+    file = winners.add(CPU, {("op",): "torch"}, {})
     assert file is not None and file.parent == folder and set(os.listdir(folder)) == {file.name, f"{file.name}.lock"}
     saved = json.loads(file.read_text())
     assert saved["versions"]["torch"] == torch.__version__ and "threads" in saved["device"]

@@ -189,6 +189,35 @@ UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {
 }
 
 
+head = torch.randn(5, 3)  # 5 classes of the 3 features of x
+UNFIT_HEADS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "sparse": ((x.to_sparse(), head, indices), {}, "layout"),
+    "dtypes": ((x, head.double(), indices), {}, "dtypes differ"),
+    "features": ((x, head[:, :2], indices), {}, "do not make a linear layer"),
+    "bias": ((x, head, indices), {"linear_bias": b}, "one element per output feature"),
+    "positions": ((x[0], head[:, None], indices[:1]), {}, "batched input"),
+    "probabilities": ((x, head, torch.rand(4, 5)), {"ignore_index": 1}, "no ignore_index"),
+    "int32 indices": ((x, head, indices.int()), {}, "int32"),
+    "target shape": ((x, head, indices[:2]), {}, "target shape"),
+    "large ignore_index": ((x, head, indices), {"ignore_index": 2**63}, "64-bit"),
+    "class weights": ((x, head, indices), {"weight": b}, "per class"),
+    "trained class weights": ((x, head, indices), {"weight": torch.rand(5).requires_grad_()}, "differentiated"),
+    "no reduction": ((x, head, indices), {"reduction": "max"}, "'max' is no reduction"),
+    "smoothing": ((x, head, indices), {"label_smoothing": 2.0}, "label_smoothing"),
+    "options": ((x, head, indices), {"options": 8}, "options are not of torch's class"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT_HEADS)
+def test_reason_why_no_kernel_takes_a_head(case: str) -> None:
+    arguments, keywords, reason = UNFIT_HEADS[case]
+    for selected in ("triton", "onednn"):
+        with fastops.backend(selected):
+            explanation = fastops.explain("linear_cross_entropy", *arguments, **keywords)
+        assert explanation.backend == "torch"
+        assert reason in explanation.reason
+
+
 @pytest.mark.parametrize("case", UNFIT)
 def test_reason_why_no_kernel_is_taken(case: str) -> None:
     op, arguments, reason = UNFIT[case]

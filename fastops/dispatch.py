@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import LinearCrossEntropyOptions
 
 from . import winners
-from .kernels import head
+from .kernels import head, onednn
 from .kernels.geometry import conv_output_size
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
@@ -90,23 +89,7 @@ def selected_backend() -> str:
     return _selected
 
 
-# oneDNN against MKL on this processor ---------------------------------------------------------------------------------
-
-# Multiply-adds from which a linear layer gains from oneDNN's product, by processor (vendor, vector instructions).
-# AMD with AVX-512: MKL reaches half of oneDNN's speed; below the threshold a Python Function costs more than it saves.
-# AMD with AVX2 and Intel: MKL is about as fast or faster, so there is no entry.
-_ONEDNN_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}
-
-
-def _cpu_vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux: no entry of the table applies
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-_onednn_from = _ONEDNN_FROM_MULTIPLY_ADDS.get((_cpu_vendor(), torch.backends.cpu.get_cpu_capability()))
+_onednn_from = onednn.FASTER_FROM_MULTIPLY_ADDS
 
 # Autocast -------------------------------------------------------------------------------------------------------------
 

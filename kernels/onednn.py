@@ -9,12 +9,33 @@ its presence is probed and every other case goes through ATen. It could fuse the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from .head import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
 from .launch import accumulator_dtype, reshaped
+
+
+def _cpu_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux: no entry of the table applies
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+# From how many multiply-adds on a product gains from oneDNN, by processor (vendor, vector instructions); None if never.
+# AMD with AVX-512: MKL reaches half of oneDNN's speed; below the threshold a Python Function costs more than it saves.
+# AMD with AVX2 and Intel: MKL is about as fast or faster, so there is no entry.
+FASTER_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}.get(
+    (_cpu_vendor(), torch.backends.cpu.get_cpu_capability())
+)
+
+
+_PART: Final = 4096  # rows or columns of a product that oneDNN makes beside the memory that it is for
 
 
 def available() -> bool:
@@ -138,22 +159,36 @@ def linear_cross_entropy_with_gradients(
     for own in slices(rows, block):
         x = input[own]
         z = tile[: len(x)]
-        if bias is None:
-            torch.mm(x, weight.t(), out=z)
-        else:
-            torch.addmm(bias, x, weight.t(), out=z)
+        _product_into(z, x, weight, bias)
         statistics = _exponentiate(z, target, own, everything)
         results.append(losses(statistics, target._replace(target=target.target[own])))
         _, _, exponentials, mass = results[-1]
         _differentiate(z, scale[own], exponentials, mass, target, own, everything)
         if grad_input is not None:
-            torch.mm(z, weight, out=grad_input[own])
+            _product_into(grad_input[own], z, weight.t())
         if grad_weight is not None:
-            grad_weight.addmm_(z.t(), x)
+            _product_into(grad_weight, z.t(), x.t(), grad_weight)
         if grad_bias is not None:
             grad_bias += z.sum(0)
     loss, maximum, exponentials, mass = (torch.cat(parts) for parts in zip(*results, strict=True))
     return (loss, maximum, exponentials, mass), (grad_input, grad_weight, grad_bias)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:
+    """``out`` becomes ``a @ b.T + plus``: [M, K], [N, K], and [N] or ``out`` itself -> [M, N]."""
+    if FASTER_FROM_MULTIPLY_ADDS is None or not available() or out.dtype is not torch.float32:
+        if plus is None:
+            torch.mm(a, b.t(), out=out)
+        else:
+            torch.addmm(plus, a, b.t(), out=out)
+        return
+    for rows in slices(len(a), _PART):  # oneDNN's results are memory of their own: a part at a time, to be copied
+        for columns in slices(len(b), _PART):
+            part = out[rows, columns]
+            if plus is out:
+                part += product(a[rows], b[columns])
+            else:
+                part.copy_(product(a[rows], b[columns], None if plus is None else plus[columns]))
 
 
 def _exponentiate(z: Tensor, target: Target, rows: slice, classes: slice) -> Statistics:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops
 import fastops.functional as FF
-from fastops.kernels import linear, linear_cross_entropy
+from fastops.accuracy import error_share
+from fastops.kernels import linear, linear_cross_entropy, onednn
 from fastops.nn import LinearCrossEntropyOptions
 
 pytestmark = no_fallback
@@ -79,3 +80,29 @@ def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
         assert all(gradient.requires_grad for gradient in created)
         loss.backward(torch.tensor(0.5))
     torch.testing.assert_close([v.grad for v in variables], [0.5 * gradient for gradient in expected])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("faster", [None, 1])
+def test_products_of_either_library(bias: bool, faster: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's into memory that is there, or oneDNN's in parts, where the table says that they are faster."""
+    monkeypatch.setattr(onednn, "FASTER_FROM_MULTIPLY_ADDS", faster)
+    monkeypatch.setattr(onednn, "_PART", 64)
+    input, weight = torch.randn(200, 6, requires_grad=True), torch.randn(150, 6, requires_grad=True)
+    leaves = [input, weight, *([torch.randn(150, requires_grad=True)] if bias else [])]
+    target = torch.randint(150, (200,))
+
+    def gradients(function: Any, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        own = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        loss = function(*own[:2], target, linear_bias=own[2] if bias else None, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, own)]
+
+    products, product = [], onednn.product
+    monkeypatch.setattr(onednn, "product", lambda *words: (products.append(1), product(*words))[1])
+    with fastops.backend("onednn"):
+        options = LinearCrossEntropyOptions(memory_budget=4 * 150 * 80)  # blocks of 80 rows, or 64
+        found = gradients(FF.linear_cross_entropy, torch.float32, options=options)
+    assert bool(products) == (faster is not None)
+    torchs = gradients(F.linear_cross_entropy, torch.float32)
+    for one, other, exact in zip(found, torchs, gradients(F.linear_cross_entropy, torch.float64), strict=True):
+        assert error_share(one, other, exact) <= 1

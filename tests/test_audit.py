@@ -83,16 +83,13 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 def test_main_loop_is_the_innermost_with_matrix_instructions() -> None:
     nvidia = """
-.L_x_0:
         /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-.L_x_1:
         /*0020*/              @!P0 HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0030*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/               @P1 BRA 0x20 ;
         /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
-        /*0060*/               @P2 BRA `(.L_x_0) ;
-.L_x_2:
-        /*0070*/                   BRA `(.L_x_2);
+        /*0060*/               @P2 BRA 0x10 ;
+        /*0070*/                   BRA 0x70;
 """
     loop = machine_code._main_loop(machine_code._instructions(nvidia))
     assert [text.split()[0] for text in loop] == ["HMMA.16816.F32.BF16", "IADD3", "BRA"]

@@ -12,13 +12,16 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
+from itertools import groupby, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -33,10 +36,12 @@ Request: TypeAlias = dict[str, Any]
 # which waits for its own results, it hardly ever is.
 ISSUE_CYCLES = 2
 PATIENCE = 300  # seconds that one kernel may take: some inputs keep ptxas busy for ever
+BATCH = 32  # kernels at a time for a disassembler that takes 0.3 seconds to start, and 0.01 for each
 
 MATRIX = re.compile(r"[A-Z]*MMA\b|v_(?:mfma|wmma)_\w+")
 GLOBAL = re.compile(r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG)\b|(global|buffer|flat)_(load|store)_")
 SHARED = re.compile(r"(LDS|STS|LDSM|STSM)\b|ds_(load|store|read|write)")
+INSTRUCTION = 16  # bytes of each one of NVIDIA
 # A matrix instruction's shape: HMMA.16816, HGMMA.64x128x16, DMMA.884.
 MMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "884": (8, 8, 4)}
 
@@ -62,15 +67,25 @@ class Failure(NamedTuple):
     reason: str
 
 
+class Compiled(NamedTuple):
+    """What the compiler made of one request."""
+
+    code: bytes | str  # machine code of NVIDIA, assembly of AMD
+    registers: int
+    num_warps: int
+    shared_memory: int
+    tensor_memory: int
+    seconds: float
+
+
 def compiled(
     kernel: str,
     architecture: str,
     types: dict[str, str | list[str]],
     constants: dict[str, Any],
     unaligned: Sequence[str] = (),
-    dump: str | None = None,
     **options: int,
-) -> Machine:
+) -> Compiled:
     """Compile ``kernel``, "module:name", for ``architecture``.
 
     Args:
@@ -79,7 +94,6 @@ def compiled(
         constants: value of each constexpr argument, and 1 for strides that are 1.
         unaligned: arguments that are no multiple of 16; all others are, as Triton finds at a launch. Nothing is known
             of the numbers in a tuple.
-        dump: file that the assembly is written to.
         options: num_warps, num_stages.
     """
     import triton
@@ -108,52 +122,77 @@ def compiled(
     result = triton.compile(ASTSource(function, signature, fixed, attributes), target, options)
     seconds = time.perf_counter() - start
 
+    code: bytes | str
     if "cubin" in result.asm:
-        assembly, registers = _disassembled(result.asm["cubin"], Path(triton.__file__).parent)
+        code, registers = _code_and_registers(result.asm["cubin"])
     else:
-        assembly = result.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
-    if dump:
-        Path(dump).write_text(assembly)
-    warps, shared = result.metadata.num_warps, result.metadata.shared
-    tensor_memory = getattr(result.metadata, "tmem_size", None) or 0
+        assembly: str = result.asm["amdgcn"]
+        code, registers = assembly, int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
+    metadata = result.metadata
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    return Compiled(code, registers, metadata.num_warps, metadata.shared, tensor_memory, round(seconds, 2))
+
+
+def _code_and_registers(cubin: bytes) -> tuple[bytes, int]:
+    """The instructions in an ELF file of NVIDIA, and how many registers a thread takes."""
+    table, entry, count, names = struct.unpack_from("<40xQ10xHHH", cubin)[:4]
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + entry * number) for number in range(count)]
+    strings = sections[names][1]
+    code, info = b"", b""
+    for name, start, size in sections:
+        label = cubin[strings + name : cubin.index(b"\0", strings + name)]
+        if label.startswith(b".text."):
+            code += cubin[start : start + size]
+        elif label == b".nv.info":
+            info = cubin[start : start + size]
+    registers = re.findall(rb"\x04\x2f\x08\0.{4}(.{4})", info, re.DOTALL)  # EIATTR_REGCOUNT: size, function, registers
+    return code, max(int.from_bytes(number, "little") for number in registers)
+
+
+def _disassembled(codes: Sequence[bytes], architecture: str) -> list[str]:
+    """The assembly of each of some kernels of NVIDIA, which stand one behind the other: that is where addresses start.
+
+    A disassembler for each kernel would take as long as the compiler.
+    """
+    spec = find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    nvdisasm = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    name = architecture.upper() + ("a" if int(architecture[2:]) >= 90 else "")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = subprocess.run([nvdisasm, "-b", name, file.name], capture_output=True, text=True, check=True).stdout
+    lines = iter(line for line in text.splitlines(keepends=True) if "/*" in line)
+    return ["".join(islice(lines, len(code) // INSTRUCTION)) for code in codes]
+
+
+def _machine(request: Request, result: Compiled, assembly: str) -> Machine:
+    architecture, constants = request["architecture"], request["constants"]
     code = _instructions(assembly)
     loop = _main_loop(code)
     tile = constants.get("BLOCK_M", 0), constants.get("BLOCK_N", 0)
+    needs = result.num_warps, result.registers, result.shared_memory, result.tensor_memory
     return Machine(
-        registers=registers,
+        registers=result.registers,
         spilled_registers=_spills(assembly, code),
-        shared_memory=shared,
-        tensor_memory=tensor_memory,
+        shared_memory=result.shared_memory,
+        tensor_memory=result.tensor_memory,
         matrix_instructions=dict(Counter(match[0] for _, text in code if (match := MATRIX.match(text)))),
         accesses=dict(Counter(str(_width(text)) for _, text in code if GLOBAL.match(text))),
-        occupancy=occupancy(TARGETS[architecture], warps, registers, shared, tensor_memory),
+        occupancy=occupancy(TARGETS[architecture], *needs),
         loop=dict(Counter(map(_kind, loop))),
-        issue_bound=_issue_bound(loop, architecture, warps, tile),
-        seconds=round(seconds, 2),
+        issue_bound=_issue_bound(loop, architecture, result.num_warps, tile),
+        seconds=result.seconds,
     )
-
-
-def _disassembled(cubin: bytes, triton: Path) -> tuple[str, int]:
-    """The assembly of an NVIDIA kernel, and its registers per thread."""
-    tools = triton / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        commands = ([str(tools / "nvdisasm"), "-c"], [str(tools / "cuobjdump"), "-res-usage"])
-        text, usage = (
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    return text, int(re.findall(r"REG:(\d+)", usage)[0])
 
 
 def _instructions(assembly: str) -> list[tuple[str, str]]:
-    """("", instruction) without its predicate, and (label, ""), in the order of the program."""
-    line = re.compile(
-        r"^(\.L\w+):|^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*)|^\s+([a-z]\w+(?:\s[^;\n]*)?)", re.MULTILINE
-    )
-    return [(label, nvidia or amd) for label, nvidia, amd in line.findall(assembly)]
+    """(label or address, instruction without its predicate), in the order of the program; AMD's labels without one."""
+    if assembly.lstrip().startswith("/*"):
+        line = re.compile(r"^\s+/\*0*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*)", re.MULTILINE)
+        return [("0x" + address, text) for address, text in line.findall(assembly)]
+    line = re.compile(r"^(\.L\w+):|^\s+([a-z]\w+(?:\s[^;\n]*)?)", re.MULTILINE)
+    return line.findall(assembly)
 
 
 def _spills(assembly: str, code: list[tuple[str, str]]) -> int:
@@ -172,7 +211,7 @@ def _main_loop(code: list[tuple[str, str]]) -> list[str]:
     labels = {label: place for place, (label, _) in enumerate(code) if label}
     loops: dict[tuple[int, int], list[str]] = {}
     for end, (_, text) in enumerate(code):
-        branch = re.match(r"(?:BRA\b|s_c?branch).*?(\.L\w+)", text)
+        branch = re.match(r"(?:BRA\b|s_c?branch).*?(\.L\w+|0x[0-9a-f]+)", text)
         start = labels.get(branch[1], end) if branch else end
         body = [text for _, text in code[start : end + 1] if text]
         if start < end and any(_kind(text) == wanted for text in body):
@@ -235,7 +274,7 @@ def _issue_bound(loop: list[str], architecture: str, warps: int, tile: tuple[int
 
 
 def _serve(connection: Connection[Any, Any]) -> None:
-    """The life of a worker process: a request in, a `Machine` or a `Failure` out."""
+    """The life of a worker process: a request in, a `Compiled` or a `Failure` out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
     os.environ.pop("TRITON_INTERPRET", None)
     while True:
@@ -252,7 +291,7 @@ class _Worker:
     def __init__(self) -> None:
         self.process: SpawnProcess | None = None
 
-    def answer(self, request: Request) -> Machine | Failure:
+    def answer(self, request: Request) -> Compiled | Failure:
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.connection, other = context.Pipe()
@@ -262,7 +301,7 @@ class _Worker:
         try:
             self.connection.send(request)
             if self.connection.poll(PATIENCE):
-                answer: Machine | Failure = self.connection.recv()
+                answer: Compiled | Failure = self.connection.recv()
                 return answer
             reason = f"the compiler took more than {PATIENCE} seconds"
         except (EOFError, ConnectionError):
@@ -279,26 +318,56 @@ class _Worker:
             self.process = None
 
 
+def _batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+    """Requests for one architecture each, no more than ``size``."""
+    for _, group in groupby(requests, lambda request: request["architecture"]):
+        while batch := list(islice(group, size)):
+            yield batch
+
+
 def machine_code(requests: Sequence[Request], jobs: int) -> Iterator[Machine | Failure]:
-    """What each request, arguments of `compiled`, becomes; in their order. Equal ones are compiled once."""
+    """What each request becomes; in their order. Equal ones are compiled once.
+
+    A request holds arguments of `compiled`, and may name a file for the assembly as "dump".
+    """
     workers: SimpleQueue[_Worker] = SimpleQueue()
     own = [_Worker() for _ in range(jobs)]
     for worker in own:
         workers.put(worker)
 
-    def answer(request: Request) -> Machine | Failure:
+    def answers(batch: list[Request]) -> list[Machine | Failure]:
         worker = workers.get()
         try:
-            return worker.answer(request)
+            results = [worker.answer({key: request[key] for key in request if key != "dump"}) for request in batch]
         finally:
             workers.put(worker)
+        codes = [result.code for result in results if isinstance(result, Compiled) and isinstance(result.code, bytes)]
+        disassembled = iter(_disassembled(codes, batch[0]["architecture"]) if codes else ())
+        found: list[Machine | Failure] = []
+        for request, result in zip(batch, results, strict=True):
+            if isinstance(result, Failure):
+                found.append(result)
+                continue
+            assembly = result.code if isinstance(result.code, str) else next(disassembled)
+            if "dump" in request:
+                Path(request["dump"]).write_text(assembly)
+            found.append(_machine(request, result, assembly))
+        return found
 
     pool = ThreadPoolExecutor(jobs)
     try:
         keys = [json.dumps(request, sort_keys=True) for request in requests]
-        futures = {key: pool.submit(answer, request) for key, request in dict(zip(keys, requests, strict=True)).items()}
+        unique = dict(zip(keys, requests, strict=True))
+        one_by_one = any("dump" in request for request in requests)  # each with addresses from 0
+        size = 1 if one_by_one else min(BATCH, -(-len(unique) // jobs))
+        places: list[tuple[Future[list[Machine | Failure]], int]] = []
+        for batch in _batches(list(unique.values()), size):
+            future = pool.submit(answers, batch)
+            places += [(future, number) for number in range(len(batch))]
+        place_of = dict(zip(unique, places, strict=True))
         for key in keys:
-            yield futures[key].result()
+            future, number = place_of[key]
+            yield future.result()[number]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in own:

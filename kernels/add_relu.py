@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout
+from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile
 from .launch import launch
-from .reduce import covering_tile, tile_alignment
 
 
 @triton.jit
@@ -26,16 +25,13 @@ def add_relu_kernel(
     other_ptr,  # [size]
     output_ptr,  # [size]
     size,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements."""
-    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
-
-    positions, fresh = covering_tile(tl.program_id(0).to(tl.int64), size, BLOCK, ALIGNMENT)
-    total = tl.load(input_ptr + positions).to(ACCUMULATOR) + tl.load(other_ptr + positions).to(ACCUMULATOR)
-    output = tl.where(total <= 0, 0.0, total).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + positions, output, mask=fresh)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    total = load_tile(input_ptr, start, size, EVEN, BLOCK) + load_tile(other_ptr, start, size, EVEN, BLOCK)
+    store_tile(output_ptr, tl.where(total <= 0, 0.0, total), start, size, EVEN, BLOCK)
 
 
 @triton.jit
@@ -44,13 +40,14 @@ def add_relu_backward_kernel(
     output_ptr,  # [size]
     grad_ptr,  # [size]
     size,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements."""
-    positions, fresh = covering_tile(tl.program_id(0).to(tl.int64), size, BLOCK, ALIGNMENT)
-    grad = tl.where(tl.load(output_ptr + positions) <= 0, 0.0, tl.load(grad_output_ptr + positions))
-    tl.store(grad_ptr + positions, grad.to(grad_ptr.dtype.element_ty), mask=fresh)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    output = load_tile(output_ptr, start, size, EVEN, BLOCK)
+    grad = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
+    store_tile(grad_ptr, tl.where(output <= 0, 0.0, grad), start, size, EVEN, BLOCK)
 
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
@@ -76,7 +73,7 @@ def _elementwise(kernel: object, first: Tensor, second: Tensor, strides: tuple[i
         in_layout(second, strides),
         result,
         size,
-        ALIGNMENT=tile_alignment(size, block),
+        EVEN=size % 16 == 0,
         BLOCK=block,
         num_warps=num_warps,
     )

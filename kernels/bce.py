@@ -23,17 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout, total
+from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile, total
 from .launch import accumulator_dtype, launch
-from .reduce import covering_tile, tile_alignment
 
 
 @triton.jit
-def load_factor(factor_ptr, positions, inner, period, DENSE: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """A weight at ``positions``: one for each, or ``period`` of them in turn, each ``inner`` times."""
-    if not DENSE:
-        positions = positions // inner % period
-    return tl.load(factor_ptr + positions).to(ACCUMULATOR)
+def load_factor(factor_ptr, start, size, inner, period, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A weight for a tile: one for each element, or ``period`` of them in turn, each ``inner`` times."""
+    if DENSE:
+        factor = load_tile(factor_ptr, start, size, EVEN, BLOCK)
+    else:
+        factor = tl.load(factor_ptr + (start + tl.arange(0, BLOCK)) // inner % period)
+    return factor.to(tl.float64 if factor.dtype == tl.float64 else tl.float32)
 
 
 @triton.jit
@@ -61,28 +62,26 @@ def bce_kernel(
     HAS_POS_WEIGHT: tl.constexpr,
     POS_WEIGHT_DENSE: tl.constexpr,
     SUM: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements: their losses, or the sum of them over ``divisor``."""
-    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
-
     program = tl.program_id(0).to(tl.int64)
-    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
-    x = tl.load(input_ptr + positions).to(ACCUMULATOR)
-    y = tl.load(target_ptr + positions).to(ACCUMULATOR)
+    start = program * BLOCK
+    x = load_tile(input_ptr, start, size, EVEN, BLOCK)
+    y = load_tile(target_ptr, start, size, EVEN, BLOCK)
     log_sigmoid = tl.where(x < 0, x, 0.0) - log_of_1_plus(tl.exp(-tl.abs(x)))
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, positions, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, ACCUMULATOR)
+        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
         log_sigmoid *= 1.0 + (v - 1.0) * y
     loss = (1.0 - y) * x - log_sigmoid
     if HAS_WEIGHT:
-        loss *= load_factor(weight_ptr, positions, weight_inner, weight_period, WEIGHT_DENSE, ACCUMULATOR)
+        loss *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
     if SUM:
-        part = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
+        part = tl.sum(tl.where(start + tl.arange(0, BLOCK) < size, loss, 0.0), 0) / divisor
         tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
     else:
-        tl.store(loss_ptr + positions, loss.to(loss_ptr.dtype.element_ty), mask=fresh)
+        store_tile(loss_ptr, loss, start, size, EVEN, BLOCK)
 
 
 @triton.jit
@@ -107,38 +106,37 @@ def bce_backward_kernel(
     SCALAR_GRAD: tl.constexpr,
     NEED_INPUT: tl.constexpr,
     NEED_TARGET: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements of the gradients."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    program = tl.program_id(0).to(tl.int64)
-    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     if SCALAR_GRAD:
         scale = tl.load(grad_output_ptr).to(ACCUMULATOR)
     else:
-        scale = tl.load(grad_output_ptr + positions).to(ACCUMULATOR)
+        scale = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
     if HAS_WEIGHT:
-        scale *= load_factor(weight_ptr, positions, weight_inner, weight_period, WEIGHT_DENSE, ACCUMULATOR)
+        scale *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
     v = 1.0
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, positions, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, ACCUMULATOR)
-    x = tl.load(input_ptr + positions).to(ACCUMULATOR)
+        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
+    x = load_tile(input_ptr, start, size, EVEN, BLOCK)
     z = tl.exp(-tl.abs(x))
     if NEED_INPUT:
-        y = tl.load(target_ptr + positions).to(ACCUMULATOR)
+        y = load_tile(target_ptr, start, size, EVEN, BLOCK)
         # s(-|x|) keeps its digits, s(|x|) does not: write 1 - s(-x) for s(x) where x > 0.
         small = (1.0 + (v - 1.0) * y) * z / (1.0 + z)
         grad = scale * tl.where(x < 0, small - v * y, (1.0 - y) - small) / divisor
-        tl.store(grad_input_ptr + positions, grad.to(grad_input_ptr.dtype.element_ty), mask=fresh)
+        store_tile(grad_input_ptr, grad, start, size, EVEN, BLOCK)
     if NEED_TARGET:
         slope = -x
         if HAS_POS_WEIGHT:
             rest = log_of_1_plus(z)
             slope = (tl.where(x > 0, -x, 0.0) - rest) - v * (tl.where(x < 0, x, 0.0) - rest)
         grad = scale * slope / divisor
-        tl.store(grad_target_ptr + positions, grad.to(grad_target_ptr.dtype.element_ty), mask=fresh)
+        store_tile(grad_target_ptr, grad, start, size, EVEN, BLOCK)
 
 
 class Factor(NamedTuple):
@@ -209,7 +207,7 @@ def bce(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor
         *numbers,
         **constants,
         SUM=reduction != "none",
-        ALIGNMENT=tile_alignment(size, block),
+        EVEN=size % 16 == 0,
         BLOCK=block,
         num_warps=num_warps,
     )
@@ -255,7 +253,7 @@ def bce_backward(
         SCALAR_GRAD=scalar_grad,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
-        ALIGNMENT=tile_alignment(size, block),
+        EVEN=size % 16 == 0,
         BLOCK=block,
         num_warps=num_warps,
     )

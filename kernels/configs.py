@@ -207,8 +207,8 @@ def _warps(tile: MatmulConfig, elements: int) -> int:
 
 
 def register_limit(device: torch.device) -> dict[str, int]:
-    """Compiler options that let each thread have all registers: left alone, ptxas spills some on Blackwell early."""
-    return {"maxnreg": 255} if architecture(device) in ("sm100", "sm120") else {}
+    """Compiler options that let each thread have all registers: left alone, ptxas spills some early on these."""
+    return {"maxnreg": 255} if architecture(device) in ("sm75", "sm100", "sm120") else {}
 
 
 def conv_splits(device: torch.device, tiles: int, steps: int, result: int, operands: int) -> int:

@@ -17,6 +17,9 @@ cancels. -inf never meets -inf in a difference, unless all logits of a position 
 
 A program takes BLOCK_ROWS positions that lie side by side. Logits are seen as [outer, C, inner]: [N, C, D] as it
 is, [N, C, 1] as [1, C, N].
+
+Rows of classes that are no multiple of 16 bytes, packed one behind the other, start anywhere. Their tiles begin at the
+last multiple of 16 bytes before: all but the tensor's end is read 16 bytes at a time, all but rows' ends written so.
 """
 
 from __future__ import annotations
@@ -44,17 +47,83 @@ def row_offsets(outer, rows, outer_stride, inner_stride, ALIGNMENT: tl.constexpr
 
 
 @triton.jit
+def class_tile(step, starts, classes, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UNIT: tl.constexpr):
+    """Classes in tile number ``step`` of rows at ``starts``, which are met for the first time, and their unit's first.
+
+    A unit are the UNIT elements of 16 bytes in memory, which the tile then consists of: it may reach out of its row.
+    """
+    if UNIT > 1:
+        lanes = step * BLOCK + tl.arange(0, BLOCK)
+        shift = (starts % UNIT).to(tl.int32)[:, None]
+        columns, units = lanes[None, :] - shift, (lanes // UNIT * UNIT)[None, :] - shift
+        fresh = (columns >= 0) & (columns < classes)
+    else:
+        positions, first_met = covering_tile(step, classes, BLOCK, ALIGNMENT)
+        columns, units, fresh = positions[None, :], positions[None, :], first_met[None, :]
+    return columns, fresh, units
+
+
+@triton.jit
+def class_pointers(pointer, starts, columns, class_stride, UNIT: tl.constexpr):
+    """[rows, columns] of the rows at ``starts``."""
+    offsets = starts[:, None] + columns * class_stride
+    if UNIT > 1:
+        offsets = tl.multiple_of(offsets, (1, UNIT))
+    return pointer + offsets
+
+
+@triton.jit
+def load_classes(pointers, fresh, units, classes, UNIT: tl.constexpr):
+    """What is there in the ``fresh`` lanes of a `class_tile`, anything in the others."""
+    if UNIT > 1:
+        last = tl.program_id(0) == tl.num_programs(0) - 1
+        readable = units < (classes - (UNIT - 1) if last else classes)  # nothing of the tensor follows its last row
+        values = tl.load(pointers, mask=readable)
+        if last:
+            values = tl.where(readable, values, tl.load(pointers, mask=fresh & ~readable))
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def store_classes(pointers, values, own_rows, fresh, units, classes, UNIT: tl.constexpr):
+    """Write the ``fresh`` lanes of a `class_tile`, no others: they are another program's."""
+    values = values.to(pointers.dtype.element_ty)
+    own = own_rows[:, None] & fresh
+    if UNIT > 1:
+        whole = (units >= 0) & (units <= classes - UNIT)
+        tl.store(pointers, values, mask=own_rows[:, None] & whole)
+        tl.store(pointers, values, mask=own & ~whole)
+    else:
+        tl.store(pointers, values, mask=own)
+
+
+@triton.jit
+def load_weights(weight_ptr, columns, fresh, UNIT: tl.constexpr):
+    """Weights of the classes of a `class_tile`, anything in lanes that are not ``fresh``."""
+    if UNIT > 1:
+        weights = tl.load(weight_ptr + columns, mask=fresh)
+    else:
+        weights = tl.load(weight_ptr + columns)
+    return weights
+
+
+@triton.jit
 def weighted_probabilities(
-    probability_ptrs,  # [rows, columns]
-    weight_ptrs,  # [columns]
+    probabilities,  # [rows, columns]
+    weight_ptr,  # [classes]
+    columns,
+    fresh,
     uniform,  # LABEL_SMOOTHING / classes, of the dtype to compute in
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """``t`` of the module's formulas for a tile of class probabilities."""
-    t = tl.load(probability_ptrs).to(uniform.dtype) * (1.0 - LABEL_SMOOTHING) + uniform
+    t = probabilities.to(uniform.dtype) * (1.0 - LABEL_SMOOTHING) + uniform
     if HAS_WEIGHT:
-        t *= tl.load(weight_ptrs).to(uniform.dtype)[None, :]
+        t *= load_weights(weight_ptr, columns, fresh, UNIT).to(uniform.dtype)
     return t
 
 
@@ -96,6 +165,7 @@ def cross_entropy_kernel(
     ROW_ALIGNMENT: tl.constexpr,
     INNER_ALIGNMENT: tl.constexpr,
     CLASSES_ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -107,21 +177,27 @@ def cross_entropy_kernel(
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
     outer = program // row_tiles
     rows, own_rows = covering_tile(program % row_tiles, inner, BLOCK_ROWS, INNER_ALIGNMENT)
-    input_rows = input_ptr + row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
+    input_starts = row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
     TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
-    target_rows = target_ptr + row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
+    target_starts = row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
+    if not PROBABILITIES:  # first of all: a call, as which the assertion is compiled, saves what is in registers
+        target = tl.load(target_ptr + target_starts)
+        counts = target != ignore_index
+        valid = (target >= 0) & (target < classes)
+        tl.device_assert(valid | (target == ignore_index), "Target is out of bounds.")
 
     maximum = tl.full((BLOCK_ROWS, BLOCK_CLASSES), NOTHING, ACCUMULATOR)
     exponentials = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of exp(x - m)
     products = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of t (x - m)
     mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)  # sum of t
 
-    class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
+    class_tiles = 1 if ONE_TILE else tl.cdiv(classes + (UNIT - 1), BLOCK_CLASSES)
     for step in range(0, class_tiles):
-        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
-        x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
-        x = tl.where(fresh[None, :], x, NOTHING)
+        columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
+        pointers = class_pointers(input_ptr, input_starts, columns, input_class_stride, UNIT)
+        x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
+        x = tl.where(fresh, x, NOTHING)
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
         if ONE_TILE:
             maximum = x
@@ -134,17 +210,18 @@ def cross_entropy_kernel(
 
         if PROBABILITIES or LABEL_SMOOTHING > 0:
             if PROBABILITIES:
-                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
-                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                t = load_classes(pointers, fresh, units, classes, UNIT)
+                t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
             else:
                 t = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR) + uniform
                 if HAS_WEIGHT:
-                    t *= tl.load(weight_ptr + columns).to(ACCUMULATOR)[None, :]
+                    t *= load_weights(weight_ptr, columns, fresh, UNIT).to(ACCUMULATOR)
             new_reference = tl.where(maximum == NOTHING, 0.0, maximum)
             if not ONE_TILE:
                 products += (reference - new_reference) * mass
-            products += tl.where(fresh[None, :], t * (x - new_reference), 0.0)
-            mass += tl.where(fresh[None, :], t, 0.0)
+            products += tl.where(fresh, t * (x - new_reference), 0.0)
+            mass += tl.where(fresh, t, 0.0)
 
     row_maximum = tl.max(maximum, 1)
     shift = tl.where(row_maximum == NOTHING, 0.0, row_maximum)
@@ -158,14 +235,10 @@ def cross_entropy_kernel(
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
         loss = log_sum * tl.sum(mass, 1) - tl.sum(products + (reference - shift[:, None]) * mass, 1)
     if not PROBABILITIES:
-        target = tl.load(target_rows)
-        counts = target != ignore_index
-        valid = (target >= 0) & (target < classes)
-        tl.device_assert(valid | (target == ignore_index), "Target is out of bounds.")
         safe_target = tl.where(valid, target, 0)
         if HAS_WEIGHT:
             row_weight = tl.load(weight_ptr + safe_target).to(ACCUMULATOR)
-        target_x = tl.load(input_rows + safe_target * input_class_stride).to(ACCUMULATOR)
+        target_x = tl.load(input_ptr + input_starts + safe_target * input_class_stride).to(ACCUMULATOR)
         loss += row_weight * (1.0 - LABEL_SMOOTHING) * (log_sum - (target_x - shift))
         loss = tl.where(counts, loss, 0.0)
         row_weight = tl.where(counts, row_weight, 0.0)
@@ -235,6 +308,7 @@ def cross_entropy_backward_kernel(
     ROW_ALIGNMENT: tl.constexpr,
     INNER_ALIGNMENT: tl.constexpr,
     CLASSES_ALIGNMENT: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
@@ -244,11 +318,11 @@ def cross_entropy_backward_kernel(
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
     outer = tl.program_id(0).to(tl.int64) // row_tiles
     rows, own_rows = covering_tile(tl.program_id(0).to(tl.int64) % row_tiles, inner, BLOCK_ROWS, INNER_ALIGNMENT)
-    input_rows = input_ptr + row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
+    input_starts = row_offsets(outer, rows, input_outer_stride, input_inner_stride, ROW_ALIGNMENT)
     TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
-    target_rows = target_ptr + row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
+    target_starts = row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
-    class_tiles = 1 if ONE_TILE else tl.cdiv(classes, BLOCK_CLASSES)
+    class_tiles = 1 if ONE_TILE else tl.cdiv(classes + (UNIT - 1), BLOCK_CLASSES)
 
     log_sum_exp = tl.load(log_sum_exp_ptr + outer * inner + rows)
     scale = tl.load(grad_output_ptr + outer * grad_output_outer_stride + rows * grad_output_inner_stride)
@@ -257,13 +331,14 @@ def cross_entropy_backward_kernel(
         mass = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), ACCUMULATOR)
         if NEED_INPUT and not ONE_TILE:
             for step in range(0, class_tiles):
-                columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
-                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
-                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
-                mass += tl.where(fresh[None, :], t, 0.0)
+                columns, fresh, units = class_tile(step, target_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
+                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                t = load_classes(pointers, fresh, units, classes, UNIT)
+                t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
+                mass += tl.where(fresh, t, 0.0)
         target_sum = tl.sum(mass, 1)
     else:
-        target = tl.load(target_rows)
+        target = tl.load(target_ptr + target_starts)
         valid = (target >= 0) & (target < classes)
         target_sum = tl.full((BLOCK_ROWS,), 1.0, ACCUMULATOR)
         target_share = tl.full((BLOCK_ROWS,), 1.0 - LABEL_SMOOTHING, ACCUMULATOR)
@@ -275,38 +350,39 @@ def cross_entropy_backward_kernel(
         scale = tl.where(target == ignore_index, 0.0, scale)  # and not 0 * scale: the mean of no target has scale inf
 
     for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
-        columns, fresh = covering_tile(step, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT)
-        own = own_rows[:, None] & fresh[None, :]
-        x = tl.load(input_rows[:, None] + columns[None, :] * input_class_stride).to(ACCUMULATOR)
+        columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
+        pointers = class_pointers(input_ptr, input_starts, columns, input_class_stride, UNIT)
+        x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
         log_probability = x - log_sum_exp[:, None]
         if ONE_TILE:
             # The whole row is here: what rounding to log_sum_exp has lost of a large logit comes back.
-            row_sum = tl.sum(tl.where(fresh[None, :], tl.exp(log_probability), 0.0), 1)
+            row_sum = tl.sum(tl.where(fresh, tl.exp(log_probability), 0.0), 1)
             log_probability -= tl.log(row_sum)[:, None]
         if NEED_INPUT:
             if PROBABILITIES:
-                pointers = target_rows[:, None] + columns[None, :] * target_class_stride
-                t = weighted_probabilities(pointers, weight_ptr + columns, uniform, HAS_WEIGHT, LABEL_SMOOTHING)
+                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                t = load_classes(pointers, fresh, units, classes, UNIT)
+                t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
                 if ONE_TILE:
-                    target_sum = tl.sum(tl.where(fresh[None, :], t, 0.0), 1)
+                    target_sum = tl.sum(tl.where(fresh, t, 0.0), 1)
             else:
-                t = tl.where(columns[None, :] == target[:, None], target_share[:, None], 0.0)
+                t = tl.where(columns == target[:, None], target_share[:, None], 0.0)
                 if LABEL_SMOOTHING > 0:
                     if HAS_WEIGHT:
-                        t += (tl.load(weight_ptr + columns).to(ACCUMULATOR) * uniform)[None, :]
+                        t += load_weights(weight_ptr, columns, fresh, UNIT).to(ACCUMULATOR) * uniform
                     else:
                         t += uniform
             grad = (tl.exp(log_probability) * target_sum[:, None] - t) * scale[:, None]
-            offsets = row_offsets(outer, rows, grad_input_outer_stride, grad_input_inner_stride, ROW_ALIGNMENT)
-            pointers = grad_input_ptr + offsets[:, None] + columns[None, :] * grad_input_class_stride
-            tl.store(pointers, grad.to(grad_input_ptr.dtype.element_ty), mask=own)
+            starts = row_offsets(outer, rows, grad_input_outer_stride, grad_input_inner_stride, ROW_ALIGNMENT)
+            pointers = class_pointers(grad_input_ptr, starts, columns, grad_input_class_stride, UNIT)
+            store_classes(pointers, grad, own_rows, fresh, units, classes, UNIT)
         if NEED_TARGET:
             grad = -log_probability * (1.0 - LABEL_SMOOTHING) * scale[:, None]
             if HAS_WEIGHT:
-                grad *= tl.load(weight_ptr + columns).to(ACCUMULATOR)[None, :]
-            offsets = row_offsets(outer, rows, grad_target_outer_stride, grad_target_inner_stride, ROW_ALIGNMENT)
-            pointers = grad_target_ptr + offsets[:, None] + columns[None, :] * grad_target_class_stride
-            tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
+                grad *= load_weights(weight_ptr, columns, fresh, UNIT).to(ACCUMULATOR)
+            starts = row_offsets(outer, rows, grad_target_outer_stride, grad_target_inner_stride, ROW_ALIGNMENT)
+            pointers = class_pointers(grad_target_ptr, starts, columns, grad_target_class_stride, UNIT)
+            store_classes(pointers, grad, own_rows, fresh, units, classes, UNIT)
 
 
 class CrossEntropyConfig(NamedTuple):
@@ -318,24 +394,28 @@ class CrossEntropyConfig(NamedTuple):
 
 
 def cross_entropy_config(
-    classes: int, inner: int, classes_adjacent: bool, dense: bool, device: torch.device
+    width: int, inner: int, classes_adjacent: bool, dense: bool, device: torch.device
 ) -> CrossEntropyConfig:
-    """The tile for ``inner`` positions side by side; ``dense``: t is nowhere 0, so that more sums are kept per lane.
+    """The tile for ``inner`` positions side by side, each with up to ``width`` classes and what pads them.
+
+    ``dense``: t is nowhere 0, or rows start anywhere, so that more is kept per lane.
 
     Logits whose classes lie side by side in memory get tiles that are long in classes: all of them up to 4096, then a
-    loop. Other layouts, images for instance, get tiles that are long in positions.
+    loop. Other layouts, images for instance, get tiles that are long in positions. A warp has 512 elements or more: 16
+    bytes in 16 bits for each of AMD's 64 lanes.
     """
-    all_classes = triton.next_power_of_2(classes)
+    all_classes = triton.next_power_of_2(width)
     all_rows = triton.next_power_of_2(inner)
     if device.type == "cpu":  # the interpreter pays per operation, not per element
         block_classes = min(all_classes, 1 << 16)
         return CrossEntropyConfig(min(all_rows, (1 << 20) // block_classes), block_classes, 1)
     if not classes_adjacent:
         block_rows = min(all_rows, 64)
-        return CrossEntropyConfig(block_rows, min(all_classes, 1024 // block_rows), 4)
-    if classes <= 1024:
-        return CrossEntropyConfig(min(all_rows, 1024 // all_classes), all_classes, 4)
-    return CrossEntropyConfig(1, min(all_classes, 4096 if classes <= 32768 or dense else 8192), 8)
+        return CrossEntropyConfig(block_rows, min(all_classes, 1024 // block_rows), 2)
+    if width <= 1024:
+        return CrossEntropyConfig(min(all_rows, 1024 // all_classes), all_classes, 2)
+    block_classes = min(all_classes, 4096 if width <= 32768 or dense else 8192)
+    return CrossEntropyConfig(1, block_classes, min(8, block_classes // 512))
 
 
 def outer_class_inner(tensor: Tensor) -> Tensor:
@@ -368,7 +448,8 @@ def cross_entropy(
     input, target = outer_class_inner(input), outer_class_inner(target)
     outer, _, inner = input.shape
     dense = probabilities or label_smoothing > 0
-    config = cross_entropy_config(classes, inner, input.stride(1) == 1, dense, input.device)
+    unit = unit_of(input, target)
+    config = cross_entropy_config(classes + unit - 1, inner, input.stride(1) == 1, dense or unit > 1, input.device)
     programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
     if reduction == "none":
         loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
@@ -395,7 +476,7 @@ def cross_entropy(
         ONE_PROGRAM=programs == 1,
         debug=not probabilities,  # arms the assertion on the targets
         sanitize_overflow=False,  # and no other
-        **shared_constants(input, target, weight, label_smoothing, config),
+        **shared_constants(input, target, weight, label_smoothing, unit, config),
     )
     if reduction == "none" or programs == 1:
         return loss, log_sum_exp, denominator
@@ -445,9 +526,10 @@ def cross_entropy_backward(
     grad_output, input, target = outer_class_inner(grad_output), outer_class_inner(input), outer_class_inner(target)
     outer, _, inner = input.shape
     dense = probabilities or label_smoothing > 0
-    config = cross_entropy_config(classes, inner, input.stride(1) == 1, dense, input.device)
-    class_tiles = triton.cdiv(classes, config.BLOCK_CLASSES)
     outputs = [input if grad is None else outer_class_inner(grad) for grad in (grad_input, grad_target)]
+    unit = unit_of(input, target, *outputs)
+    config = cross_entropy_config(classes + unit - 1, inner, input.stride(1) == 1, dense or unit > 1, input.device)
+    class_tiles = triton.cdiv(classes + unit - 1, config.BLOCK_CLASSES)
     launch(
         cross_entropy_backward_kernel,
         # Class probabilities are added up over all classes first: one program then also does all their tiles.
@@ -471,7 +553,7 @@ def cross_entropy_backward(
         ignore_index,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
-        **shared_constants(input, target, weight, label_smoothing, config, *outputs),
+        **shared_constants(input, target, weight, label_smoothing, unit, config, *outputs),
     )
     return grad_input, grad_target
 
@@ -485,11 +567,21 @@ def kernel_strides(tensor: Tensor) -> tuple[int, int, int]:
     return strides[0], 0 if tensor.dim() == 2 else strides[1], strides[-1]
 
 
+def unit_of(input: Tensor, *others: Tensor) -> int:
+    """Elements of 16 bytes if rows of classes start at no multiple of them, packed in all tensors; else 1."""
+    outer, classes, inner = input.shape
+    unit = 16 // input.element_size()
+    packed = (0 if outer == 1 else inner * classes, 1, 0 if inner == 1 else classes)
+    tensors = [input, *(tensor for tensor in others if tensor.dim() == 3)]
+    return unit if classes % unit and all(kernel_strides(tensor) == packed for tensor in tensors) else 1
+
+
 def shared_constants(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     label_smoothing: float,
+    unit: int,
     config: CrossEntropyConfig,
     *gradients: Tensor,
 ) -> dict[str, bool | int | float]:
@@ -501,9 +593,10 @@ def shared_constants(
         "PROBABILITIES": target.dim() == 3,
         "HAS_WEIGHT": weight is not None,
         "LABEL_SMOOTHING": label_smoothing,
-        "ONE_TILE": classes <= config.BLOCK_CLASSES,
+        "ONE_TILE": classes + unit - 1 <= config.BLOCK_CLASSES,
         "ROW_ALIGNMENT": math.gcd(16, *row_strides),
         "INNER_ALIGNMENT": tile_alignment(inner, config.BLOCK_ROWS),
-        "CLASSES_ALIGNMENT": tile_alignment(classes, config.BLOCK_CLASSES),
+        "CLASSES_ALIGNMENT": 1 if unit > 1 else tile_alignment(classes, config.BLOCK_CLASSES),
+        "UNIT": unit,
         **config._asdict(),
     }

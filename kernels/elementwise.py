@@ -16,6 +16,38 @@ from .reduce import sum_of_partials
 
 
 @triton.jit
+def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements from ``start`` in the dtype to compute in, and 0 from ``size`` on, where nothing is read.
+
+    Triton widens an access only if its mask is the same over 16 bytes: it is where ``size`` is a multiple of 16
+    elements (``EVEN``). Else the one tile that needs a mask takes a way of its own.
+    """
+    positions = start + tl.arange(0, BLOCK)
+    pointers, inside = pointer + positions, positions < size
+    if EVEN:
+        values = tl.load(pointers, mask=inside, other=0.0)
+    elif start + BLOCK <= size:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=inside, other=0.0)
+    return values.to(tl.float64 if values.dtype == tl.float64 else tl.float32)
+
+
+@triton.jit
+def store_tile(pointer, values, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `load_tile` would load, rounded to the dtype there."""
+    positions = start + tl.arange(0, BLOCK)
+    pointers, inside = pointer + positions, positions < size
+    values = values.to(pointer.dtype.element_ty)
+    if EVEN:
+        tl.store(pointers, values, mask=inside)
+    elif start + BLOCK <= size:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=inside)
+
+
+@triton.jit
 def total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr):
     """One program: the sum of all partial sums over ``divisor``."""
     total = sum_of_partials(partials_ptr, programs, BLOCK) / divisor

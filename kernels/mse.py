@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout, total
+from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile, total
 from .launch import accumulator_dtype, launch
-from .reduce import covering_tile, tile_alignment
 
 
 @triton.jit
@@ -26,22 +25,20 @@ def mse_loss_kernel(
     size,
     divisor,
     SUM: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements: their losses, or the sum of them over ``divisor``."""
-    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
-
     program = tl.program_id(0).to(tl.int64)
-    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
-    input = tl.load(input_ptr + positions).to(ACCUMULATOR)
-    difference = input - tl.load(target_ptr + positions).to(ACCUMULATOR)
+    start = program * BLOCK
+    input = load_tile(input_ptr, start, size, EVEN, BLOCK)
+    difference = input - load_tile(target_ptr, start, size, EVEN, BLOCK)
     loss = difference * difference
     if SUM:
-        part = tl.sum(tl.where(fresh, loss, 0.0), 0) / divisor
+        part = tl.sum(loss, 0) / divisor
         tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
     else:
-        tl.store(loss_ptr + positions, loss.to(loss_ptr.dtype.element_ty), mask=fresh)
+        store_tile(loss_ptr, loss, start, size, EVEN, BLOCK)
 
 
 @triton.jit
@@ -56,25 +53,24 @@ def mse_loss_backward_kernel(
     SCALAR_GRAD: tl.constexpr,
     NEED_INPUT: tl.constexpr,
     NEED_TARGET: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements of the gradients."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    program = tl.program_id(0).to(tl.int64)
-    positions, fresh = covering_tile(program, size, BLOCK, ALIGNMENT)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     if SCALAR_GRAD:
         grad_output = tl.load(grad_output_ptr).to(ACCUMULATOR)
     else:
-        grad_output = tl.load(grad_output_ptr + positions).to(ACCUMULATOR)
-    input = tl.load(input_ptr + positions).to(ACCUMULATOR)
-    difference = input - tl.load(target_ptr + positions).to(ACCUMULATOR)
+        grad_output = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
+    input = load_tile(input_ptr, start, size, EVEN, BLOCK)
+    difference = input - load_tile(target_ptr, start, size, EVEN, BLOCK)
     grad = 2.0 * grad_output / divisor * difference
     if NEED_INPUT:
-        tl.store(grad_input_ptr + positions, grad.to(grad_input_ptr.dtype.element_ty), mask=fresh)
+        store_tile(grad_input_ptr, grad, start, size, EVEN, BLOCK)
     if NEED_TARGET:
-        tl.store(grad_target_ptr + positions, (-grad).to(grad_target_ptr.dtype.element_ty), mask=fresh)
+        store_tile(grad_target_ptr, -grad, start, size, EVEN, BLOCK)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -104,7 +100,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
         size,
         divisor if programs == 1 else 1,
         SUM=reduction != "none",
-        ALIGNMENT=tile_alignment(size, block),
+        EVEN=size % 16 == 0,
         BLOCK=block,
         num_warps=num_warps,
     )
@@ -141,7 +137,7 @@ def mse_loss_backward(
         SCALAR_GRAD=scalar_grad,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
-        ALIGNMENT=tile_alignment(size, block),
+        EVEN=size % 16 == 0,
         BLOCK=block,
         num_warps=num_warps,
     )

@@ -58,4 +58,15 @@ def test_defects_would_show() -> None:
     assert machine.matrix_instructions == {}
 
 
+def test_a_narrow_stream_would_show() -> None:
+    """One tensor of a loss that does not start at 16 bytes breaks the rule, with aligned sizes and with odd ones."""
+    found = [launch for launch in launches("sm90", ["mse_loss", "cross_entropy"]) if launch.stream]
+    chosen = {(launch.kernel, launch.width): launch for launch in found}.values()
+    assert len(chosen) == 8
+    requests = [launch.request | {"unaligned": [*launch.request["unaligned"], "input_ptr"]} for launch in chosen]
+    for launch, machine in zip(chosen, machine_code(requests, jobs=1), strict=True):
+        assert isinstance(machine, Machine)
+        assert broken_rules(launch, machine).keys() == {"stream-width"}
+
+
 assert set(OPS) == {"linear", "conv", *LOSSES, *HEAD}

@@ -7,6 +7,7 @@ what would run.
 from __future__ import annotations
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -40,7 +41,9 @@ class Launch(NamedTuple):
     op: str
     request: Request
     shape: str
-    wide: bool  # 128-bit accesses are possible
+    wide: bool = False  # a product whose rows are aligned: 128-bit accesses are possible
+    stream: int = 0  # bytes of the large tensors of a loss that each thread reads and writes for one tile
+    width: int = 128  # bits of each access that does so, or more
     leading: bool = False  # a product of a shape that fills the GPU, with the first tile of its table
 
     @property
@@ -154,7 +157,7 @@ def linear_launches(target: str) -> Iterator[Launch]:
                 requests += recorded(target, tile, precision, linear.linear_backward, y, x, w, y, True)[1]
             for request in requests:
                 leading = tile == tiles[0] and dtype.itemsize == 2
-                yield Launch("linear", request, f"{M}x{K}x{N}", shape == aligned, leading)
+                yield Launch("linear", request, f"{M}x{K}x{N}", shape == aligned, leading=leading)
 
 
 def conv_launches(target: str) -> Iterator[Launch]:
@@ -187,15 +190,24 @@ def conv_launches(target: str) -> Iterator[Launch]:
             backward = recorded(target, tile, precision, conv.conv_backward, *arguments)[1]
             for request in (*forward, *backward):
                 name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride}"
-                launch = Launch("conv", request, name + (f" groups {groups}" if groups > 1 else ""), False)
+                launch = Launch("conv", request, name + (f" groups {groups}" if groups > 1 else ""))
                 even = C // groups % 8 == 0 and out // groups % 8 == 0
                 wide = launch.product and dtype.itemsize == 2 and even
                 yield launch._replace(wide=wide, leading=tile == tiles[0] and shape == body and dtype.itemsize == 2)
 
 
-def _loss_launches(target: str, op: str, shape: str, launcher: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    result, requests = recorded(target, None, "ieee", launcher, *arguments)
-    return result, [Launch(op, request, shape, _fills_128_bits(request)) for request in requests]
+def _loss_launches(
+    target: str, op: str, shape: str, odd: bool, tensors: int, launcher: Callable[..., Any], *arguments: Any
+) -> tuple[Any, list[Launch]]:
+    """What the launcher returns, and its launches: of a kernel that passes over large ``tensors``, and of its sums."""
+    result, (main, *sums) = recorded(target, None, "ieee", launcher, *arguments)
+    if target.startswith("gfx"):
+        main.pop("debug", None)  # an assertion of AMD brings a hundred accesses of its own
+    threads = main["num_warps"] * TARGETS[target].warp_size
+    elements = math.prod(value for name, value in main["constants"].items() if name.startswith("BLOCK"))
+    stream = tensors * elements * arguments[0].element_size() // threads
+    first = Launch(op, main, shape, stream=stream, width=64 if odd else 128)
+    return result, [first, *(Launch(op, request, shape) for request in sums)]
 
 
 def mse_launches(target: str) -> Iterator[Launch]:
@@ -205,12 +217,13 @@ def mse_launches(target: str) -> Iterator[Launch]:
         *((dtype, "mean", 512 * 2048) for dtype in (*half, torch.float32, torch.float64)),
         (half[0], "none", 512 * 2048),
         (half[0], "mean", 509 * 2047),
+        (torch.float32, "none", 509 * 2047),
     ]:
-        a, shape = _empty(size, dtype=dtype), f"{size} {reduction}"
-        loss, forward = _loss_launches(target, "mse_loss", shape, mse.mse_loss, a, a, reduction)
+        a, shape, each, odd = _empty(size, dtype=dtype), f"{size} {reduction}", reduction == "none", size % 2 == 1
+        loss, forward = _loss_launches(target, "mse_loss", shape, odd, 2 + each, mse.mse_loss, a, a, reduction)
         yield from forward
         arguments = (loss, a, a, reduction, True, True)
-        yield from _loss_launches(target, "mse_loss", shape, mse.mse_loss_backward, *arguments)[1]
+        yield from _loss_launches(target, "mse_loss", shape, odd, 4 + each, mse.mse_loss_backward, *arguments)[1]
 
 
 def add_relu_launches(target: str) -> Iterator[Launch]:
@@ -218,22 +231,23 @@ def add_relu_launches(target: str) -> Iterator[Launch]:
     half = _half_dtypes(target)
     dtypes = (*half, torch.float32, torch.float64)
     for dtype, size in [*((dtype, 512 * 2048) for dtype in dtypes), (half[0], 509 * 2047)]:
-        a = _empty(size, dtype=dtype)
-        result, forward = _loss_launches(target, "add_relu", str(size), add_relu.add_relu, a, a)
+        a, options = _empty(size, dtype=dtype), ("add_relu", str(size), size % 2 == 1, 3)
+        result, forward = _loss_launches(target, *options, add_relu.add_relu, a, a)
         yield from forward
-        yield from _loss_launches(target, "add_relu", str(size), add_relu.add_relu_backward, a, result)[1]
+        yield from _loss_launches(target, *options, add_relu.add_relu_backward, a, result)[1]
 
 
 def bce_launches(target: str) -> Iterator[Launch]:
-    """Each dtype, with one weight for each element and one for each column."""
+    """Each dtype, with a weight for each element and one for each column; odd sizes without the latter."""
     half = _half_dtypes(target)
     op = "binary_cross_entropy_with_logits"
-    for dtype in (*half, torch.float32, torch.float64):
-        a = _empty(512, 2048, dtype=dtype)
-        arguments: tuple[Any, ...] = (a, a, a, a[0], "mean")
-        loss, forward = _loss_launches(target, op, "512x2048", bce.bce, *arguments)
+    shapes = [*((dtype, (512, 2048)) for dtype in (*half, torch.float32, torch.float64)), (half[0], (509, 2047))]
+    for dtype, (rows, columns) in shapes:
+        a, shape, odd = _empty(rows, columns, dtype=dtype), f"{rows}x{columns}", columns % 2 == 1
+        arguments: tuple[Any, ...] = (a, a, a, None if odd else a[0], "mean")
+        loss, forward = _loss_launches(target, op, shape, odd, 3, bce.bce, *arguments)
         yield from forward
-        yield from _loss_launches(target, op, "512x2048", bce.bce_backward, loss, *arguments, True, True)[1]
+        yield from _loss_launches(target, op, shape, odd, 5, bce.bce_backward, loss, *arguments, True, True)[1]
 
 
 def cross_entropy_launches(target: str) -> Iterator[Launch]:
@@ -244,9 +258,11 @@ def cross_entropy_launches(target: str) -> Iterator[Launch]:
         (half[0], (4096, 1024, 1), True),
         (half[0], (4096, 32000, 1), False),
         (half[0], (4096, 50257, 1), False),
+        (half[0], (4093, 1021, 1), True),
         (half[0], (8, 16, 4096), False),
         (half[-1], (4096, 1024, 1), False),
         (torch.float32, (4096, 1024, 1), False),
+        (torch.float32, (4093, 13, 1), False),
         (torch.float64, (4096, 1024, 1), True),
     ):
         N, classes, positions = sizes
@@ -255,12 +271,12 @@ def cross_entropy_launches(target: str) -> Iterator[Launch]:
         weight = _empty(classes, dtype=dtype) if probabilities else None
         common, options = (logits, truth, weight), ("mean", -100, 0.1 if probabilities else 0.0)
         shape = f"{N}x{classes}x{positions} {'probabilities' if probabilities else 'indices'}"
-        (loss, *saved), forward = _loss_launches(
-            target, "cross_entropy", shape, cross_entropy.cross_entropy, *common, *options
-        )
-        yield from forward
+        which = (target, "cross_entropy", shape, classes % 2 == 1)
+        forward, backward = cross_entropy.cross_entropy, cross_entropy.cross_entropy_backward
+        (loss, *saved), found = _loss_launches(*which, 1 + probabilities, forward, *common, *options)
+        yield from found
         arguments = (loss, *common, *saved, *options, True, probabilities)
-        yield from _loss_launches(target, "cross_entropy", shape, cross_entropy.cross_entropy_backward, *arguments)[1]
+        yield from _loss_launches(*which, 2 + 2 * probabilities, backward, *arguments)[1]
 
 
 def head_launches(target: str) -> Iterator[Launch]:
@@ -283,20 +299,6 @@ def head_launches(target: str) -> Iterator[Launch]:
                     if request["kernel"].startswith(linear_cross_entropy.__name__):  # the products behind are linear's
                         shape = f"{M}x{K}x{N} {'probabilities' if dense else 'indices'}"
                         yield Launch("linear_cross_entropy", request, shape, M == 512)
-
-
-def _fills_128_bits(request: Request) -> bool:
-    """Whether rows are aligned and a tile holds 16 bytes of the input or more for every thread.
-
-    A sum of partial sums reads too little.
-    """
-    constants, element = request["constants"], request["types"].get("input_ptr")
-    alignments = [abs(constants[name]) for name in ("ALIGNMENT", "CLASSES_ALIGNMENT") if name in constants]
-    if element is None or min(alignments, default=16) < 8:
-        return False
-    elements = constants.get("BLOCK", 1) * constants.get("BLOCK_ROWS", 1) * constants.get("BLOCK_CLASSES", 1)
-    threads = request["num_warps"] * TARGETS[request["architecture"]].warp_size
-    return bool(elements * (int(element[-2:]) // 8) >= 16 * threads)
 
 
 OPS: dict[str, Callable[[str], Iterator[Launch]]] = {

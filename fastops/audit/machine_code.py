@@ -277,6 +277,7 @@ def _serve(connection: Connection[Any, Any]) -> None:
     """The life of a worker process: a request in, a `Compiled` or a `Failure` out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same code, a sixth sooner
     while True:
         request = connection.recv()
         try:

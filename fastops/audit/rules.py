@@ -50,6 +50,18 @@ def _wide_access(launch: Launch, machine: Machine) -> str | None:
     return f"none among {sum(machine.accesses.values())}"
 
 
+def _stream_width(launch: Launch, machine: Machine) -> str | None:
+    if not launch.stream:
+        return None
+    wide = {int(bits): count for bits, count in machine.accesses.items() if int(bits) >= launch.width}
+    covered = sum(bits * count for bits, count in wide.items()) // 8
+    if covered < launch.stream:
+        return f"{covered} of {launch.stream} bytes {launch.width} bits at a time"
+    narrow = sum(machine.accesses.values()) - sum(wide.values())
+    arguments = sum(str(type_).startswith("*") for type_ in launch.request["types"].values())
+    return f"{narrow} narrower ones" if launch.width == 128 and narrow > arguments else None
+
+
 def _issue_bound(launch: Launch, machine: Machine) -> str | None:
     least = ISSUE_BOUNDS.get((launch.target, launch.kernel))
     if not launch.leading or least is None or (machine.issue_bound or 0.0) >= least:
@@ -62,7 +74,8 @@ RULES: Final = (
     Rule("shared-memory", "a program's shared memory fits the card", _shared_memory),
     Rule("tensor-memory", "a program's tensor memory fits the card", _tensor_memory),
     Rule("matrix-instruction", "16-bit and tf32 products use the matrix units in their main loop", _matrix_instruction),
-    Rule("wide-access", "aligned rows are read or written 128 bits at a time", _wide_access),
+    Rule("wide-access", "products read or write aligned rows 128 bits at a time", _wide_access),
+    Rule("stream-width", "losses read and write tensors 128 bits at a time, of odd sizes 64 or more", _stream_width),
     Rule("issue-bound", "the main loop of a large product leaves the matrix units busy", _issue_bound),
 )
 

@@ -23,6 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 NAN, INF = float("nan"), float("inf")
 NUMPY_WARNINGS = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+# Lanes outside a row compute what is thrown away.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 class Options(NamedTuple):
@@ -138,8 +140,8 @@ def check(
     ids=str,
 )
 def test_options(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, case: Case) -> None:
-    """Three programs, in 16 bits each with two tiles of classes; the last tiles overlap those before."""
-    use_tiles(monkeypatch, 128, 4 if dtype.itemsize == 2 else 8)
+    """Three programs, in 16 bits each with two tiles of classes; the last programs overlap those before."""
+    use_tiles(monkeypatch, 128, 8 if dtype.itemsize == 2 else 16)
     input, target, options = case.tensors((300, 7, 1), dtype)
     check(input, target, reduction, options)
 

@@ -45,8 +45,21 @@ _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
     "gfx950": (MatmulConfig(128, 128, 64, 8, 2), MatmulConfig(64, 128, 32, 4, 2)),
     "gfx1100": (MatmulConfig(128, 128, 32, 8, 2), MatmulConfig(64, 128, 32, 4, 2)),
 }
-_TF32 = (MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(64, 64, 32, 4, 3))
 _FLOAT32 = (MatmulConfig(64, 64, 16, 4, 3),)
+# float32 where torch's setting is "tf32": what the matrix units round operands to, and the tiles. bf16x3 is three
+# products of the sums of two bfloat16 numbers, more exact than tf32. An architecture that is not here has no tf32 and
+# either no bfloat16, or no gain from it (gfx1100) or flushed subnormal numbers (gfx90a): it computes in float32.
+_TF32 = "tf32", (MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(64, 64, 32, 4, 3))
+_AMD_REDUCED = (MatmulConfig(128, 128, 32, 8, 2), MatmulConfig(64, 64, 32, 4, 2))
+_REDUCED_FLOAT32: dict[str, tuple[str, tuple[MatmulConfig, ...]]] = {
+    "sm80": _TF32,
+    "sm86": _TF32,
+    "sm90": _TF32,
+    "sm100": _TF32,
+    "sm120": _TF32,
+    "gfx942": ("tf32", _AMD_REDUCED),
+    "gfx950": ("bf16x3", _AMD_REDUCED),
+}
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
 # The interpreter pays per operation first, then per element: few large tiles, or one small one.
 _INTERPRETED = (MatmulConfig(128, 128, 128, 1, 1), MatmulConfig(16, 16, 64, 1, 1))
@@ -88,6 +101,11 @@ def multiprocessors(device: torch.device) -> int:
     return int(getattr(properties, "multi_processor_count", 32))
 
 
+def reduced_precision(architecture_name: str) -> str:
+    """Triton's name of how a matrix product may round float32 operands where torch's setting is "tf32"."""
+    return _REDUCED_FLOAT32[architecture_name][0] if architecture_name in _REDUCED_FLOAT32 else "ieee"
+
+
 def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str) -> tuple[MatmulConfig, ...]:
     """All entries for one architecture and dtype, largest tile first."""
     if architecture_name == "interpreter":
@@ -95,7 +113,7 @@ def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str
     if dtype is torch.float64:
         return _FLOAT64
     if dtype is torch.float32:
-        return _TF32 if precision == "tf32" else _FLOAT32
+        return _FLOAT32 if precision == "ieee" else _REDUCED_FLOAT32[architecture_name][1]
     return _HALF_PRECISION[architecture_name]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configs import architecture, reduced_precision
+
 Start = Callable[[tuple[int, ...], int, Sequence[int]], None]  # of grid, stream and addresses
 _starts: dict[tuple[Any, ...], Start] = {}
 _STARTS_AT_MOST = 1 << 14  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
@@ -101,9 +103,13 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def input_precision(tensor: Tensor, op: str = "matmul") -> str:
-    """How "matmul" or "conv" may round float32 operands: what torch's own setting says for this device."""
-    if tensor.dtype is not torch.float32 or not tensor.is_cuda or torch.version.hip is not None:
+    """How "matmul" or "conv" may round float32 operands: what torch's own setting says for this device.
+
+    torch allows a GPU "ieee" or "tf32", the latter also by `set_float32_matmul_precision` "high" (tf32, or sums of two
+    bfloat16 numbers) and "medium". AMD's convolutions are float32: torch's setting for them is cuDNN's, on by default.
+    """
+    if tensor.dtype is not torch.float32 or not tensor.is_cuda or (op == "conv" and torch.version.hip is not None):
         return "ieee"
     cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
     setting = cudnn.conv if op == "conv" else torch.backends.cuda.matmul
-    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+    return reduced_precision(architecture(tensor.device)) if setting.fp32_precision == "tf32" else "ieee"

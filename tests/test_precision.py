@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cases import Case, every_case, gradients, no_fallback, one_case_per_op
 from torch import Tensor, nn
 
 import fastops
+from fastops.kernels import configs, launch
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -101,6 +104,36 @@ def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_float32_matmul_precision(request.param)
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reduced"),
+    [
+        ("sm75", "ieee"),
+        ("sm80", "tf32"),
+        ("sm89", "tf32"),
+        ("sm90", "tf32"),
+        ("sm103", "tf32"),
+        ("sm120", "tf32"),
+        ("gfx90a", "ieee"),
+        ("gfx942", "tf32"),
+        ("gfx950", "bf16x3"),
+        ("gfx1201", "ieee"),
+    ],
+)
+def test_float32_products_on_a_gpu(
+    gpu: str, reduced: str, matmul_precision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's setting is "highest", float32; else what the matrix units have that is as exact as tf32.
+
+    Convolutions have a setting of their own, which is "tf32" from the start and which AMD's do not follow.
+    """
+    tensor: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=None)
+    monkeypatch.setattr(launch, "architecture", lambda _: configs.listed(gpu))
+    monkeypatch.setattr(torch.version, "hip", "7.0" if gpu.startswith("gfx") else None)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    assert launch.input_precision(tensor) == ("ieee" if exact else reduced)
+    assert launch.input_precision(tensor, "conv") == (reduced if gpu.startswith("sm") else "ieee")
 
 
 @one_case_per_op

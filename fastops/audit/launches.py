@@ -58,10 +58,10 @@ class Launch(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Triton's name of what is computed with; "tf32" if float32 is rounded to it."""
-        precision = self.request["constants"].get("INPUT_PRECISION")
+        """Triton's name of what is computed with: "tf32" or "bf16x3" if float32 is rounded to it."""
+        precision = str(self.request["constants"].get("INPUT_PRECISION", "ieee"))
         first = next(str(type_)[1:] for type_ in self.request["types"].values() if str(type_).startswith("*"))
-        return "tf32" if precision == "tf32" else first
+        return first if precision == "ieee" else precision
 
     @property
     def product(self) -> bool:
@@ -137,10 +137,10 @@ def _half_dtypes(target: str) -> list[torch.dtype]:
 
 def _tables(target: str) -> Iterator[tuple[torch.dtype, str, Sequence[configs.MatmulConfig]]]:
     """(dtype, precision, the tiles of its table) for every dtype of a matrix product."""
-    tf32 = target.startswith("sm") and TARGETS[target].matrix_units
+    listed = configs.listed(target)
     pairs = [(dtype, "ieee") for dtype in (*_half_dtypes(target), torch.float32, torch.float64)]
-    for dtype, precision in [*pairs, (torch.float32, "tf32")] if tf32 else pairs:
-        yield dtype, precision, configs.matmul_candidates(configs.listed(target), dtype, precision)
+    for dtype, precision in dict.fromkeys([*pairs, (torch.float32, configs.reduced_precision(listed))]):
+        yield dtype, precision, configs.matmul_candidates(listed, dtype, precision)
 
 
 def linear_launches(target: str) -> Iterator[Launch]:

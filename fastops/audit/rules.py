@@ -40,7 +40,7 @@ def _tensor_memory(launch: Launch, machine: Machine) -> str | None:
 
 
 def _matrix_instruction(launch: Launch, machine: Machine) -> str | None:
-    wanted = launch.product and launch.dtype in ("bf16", "fp16", "tf32") and TARGETS[launch.target].matrix_units
+    wanted = launch.product and launch.dtype not in ("fp32", "fp64") and TARGETS[launch.target].matrix_units
     return "none in the main loop" if wanted and not machine.loop.get("matrix") else None
 
 
@@ -73,7 +73,11 @@ RULES: Final = (
     Rule("spill", "no register spills to memory", _spills),
     Rule("shared-memory", "a program's shared memory fits the card", _shared_memory),
     Rule("tensor-memory", "a program's tensor memory fits the card", _tensor_memory),
-    Rule("matrix-instruction", "16-bit and tf32 products use the matrix units in their main loop", _matrix_instruction),
+    Rule(
+        "matrix-instruction",
+        "16-bit, tf32 and bf16x3 products use the matrix units in their main loop",
+        _matrix_instruction,
+    ),
     Rule("wide-access", "products read or write aligned rows 128 bits at a time", _wide_access),
     Rule("stream-width", "losses read and write tensors 128 bits at a time, of odd sizes 64 or more", _stream_width),
     Rule("issue-bound", "the main loop of a large product leaves the matrix units busy", _issue_bound),

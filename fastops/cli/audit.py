@@ -22,7 +22,7 @@ from fastops.cli.table import Table
 COLUMNS = {
     "target": 7,
     "kernel": 32,
-    "dtype": 5,
+    "dtype": 6,
     "tile": 19,
     "shape": 40,
     "registers": -9,

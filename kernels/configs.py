@@ -96,7 +96,9 @@ def listed(name: str) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of a GPU."""
+    """Multiprocessors (compute units) of a GPU; one of the interpreter."""
+    if device.type == "cpu":
+        return 1
     properties = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 32))
 
@@ -229,16 +231,14 @@ def register_limit(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 255} if architecture(device) in ("sm75", "sm100", "sm120") else {}
 
 
-def conv_splits(device: torch.device, tiles: int, steps: int, result: int, operands: int) -> int:
-    """How many parts the sum over positions is split into: enough to give every multiprocessor two programs.
+def inner_splits(device: torch.device, tiles: int, steps: int, partial: int, operands: int) -> int:
+    """How many parts the sum over a product's inner dimension has: so many that every multiprocessor gets two programs.
 
-    No more than four steps each allow, and not so many that the partial results (written, then read, in float32) move
-    more elements than the operands have.
+    No more than four ``steps`` each allow, and not so many that the partial results, of ``partial`` bytes each and
+    written, then read, move more bytes than the ``operands`` have. The interpreter stands for one multiprocessor.
     """
-    if device.type == "cpu":  # the interpreter runs programs one by one: only so that there is a second stage
-        return min(2, max(steps, 1))
-    wanted = -(-2 * multiprocessors(device) // tiles)
-    return max(1, min(wanted, steps // 4, operands // (2 * result)))
+    wanted = 2 * (1 if device.type == "cpu" else multiprocessors(device)) // tiles
+    return max(1, min(wanted, steps // 4, operands // (2 * partial)))
 
 
 def class_splits(device: torch.device, row_tiles: int, class_tiles: int) -> int:

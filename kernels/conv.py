@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import conv_config, conv_grad_weight_config, conv_splits, register_limit
+from .configs import conv_config, conv_grad_weight_config, inner_splits, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import accumulator_dtype, input_precision, launch
 from .linear import matmul, relu_mask_and_column_sum, tile_lanes, tile_start
@@ -559,10 +559,13 @@ def _grad_weight(
     config = conv_grad_weight_config(grad.device, grad.dtype, precision, positions, outputs, channels, taps, aligned)
     tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * groups
     size = out_channels * taps * channels
-    splits = conv_splits(grad.device, tiles, positions // config.BLOCK_K, size, grad.numel() + x.numel())
+    exact = accumulator_dtype(grad.dtype)
+    splits = inner_splits(
+        grad.device, tiles, positions // config.BLOCK_K, size * exact.itemsize, grad.nbytes + x.nbytes
+    )
     positions_per_split = triton.cdiv(triton.cdiv(positions, splits), config.BLOCK_K) * config.BLOCK_K
     splits = triton.cdiv(positions, positions_per_split)
-    partial = grad.new_empty(splits, size, dtype=accumulator_dtype(grad.dtype))
+    partial = grad.new_empty(splits, size, dtype=exact)
     launch(
         conv_grad_weight_kernel,
         (tiles * splits,),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import MatmulConfig, matmul_config, register_limit
+from .configs import MatmulConfig, inner_splits, matmul_config, register_limit
 from .launch import accumulator_dtype, input_precision, launch, reshaped
 
 
@@ -58,6 +58,8 @@ def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 def product_tile(
     a_ptrs,  # [BLOCK_M, BLOCK_K]: the first step of the rows
     b_ptrs,  # [BLOCK_K, BLOCK_N]: the first step of the columns
+    first_step,
+    last_step,
     K,
     stride_ak,
     stride_bk,
@@ -68,11 +70,11 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Tile [BLOCK_M, BLOCK_N] of A B, in the accumulators' dtype."""
+    """Tile [BLOCK_M, BLOCK_N] of A B from some of its steps of BLOCK_K, in the accumulators' dtype."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptrs.dtype.element_ty == tl.float64 else tl.float32
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
+    for step in range(first_step, last_step):
         start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
         if EVEN_K:
             a = tl.load(a_ptrs + start * stride_ak)
@@ -94,7 +96,7 @@ def matmul_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
     bias_ptr,  # [N]
-    c_ptr,  # [M, N], contiguous
+    c_ptr,  # [M, N], contiguous; [splits, M, N] if SPLIT
     M,
     N,
     K,
@@ -102,6 +104,7 @@ def matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -114,9 +117,7 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program per tile of C = relu(A B + bias)."""
-    ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-
+    """One program per tile of C = relu(A B + bias); with SPLIT one for each part of the inner dimension too."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
@@ -125,19 +126,63 @@ def matmul_kernel(
     a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak
     b_ptrs = b_ptr + inner[:, None] * stride_bk + columns[None, :] * stride_bn
 
+    first_step, last_step = 0, tl.cdiv(K, BLOCK_K)
+    if SPLIT:
+        split = tl.program_id(1)
+        steps = tl.cdiv(last_step, tl.num_programs(1))
+        first_step, last_step = split * steps, tl.minimum((split + 1) * steps, last_step)
+        c_ptr += split.to(tl.int64) * M * N
     accumulator = product_tile(
-        a_ptrs, b_ptrs, K, stride_ak, stride_bk, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+        a_ptrs,
+        b_ptrs,
+        first_step,
+        last_step,
+        K,
+        stride_ak,
+        stride_bk,
+        INPUT_PRECISION,
+        ALIGNMENT_K,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
 
     if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
+        accumulator += tl.load(bias_ptr + columns).to(accumulator.dtype)[None, :]
     if RELU:
         accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
-
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
     own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
     c_ptrs = c_ptr + rows[:, None] * N + columns[None, :]
     tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
+
+
+@triton.jit
+def sum_of_splits_kernel(
+    partial_ptr,  # [splits, M, N], contiguous
+    bias_ptr,  # [N]
+    c_ptr,  # [M, N], contiguous
+    splits,
+    size,
+    N,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK elements of C: relu(the sum of its parts, one after the other, + bias)."""
+    program = tl.program_id(0)
+    elements = tile_start(program, size, BLOCK, ALIGNMENT) + tile_lanes(size, BLOCK, ALIGNMENT)
+    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
+    for split in range(0, splits):  # of few tiles: no offset needs 64 bits
+        total += tl.load(partial_ptr + split * size + elements)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + elements % N).to(total.dtype)
+    if RELU:
+        total = tl.where(total <= 0, 0.0, total)
+    own = tl.arange(0, BLOCK) < size if ALIGNMENT == 0 else elements >= program * BLOCK
+    tl.store(c_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
 
 
 def alignment(size: int, block: int) -> int:
@@ -145,6 +190,16 @@ def alignment(size: int, block: int) -> int:
     if size < block:
         return 0
     return 16 if size % 16 == 0 else 1
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether its rows or its columns are contiguous, do not overlap, and begin at multiples of 16 bytes."""
+    strides = matrix.stride()
+    if 1 not in strides:
+        return False
+    inner = strides.index(1)
+    stride = strides[1 - inner]
+    return stride % 8 == 0 and stride >= matrix.shape[inner] and matrix.data_ptr() % 16 == 0
 
 
 def matmul(
@@ -159,29 +214,42 @@ def matmul(
 
     Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table; ``out`` is written to.
     """
-    M, K = a.shape
-    N = b.shape[1]
+    M, N = a.shape[0], b.shape[1]
     c = torch.empty((M, N), dtype=a.dtype, device=a.device) if out is None else out
+    bias = None if bias is None else bias.contiguous()
     precision = input_precision(a)
-    aligned = all(
-        min(operand.stride()) == 1 and max(operand.stride()) % 8 == 0 and operand.data_ptr() % 16 == 0
-        for operand in (a, b)
-    )
+    aligned = is_aligned(a) and is_aligned(b)
     config = config or matmul_config(a.device, a.dtype, precision, M, N, aligned)
+    _tiled_matmul(a, b, bias, relu, precision, config, c)
+    return c
+
+
+def _tiled_matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, precision: str, config: MatmulConfig, c: Tensor
+) -> None:
+    """`matmul` into ``c``: where there are few tiles and a long sum, in parts, which a second pass adds up in order."""
+    (M, K), N = a.shape, b.shape[1]
+    tiles, steps = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)
+    exact = accumulator_dtype(a.dtype)
+    splits = inner_splits(a.device, tiles, steps, M * N * exact.itemsize, (M + N) * K * a.element_size())
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
+    whole = splits == 1
+    result = c if whole else a.new_empty((splits, M, N), dtype=exact)
     launch(
         matmul_kernel,
-        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        (tiles, splits),
         a,
         b,
-        c if bias is None else bias.contiguous(),
-        c,
+        c if bias is None else bias,
+        result,
         M,
         N,
         K,
         *a.stride(),
         *b.stride(),
-        HAS_BIAS=bias is not None,
-        RELU=relu,
+        SPLIT=not whole,
+        HAS_BIAS=whole and bias is not None,
+        RELU=whole and relu,
         INPUT_PRECISION=precision,
         ALIGNMENT_M=alignment(M, config.BLOCK_M),
         ALIGNMENT_N=alignment(N, config.BLOCK_N),
@@ -191,7 +259,23 @@ def matmul(
         **config._asdict(),
         **register_limit(a.device),
     )
-    return c
+    if not whole:
+        block = 1024
+        launch(
+            sum_of_splits_kernel,
+            (triton.cdiv(M * N, block),),
+            result,
+            c if bias is None else bias,
+            c,
+            splits,
+            M * N,
+            N,
+            HAS_BIAS=bias is not None,
+            RELU=relu,
+            ALIGNMENT=alignment(M * N, block),
+            BLOCK=block,
+            **register_limit(a.device),
+        )
 
 
 @triton.jit

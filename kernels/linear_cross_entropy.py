@@ -52,6 +52,8 @@ def logit_tile(
     z = product_tile(
         input_ptr + rows[:, None] * stride_input_row + inner[None, :] * stride_input_k,
         weight_ptr + inner[:, None] * stride_weight_k + columns[None, :] * stride_weight_class,
+        0,
+        tl.cdiv(K, BLOCK_K),
         K,
         stride_input_k,
         stride_weight_k,

@@ -78,7 +78,11 @@ class Launch(NamedTuple):
 
 
 def recorded(
-    target: str, tile: configs.MatmulConfig | None, precision: str, launcher: Callable[..., Any], *arguments: Any
+    target: str,
+    tile: configs.MatmulConfig | None,
+    precision: str,
+    launcher: Callable[..., Any],
+    *arguments: Any,
 ) -> tuple[Any, list[Request]]:
     """``launcher(*arguments)`` and the compilations it would ask for, with one tile for all products or the table's."""
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -86,7 +90,12 @@ def recorded(
     def record(kernel: Any, grid: Any, *values: Any, **constants: Any) -> None:
         launches.append((kernel.fn, values, constants))
 
-    replacements = {"launch": record, "input_precision": lambda *_: precision}
+    replacements = {
+        "launch": record,
+        "input_precision": lambda *_: precision,
+        "architecture": lambda _: configs.listed(target),
+        "multiprocessors": lambda _: 100,
+    }
     if tile is not None:
         replacements["matmul_config"] = lambda *_: tile
     with ExitStack() as stack:
@@ -96,8 +105,6 @@ def recorded(
             for name, replacement in replacements.items():
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
-        stack.enter_context(patch.object(configs, "architecture", lambda _: configs.listed(target)))
-        stack.enter_context(patch.object(configs, "multiprocessors", lambda _: 100))
         result = launcher(*arguments)
     return result, [_request(target, *launch) for launch in launches]
 
@@ -144,20 +151,22 @@ def _tables(target: str) -> Iterator[tuple[torch.dtype, str, Sequence[configs.Ma
 
 
 def linear_launches(target: str) -> Iterator[Launch]:
-    """Every tile of the tables and what is taken for odd sizes; backward with all of one 16-bit dtype."""
-    aligned, odd = (512, 784, 512), (509, 783, 511)
+    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, and few tiles
+    with a long sum."""
+    aligned, odd, deep = (512, 784, 512), (509, 783, 511), (64, 8192, 128)
     half = _half_dtypes(target)[0]
     for dtype, precision, tiles in _tables(target):
-        for tile, shape in [*((tile, aligned) for tile in tiles), (None, odd)]:
+        table: list[tuple[configs.MatmulConfig | None, tuple[int, int, int]]] = [(tile, aligned) for tile in tiles]
+        for tile, shape in [*table, (None, odd), *([(None, deep)] if dtype is half else [])]:
             M, K, N = shape
             x, w, b, y = (_empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
             _, forward = recorded(target, tile, precision, linear.linear, x, w, b, True)
             requests = forward
-            if dtype is half or tile == tiles[0]:
+            if shape != deep and (dtype is half or tile == tiles[0]):
                 requests += recorded(target, tile, precision, linear.linear_backward, y, x, w, y, True)[1]
             for request in requests:
                 leading = tile == tiles[0] and dtype.itemsize == 2
-                yield Launch("linear", request, f"{M}x{K}x{N}", shape == aligned, leading=leading)
+                yield Launch("linear", request, f"{M}x{K}x{N}", shape != odd, leading=leading)
 
 
 def conv_launches(target: str) -> Iterator[Launch]:

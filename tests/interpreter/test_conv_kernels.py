@@ -307,7 +307,7 @@ def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.Mon
     input, weight, bias, grad_output = whole_tensors(name)
     expected = torchs(options, False, input, weight, bias, grad_output)[2]
     for splits in (1, 2, 3, 100):
-        monkeypatch.setattr(conv, "conv_splits", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(conv, "inner_splits", lambda *_, splits=splits: splits)
         call = run_guarded if splits == 3 else call_plainly
         assert torch.equal(grad_weight(call, input, weight, grad_output), expected)
     rounded = input + torch.randn(input.shape), weight, grad_output + torch.randn(grad_output.shape)

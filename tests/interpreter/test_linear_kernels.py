@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_torch
-from guard import run_guarded, same_bits
+from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import linear
+from fastops.kernels import configs, linear
 from fastops.kernels.configs import MatmulConfig
+from fastops.kernels.launch import accumulator_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALL = MatmulConfig(32, 16, 16, 1, 1)  # so that there are several tiles in each direction
@@ -44,6 +45,59 @@ def test_matmul_sizes(dtype: torch.dtype, sizes: str) -> None:
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
     result = run_guarded(linear.matmul, *tensors, True, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(33, 70, 17), (1, 80, 40)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of parts of the inner dimension, even more than steps, and the same bits each time."""
+    tensors = tuple(torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
+    results = {}
+    for splits in (1, 3, 100):
+        monkeypatch.setattr(linear, "inner_splits", lambda *_, splits=splits: splits)
+        call = run_guarded if splits == 3 else call_plainly
+        results[splits] = call(linear.matmul, *tensors, True, SMALL)
+        assert_as_accurate_as_torch(torch_linear_relu, ((results[splits],), tensors))
+    monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
+    assert same_bits(results[3], linear.matmul(*tensors, True, SMALL)), "not deterministic"
+    plain = linear.matmul(*tensors[:2], config=SMALL)
+    assert_as_accurate_as_torch(lambda a, b: (a @ b,), ((plain,), tensors[:2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "parts"), [(8, 4096, 8, 2), (8, 128, 8, 1), (64, 4096, 512, 1), (64, 784, 128, 1)]
+)
+def test_few_tiles_and_a_long_sum_go_in_parts(
+    M: int, K: int, N: int, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is rounded between the parts and their sum."""
+    launched: list[tuple[str, Tensor]] = []
+    monkeypatch.setattr(linear, "launch", lambda kernel, *a, **_: launched.append((kernel.__name__, a[4])))
+    c = linear.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
+    (name, result), *rest = launched
+    assert name == "matmul_kernel"
+    if parts == 1:
+        assert result is c and not rest
+    else:
+        assert result.shape == (parts, M, N) and result.dtype is accumulator_dtype(dtype)
+        assert [name for name, _ in rest] == ["sum_of_splits_kernel"]
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 60, 131, 132, 133, 264, 265, 5000])
+def test_number_of_parts_on_a_gpu(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program is without a multiprocessor, no part is short, and no more moves than the operands have."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 132)
+    found = set()
+    for steps in (1, 7, 8, 100):
+        for partial in (1 << 10, 1 << 20):
+            for operands in (partial, 4 * partial, 100 * partial):
+                splits = configs.inner_splits(torch.device("cuda"), tiles, steps, partial, operands)
+                assert splits == 1 or (
+                    splits * tiles <= 2 * 132 and 4 * splits <= steps and 2 * splits * partial <= operands
+                )
+                found.add(splits)
+    assert (len(found) > 1) == (tiles <= 132)
 
 
 @pytest.mark.parametrize("b_layout", LAYOUTS)

@@ -22,6 +22,22 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
+class PersistentConfig(NamedTuple):
+    """Tile of a product whose programs go through many tiles, loaded and stored by tensor descriptors.
+
+    ``HALVES``: a tile of the result is stored in two steps, which takes half the shared memory. ``WARP_SPECIALIZE``:
+    warps of their own load and multiply, while ``num_warps`` others store the tile before.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    HALVES: bool
+    WARP_SPECIALIZE: bool
+
+
 # Largest tile first: the first one that still gives every multiprocessor a program is taken, else the last.
 _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
     "sm75": (MatmulConfig(32, 64, 32, 4, 2),),
@@ -61,6 +77,17 @@ _REDUCED_FLOAT32: dict[str, tuple[str, tuple[MatmulConfig, ...]]] = {
     "gfx950": ("bf16x3", _AMD_REDUCED),
 }
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
+# Products of 16-bit operands, and of float32 rounded to tf32, that GPUs with tensor descriptors compute persistently.
+_PERSISTENT: dict[str, tuple[PersistentConfig, ...]] = {
+    "sm90": (PersistentConfig(128, 256, 64, 8, 3, True, False), PersistentConfig(128, 128, 64, 8, 3, False, False)),
+    "sm100": (PersistentConfig(128, 256, 64, 8, 3, True, True), PersistentConfig(128, 128, 64, 8, 3, False, True)),
+    "sm120": (PersistentConfig(128, 128, 64, 8, 2, True, True),),
+}
+_PERSISTENT_TF32: dict[str, tuple[PersistentConfig, ...]] = {
+    "sm90": (PersistentConfig(128, 128, 32, 8, 3, False, False),),
+    "sm100": (PersistentConfig(128, 128, 32, 8, 3, False, True),),
+    "sm120": (PersistentConfig(128, 128, 32, 8, 2, True, True),),
+}
 # The interpreter pays per operation first, then per element: few large tiles, or one small one.
 _INTERPRETED = (MatmulConfig(128, 128, 128, 1, 1), MatmulConfig(16, 16, 64, 1, 1))
 _INTERPRETED_POSITIONS = 1024  # of a convolution, at a time
@@ -149,6 +176,24 @@ def matmul_config(
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:
             return config
     return candidates[-1]
+
+
+def persistent_candidates(architecture_name: str, dtype: torch.dtype, precision: str) -> tuple[PersistentConfig, ...]:
+    """All entries for one architecture and dtype, largest tile first; none where the pointer kernels do all."""
+    if dtype.itemsize == 2:
+        return _PERSISTENT.get(architecture_name, ())
+    return _PERSISTENT_TF32.get(architecture_name, ()) if precision == "tf32" else ()
+
+
+def persistent_config(
+    device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int
+) -> PersistentConfig | None:
+    """The largest tile that gives every multiprocessor one of an ``M`` x ``N`` result, if there is such a tile."""
+    wanted = multiprocessors(device)
+    for config in persistent_candidates(architecture(device), dtype, precision):
+        if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:
+            return config
+    return None
 
 
 class ConvConfig(NamedTuple):

@@ -14,12 +14,23 @@ but would starve the matrix units (the mask would run in the inner loop of both)
 
 from __future__ import annotations
 
+import contextvars
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import MatmulConfig, inner_splits, matmul_config, register_limit
+from .configs import (
+    MatmulConfig,
+    PersistentConfig,
+    inner_splits,
+    matmul_config,
+    multiprocessors,
+    persistent_config,
+    register_limit,
+)
 from .launch import accumulator_dtype, input_precision, launch, reshaped
 
 
@@ -92,6 +103,16 @@ def product_tile(
 
 
 @triton.jit
+def with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """What follows a product, before it is rounded. Columns that are not ``inside`` have no meaning; None: all are."""
+    if HAS_BIAS:
+        accumulator += tl.load(bias_ptr + columns, mask=inside).to(accumulator.dtype)[None, :]
+    if RELU:
+        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
+    return accumulator
+
+
+@triton.jit
 def matmul_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
@@ -148,14 +169,90 @@ def matmul_kernel(
         BLOCK_K,
     )
 
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + columns).to(accumulator.dtype)[None, :]
-    if RELU:
-        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
+    accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, None, HAS_BIAS, RELU)
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
     own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
     c_ptrs = c_ptr + rows[:, None] * N + columns[None, :]
     tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
+
+
+@triton.jit
+def tensor_descriptor(
+    pointer, rows, columns, stride, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Descriptor of a matrix [rows, columns] in tiles; of its transpose if that is what lies row by row."""
+    if TRANSPOSED:
+        return tl.make_tensor_descriptor(pointer, [columns, rows], [stride, 1], [BLOCK_COLUMNS, BLOCK_ROWS])
+    else:
+        return tl.make_tensor_descriptor(pointer, [rows, columns], [stride, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+
+
+@triton.jit
+def described_tile(descriptor, row, column, TRANSPOSED: tl.constexpr):
+    """The tile of the matrix from ``row`` and ``column``, zeros past its edges."""
+    if TRANSPOSED:
+        return descriptor.load([column, row]).T
+    else:
+        return descriptor.load([row, column])
+
+
+@triton.jit
+def persistent_matmul_kernel(
+    a_ptr,  # [M, K], [K, M] if A_TRANSPOSED: rows contiguous, each from a multiple of 16 bytes
+    b_ptr,  # [K, N], [N, K] if B_TRANSPOSED, likewise
+    bias_ptr,  # [N]
+    c_ptr,  # [M, N], contiguous
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HALVES: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """C = relu(A B + bias), one tile after the other, as many at a time as there are programs.
+
+    The steps and the epilogue are `matmul_kernel`'s, and so are the bits, unless K is larger than BLOCK_K and no
+    multiple of it: there the last step of `matmul_kernel` starts early.
+    """
+    ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N  # that are stored at once
+
+    a_tiles = tensor_descriptor(a_ptr, M, K, stride_a, A_TRANSPOSED, BLOCK_M, BLOCK_K)
+    b_tiles = tensor_descriptor(b_ptr, K, N, stride_b, B_TRANSPOSED, BLOCK_K, BLOCK_N)
+    c_tiles = tensor_descriptor(c_ptr, M, N, N, False, BLOCK_M, COLUMNS)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE):
+        tile_m, tile_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+        for step in range(0, tl.cdiv(K, BLOCK_K)):
+            a = described_tile(a_tiles, row, step * BLOCK_K, A_TRANSPOSED)
+            b = described_tile(b_tiles, step * BLOCK_K, column, B_TRANSPOSED)
+            accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+
+        columns = column + tl.arange(0, COLUMNS)
+        inside = columns < N
+        if HALVES:
+            left, right = tl.split(tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, COLUMNS)), (0, 2, 1)))
+            left = with_bias_and_relu(left, bias_ptr, columns, inside, HAS_BIAS, RELU)
+            c_tiles.store([row, column], left.to(c_ptr.dtype.element_ty))
+            columns += COLUMNS
+            inside = columns < N
+            right = with_bias_and_relu(right, bias_ptr, columns, inside, HAS_BIAS, RELU)
+            c_tiles.store([row, column + COLUMNS], right.to(c_ptr.dtype.element_ty))
+        else:
+            accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS, RELU)
+            c_tiles.store([row, column], accumulator.to(c_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -207,7 +304,7 @@ def matmul(
     b: Tensor,
     bias: Tensor | None = None,
     relu: bool = False,
-    config: MatmulConfig | None = None,
+    config: MatmulConfig | PersistentConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
@@ -219,9 +316,56 @@ def matmul(
     bias = None if bias is None else bias.contiguous()
     precision = input_precision(a)
     aligned = is_aligned(a) and is_aligned(b)
+    if config is None and aligned and is_aligned(c):
+        config = persistent_config(a.device, a.dtype, precision, M, N)
     config = config or matmul_config(a.device, a.dtype, precision, M, N, aligned)
-    _tiled_matmul(a, b, bias, relu, precision, config, c)
+    if isinstance(config, PersistentConfig):
+        _persistent_matmul(a, b, bias, relu, precision, config, c)
+    else:
+        _tiled_matmul(a, b, bias, relu, precision, config, c)
     return c
+
+
+def launch_with_descriptors(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`launch` a kernel that makes tensor descriptors: Triton gets their memory from torch's caching allocator.
+
+    Triton keeps its allocator in a context variable. It is set in a copy of the context, so that the user's own stays.
+    Allocation and launch are in the same stream: the memory may go back at once, and a CUDA graph captures both.
+    """
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+        launch(kernel, grid, *arguments, **constants)
+
+    contextvars.copy_context().run(run)
+
+
+def _persistent_matmul(
+    a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, precision: str, config: PersistentConfig, c: Tensor
+) -> None:
+    """`matmul` of aligned tensors into ``c``."""
+    M, N = c.shape
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    launch_with_descriptors(
+        persistent_matmul_kernel,
+        (min(tiles, multiprocessors(a.device)),),
+        a,
+        b,
+        c if bias is None else bias,
+        c,
+        M,
+        N,
+        a.shape[1],
+        max(a.stride()),
+        max(b.stride()),
+        A_TRANSPOSED=a.stride(0) == 1,
+        B_TRANSPOSED=b.stride(0) == 1,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        INPUT_PRECISION=precision,
+        GROUP_M=8,
+        **config._asdict(),
+    )
 
 
 def _tiled_matmul(

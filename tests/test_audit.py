@@ -109,6 +109,8 @@ def test_main_loop_is_the_innermost_with_matrix_instructions() -> None:
     [
         ("LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", 128),
         ("LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", 128),
+        ("UTMALDG.2D [UR8], [UR4], desc[UR6]", 128),
+        ("UTMASTG.2D [UR8], [UR4]", 128),
         ("LDG.E.64 R4, desc[UR4][R2.64]", 64),
         ("LDG.E R4, desc[UR4][R2.64]", 32),
         ("STG.E.U16 desc[UR4][R2.64], R4", 16),

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -32,6 +32,7 @@ TRITON_NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
 }
+Tile: TypeAlias = configs.MatmulConfig | configs.PersistentConfig
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")
 
 
@@ -79,7 +80,7 @@ class Launch(NamedTuple):
 
 def recorded(
     target: str,
-    tile: configs.MatmulConfig | None,
+    tile: Tile | None,
     precision: str,
     launcher: Callable[..., Any],
     *arguments: Any,
@@ -97,7 +98,9 @@ def recorded(
         "multiprocessors": lambda _: 100,
     }
     if tile is not None:
+        persistent = isinstance(tile, configs.PersistentConfig)
         replacements["matmul_config"] = lambda *_: tile
+        replacements["persistent_config"] = lambda *_: tile if persistent else None
     with ExitStack() as stack:
         for module in (
             import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
@@ -151,21 +154,27 @@ def _tables(target: str) -> Iterator[tuple[torch.dtype, str, Sequence[configs.Ma
 
 
 def linear_launches(target: str) -> Iterator[Launch]:
-    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, and few tiles
-    with a long sum."""
+    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, few tiles
+    with a long sum, and float32 results."""
     aligned, odd, deep = (512, 784, 512), (509, 783, 511), (64, 8192, 128)
     half = _half_dtypes(target)[0]
     for dtype, precision, tiles in _tables(target):
-        table: list[tuple[configs.MatmulConfig | None, tuple[int, int, int]]] = [(tile, aligned) for tile in tiles]
+        persistent = configs.persistent_candidates(configs.listed(target), dtype, precision)
+        first: tuple[Tile, ...] = (tiles[0], *persistent[:1])
+        table: list[tuple[Tile | None, tuple[int, int, int]]] = [(tile, aligned) for tile in tiles]
+        table += [(tile, aligned) for tile in persistent]
         for tile, shape in [*table, (None, odd), *([(None, deep)] if dtype is half else [])]:
             M, K, N = shape
             x, w, b, y = (_empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
             _, forward = recorded(target, tile, precision, linear.linear, x, w, b, True)
             requests = forward
-            if shape != deep and (dtype is half or tile == tiles[0]):
+            if shape != deep and (dtype is half or tile in first):
                 requests += recorded(target, tile, precision, linear.linear_backward, y, x, w, y, True)[1]
+            if dtype is half and tile in persistent[:1]:
+                exact = _empty(M, N, dtype=torch.float32)
+                requests += recorded(target, tile, precision, linear.matmul, x, w.t(), None, False, None, exact)[1]
             for request in requests:
-                leading = tile == tiles[0] and dtype.itemsize == 2
+                leading = tile in first and dtype.itemsize == 2
                 yield Launch("linear", request, f"{M}x{K}x{N}", shape != odd, leading=leading)
 
 

@@ -181,7 +181,7 @@ def _machine(request: Request, result: Compiled, assembly: str) -> Machine:
         accesses=dict(Counter(str(_width(text)) for _, text in code if GLOBAL.match(text))),
         occupancy=occupancy(TARGETS[architecture], *needs),
         loop=dict(Counter(map(_kind, loop))),
-        issue_bound=_issue_bound(loop, architecture, result.num_warps, tile),
+        issue_bound=_issue_bound(loop, architecture, request.get("num_warps", result.num_warps), tile),
         seconds=result.seconds,
     )
 

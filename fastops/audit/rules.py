@@ -11,6 +11,7 @@ from .targets import TARGETS, TENSOR_MEMORY_COLUMNS
 
 ISSUE_BOUNDS: Final[dict[tuple[str, str], float]] = {
     ("sm90", "matmul_kernel"): 0.95,
+    ("sm90", "persistent_matmul_kernel"): 0.95,
     ("sm90", "conv_kernel"): 0.8,
     ("sm90", "conv_grad_input_kernel"): 0.7,
     ("sm90", "conv_grad_weight_kernel"): 0.65,

@@ -90,9 +90,9 @@ def checked_addresses() -> Iterator[None]:
         allowed = np.unique(torch.cat(elements).numpy().view(np.uint64))
         call(self, *args, **kwargs)
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         check(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
+from triton.runtime import _allocation
 
 from fastops.kernels import configs, linear
-from fastops.kernels.configs import MatmulConfig
+from fastops.kernels.configs import MatmulConfig, PersistentConfig
 from fastops.kernels.launch import accumulator_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +50,7 @@ def test_matmul_sizes(dtype: torch.dtype, sizes: str) -> None:
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
-@pytest.mark.parametrize(("M", "K", "N"), [(33, 70, 17), (1, 80, 40)])
+@pytest.mark.parametrize(("M", "K", "N"), [(17, 70, 20), (1, 80, 20)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of parts of the inner dimension, even more than steps, and the same bits each time."""
@@ -107,6 +110,86 @@ def test_matmul_layouts(a_layout: str, b_layout: str) -> None:
     result = run_guarded(linear.matmul, *tensors, True, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
     assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("b_layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("a_layout", ["contiguous", "transposed"])
+def test_persistent_matmul_has_the_bits_of_the_other(a_layout: str, b_layout: str, halves: bool) -> None:
+    """All edges of tiles, an inner dimension of whole steps and one that is smaller than a step, and a lone tile."""
+    config = PersistentConfig(*SMALL, HALVES=halves, WARP_SPECIALIZE=True)
+    for M, K, N in ((72, 32, 40), (40, 8, 24), (16, 16, 8)):
+        tensors = LAYOUTS[a_layout](M, K), LAYOUTS[b_layout](K, N), torch.randn(N)
+        result = run_guarded(linear.matmul, *tensors, True, config)
+        assert same_bits(result, linear.matmul(*tensors, True, SMALL))
+    assert same_bits(linear.matmul(*tensors[:2], config=config), linear.matmul(*tensors[:2], config=SMALL))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_persistent_matmul_where_the_last_step_is_short(dtype: torch.dtype) -> None:
+    config = PersistentConfig(*SMALL, HALVES=dtype.itemsize > 2, WARP_SPECIALIZE=False)
+    tensors = tuple(torch.randn(shape).to(dtype) for shape in ((40, 40), (40, 24), (24,)))
+    result = run_guarded(linear.matmul, *tensors, True, config)
+    assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
+
+
+HALF = {"dtype": torch.bfloat16}
+CHOICES = {
+    "16 bits": ("sm90", torch.empty(512, 64, **HALF), torch.empty(64, 512, **HALF), True),
+    "both transposed": ("sm100", torch.empty(64, 512, **HALF).t(), torch.empty(512, 64, **HALF).t(), True),
+    "rows within larger ones": ("sm120", torch.empty(512, 128, **HALF)[:, 64:], torch.empty(64, 512, **HALF), True),
+    "an older GPU": ("sm80", torch.empty(512, 64, **HALF), torch.empty(64, 512, **HALF), False),
+    "float32": ("sm90", torch.empty(512, 64), torch.empty(64, 512), False),
+    "few tiles": ("sm90", torch.empty(128, 64, **HALF), torch.empty(64, 128, **HALF), False),
+    "address": ("sm90", torch.empty(512, 128, **HALF)[:, 1:65], torch.empty(64, 512, **HALF), False),
+    "stride": ("sm90", torch.empty(512, 68, **HALF)[:, :64], torch.empty(64, 512, **HALF), False),
+    "rows of the result": ("sm90", torch.empty(512, 64, **HALF), torch.empty(64, 520, **HALF)[:, :508], False),
+    "nothing contiguous": ("sm90", torch.empty(512, 128, **HALF)[:, ::2], torch.empty(64, 512, **HALF), False),
+    "expanded": ("sm90", torch.empty(1, 64, **HALF).expand(512, 64), torch.empty(64, 512, **HALF), False),
+    "overlapping": (
+        "sm90",
+        torch.empty(8192, **HALF).as_strided((512, 64), (8, 1)),
+        torch.empty(64, 512, **HALF),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor descriptors where the GPU has them, they can describe all tensors, and no multiprocessor stays idle."""
+    architecture, a, b, persistent = CHOICES[case]
+    names: list[str] = []
+    monkeypatch.setattr(linear, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    monkeypatch.setattr(configs, "architecture", lambda _: architecture)
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(configs, "_INTERPRETED", configs.matmul_candidates(architecture, a.dtype, "ieee"))
+    linear.matmul(a, b)
+    assert names[0] == ("persistent_matmul_kernel" if persistent else "matmul_kernel")
+
+
+def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have one of their own, also in a thread where none was set, while the kernel starts and no longer."""
+    allocator, allocators = _allocation._allocator, []
+    monkeypatch.setattr(linear, "launch", lambda *_, **__: allocators.append(allocator.get()))
+    tensors = torch.empty(16, 16), torch.empty(16, 16)
+    config = PersistentConfig(*SMALL, HALVES=False, WARP_SPECIALIZE=False)
+
+    def users(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError
+
+    linear.matmul(*tensors, config=config)
+    nobodys = allocator.get()
+    triton.set_allocator(users)
+    try:
+        linear.matmul(*tensors, config=config)
+        assert allocator.get() is users
+    finally:
+        triton.set_allocator(nobodys)
+    thread = threading.Thread(target=linear.matmul, args=tensors, kwargs={"config": config})
+    thread.start()
+    thread.join()
+    assert [own.__module__ for own in allocators] == [linear.__name__] * 3
 
 
 @pytest.mark.parametrize("need_sum", [True, False])

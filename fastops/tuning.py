@@ -221,8 +221,8 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
         for product in _products(run):
             device, dtype, precision, *_ = product
             usual = configs.measured.get(product)
-            tiles = configs.matmul_candidates(configs.architecture(device), dtype, precision)
-            times: dict[configs.MatmulConfig | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
+            tiles = winners.candidates(device, dtype, precision)
+            times: dict[configs.Tile | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
             for _ in range(TURNS):
                 for tile in list(times):  # None is the table's own choice
                     configs.measured.pop(product, None)

@@ -25,7 +25,7 @@ from .kernels import configs
 
 Key = tuple[Any, ...]
 Winners = dict[Key, str]
-Tiles = dict[configs.Product, configs.MatmulConfig | None]  # None: what the table says
+Tiles = dict[configs.Product, configs.Tile | None]  # None: what the table says
 
 WAYS = ("triton", "onednn", "torch")
 
@@ -86,6 +86,12 @@ def of(device: torch.device) -> Winners:
     return ways
 
 
+def candidates(device: torch.device, dtype: torch.dtype, precision: str) -> tuple[configs.Tile, ...]:
+    """The tiles of the tables that a product can have."""
+    words = configs.architecture(device), dtype, precision
+    return *configs.matmul_candidates(*words), *configs.persistent_candidates(*words)
+
+
 def _read(file: Path, device: torch.device) -> tuple[Winners, Tiles]:
     try:
         saved = json.loads(file.read_text())
@@ -93,9 +99,10 @@ def _read(file: Path, device: torch.device) -> tuple[Winners, Tiles]:
         tiles: Tiles = {}
         for entry in saved["tiles"]:
             name, precision, M, N = entry["product"]
-            dtype, tile = getattr(torch, name), configs.MatmulConfig(*entry["tile"])
-            if tile in configs.matmul_candidates(configs.architecture(device), dtype, precision):
-                tiles[device, dtype, precision, M, N] = tile
+            dtype = getattr(torch, name)
+            for tile in candidates(device, dtype, precision):
+                if list(tile) == entry["tile"]:
+                    tiles[device, dtype, precision, M, N] = tile
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

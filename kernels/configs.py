@@ -7,7 +7,7 @@ inside a training step. Entries were compiled offline for their architecture and
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -146,9 +146,23 @@ def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str
     return _HALF_PRECISION[architecture_name]
 
 
-Product = tuple[torch.device, torch.dtype, str, int, int]  # what `matmul_config` chooses by
-measured: dict[Product, MatmulConfig] = {}  # what `fastops.tune` found faster than the choice below
-met: set[Product] | None = None  # it looks for them here
+def persistent_candidates(architecture_name: str, dtype: torch.dtype, precision: str) -> tuple[PersistentConfig, ...]:
+    """All entries for one architecture and dtype, largest tile first; none where the pointer kernels do all."""
+    if dtype.itemsize == 2:
+        return _PERSISTENT.get(architecture_name, ())
+    return _PERSISTENT_TF32.get(architecture_name, ()) if precision == "tf32" else ()
+
+
+Tile: TypeAlias = MatmulConfig | PersistentConfig
+Product = tuple[torch.device, torch.dtype, str, int, int]  # all that the choices below look at, of aligned operands
+measured: dict[Product, Tile] = {}  # what `fastops.tune` found faster
+met: set[Product] | None = None  # it looks for products here
+
+
+def _measured(*product: Any) -> Tile | None:
+    if met is not None:
+        met.add(product)
+    return measured.get(product)
 
 
 def matmul_config(
@@ -161,12 +175,8 @@ def matmul_config(
     The interpreter runs programs one by one: it gets the smallest tile if that holds the result, else the largest.
     """
     candidates = matmul_candidates(architecture(device), dtype, precision)
-    if aligned and (measured or met is not None):
-        product = (device, dtype, precision, M, N)
-        if met is not None:
-            met.add(product)
-        if product in measured:
-            return measured[product]
+    if aligned and isinstance(tile := _measured(device, dtype, precision, M, N), MatmulConfig):
+        return tile
     if device.type == "cpu":
         return candidates[-1] if max(M, N) <= candidates[-1].BLOCK_M else candidates[0]
     if not aligned:
@@ -178,17 +188,12 @@ def matmul_config(
     return candidates[-1]
 
 
-def persistent_candidates(architecture_name: str, dtype: torch.dtype, precision: str) -> tuple[PersistentConfig, ...]:
-    """All entries for one architecture and dtype, largest tile first; none where the pointer kernels do all."""
-    if dtype.itemsize == 2:
-        return _PERSISTENT.get(architecture_name, ())
-    return _PERSISTENT_TF32.get(architecture_name, ()) if precision == "tf32" else ()
-
-
 def persistent_config(
     device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int
 ) -> PersistentConfig | None:
     """The largest tile that gives every multiprocessor one of an ``M`` x ``N`` result, if there is such a tile."""
+    if (tile := _measured(device, dtype, precision, M, N)) is not None:
+        return tile if isinstance(tile, PersistentConfig) else None
     wanted = multiprocessors(device)
     for config in persistent_candidates(architecture(device), dtype, precision):
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -32,7 +32,6 @@ TRITON_NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
 }
-Tile: TypeAlias = configs.MatmulConfig | configs.PersistentConfig
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")
 
 
@@ -80,7 +79,7 @@ class Launch(NamedTuple):
 
 def recorded(
     target: str,
-    tile: Tile | None,
+    tile: configs.Tile | None,
     precision: str,
     launcher: Callable[..., Any],
     *arguments: Any,
@@ -160,8 +159,8 @@ def linear_launches(target: str) -> Iterator[Launch]:
     half = _half_dtypes(target)[0]
     for dtype, precision, tiles in _tables(target):
         persistent = configs.persistent_candidates(configs.listed(target), dtype, precision)
-        first: tuple[Tile, ...] = (tiles[0], *persistent[:1])
-        table: list[tuple[Tile | None, tuple[int, int, int]]] = [(tile, aligned) for tile in tiles]
+        first: tuple[configs.Tile, ...] = (tiles[0], *persistent[:1])
+        table: list[tuple[configs.Tile | None, tuple[int, int, int]]] = [(tile, aligned) for tile in tiles]
         table += [(tile, aligned) for tile in persistent]
         for tile, shape in [*table, (None, odd), *([(None, deep)] if dtype is half else [])]:
             M, K, N = shape

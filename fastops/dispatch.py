@@ -157,16 +157,21 @@ def _measured(
     first = tensors[0]
     if _selected != "auto" or not isinstance(first, Tensor) or first.is_meta or torch.compiler.is_compiling():
         return None
-    if not all(
-        tensor is None or (type(tensor) in _PLAIN[:2] and tensor.layout is torch.strided and not tensor.is_nested)
-        for tensor in tensors
-    ):
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN[:2] or tensor.layout is not torch.strided or tensor.is_nested
+        ):
+            return None
+    known = winners.of(first.device)
+    if not known and _asked is None:
         return None
     key = winners.key(op, tensors, options)
+    if key is None:
+        return None
     if _asked is not None:
         _asked.append(key)
         return None
-    way = winners.of(first.device).get(key)
+    way = known.get(key)
     return None if way is None or (way != "torch" and unfit() is not None) else _MEASURED[way]
 
 
@@ -400,14 +405,16 @@ def conv(
     return _ONEDNN_SELECTED if _selected == "onednn" else _TRITON
 
 
-def _without_product(op: str, input: Tensor, target: Tensor, unfit: Callable[[], str | None]) -> Explanation:
+def _without_product(
+    op: str, input: Tensor, target: Tensor, unfit: Callable[[], str | None], *options: Any
+) -> Explanation:
     if _selected == "torch":
         return _SELECTED_TORCH
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         return _NO_TENSOR
     if _selected == "onednn":
         return _NO_PRODUCT
-    if tuned and (measured := _measured(op, unfit, (input, target))) is not None:
+    if tuned and (measured := _measured(op, unfit, (input, target), *options)) is not None:
         return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         return _ATEN_IS_FASTER
@@ -448,7 +455,7 @@ def mse_loss(
             return f"{reduction!r} is no reduction"
         return _unfit(input, target)
 
-    return _without_product("mse_loss", input, target, unfit)
+    return _without_product("mse_loss", input, target, unfit, weight is None, reduction)
 
 
 def cross_entropy(
@@ -490,7 +497,7 @@ def cross_entropy(
             return "label_smoothing is not a number from 0 to 1"
         return None
 
-    return _without_product("cross_entropy", input, target, unfit)
+    return _without_product("cross_entropy", input, target, unfit, weight is None, reduction, label_smoothing)
 
 
 def binary_cross_entropy_with_logits(
@@ -524,7 +531,8 @@ def binary_cross_entropy_with_logits(
                 return "a weight may be differentiated"
         return None
 
-    return _without_product("binary_cross_entropy_with_logits", input, target, unfit)
+    weights = weight is None, pos_weight is None
+    return _without_product("binary_cross_entropy_with_logits", input, target, unfit, *weights, reduction)
 
 
 def logits_budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
@@ -611,9 +619,11 @@ def linear_cross_entropy(
     unfit = _unfit_linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
     )
-    if tuned and unfit is None:
-        tensors, budget = (input, linear_weight, target), logits_budget(input, linear_weight, options)
-        if (measured := _measured("linear_cross_entropy", lambda: None, tensors, budget)) is not None:
+    logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
+    budget_holds = unfit is None and logits > logits_budget(input, linear_weight, options)
+    if tuned and unfit is None and not budget_holds:  # no speed is worth more memory than was asked for
+        tensors, losses = (input, linear_weight, target), (linear_bias is None, weight is None, reduction)
+        if (measured := _measured("linear_cross_entropy", lambda: None, tensors, *losses)) is not None:
             return measured
     if unfit is None and on_cpu and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN products are for float32 on the CPU"
@@ -623,8 +633,7 @@ def linear_cross_entropy(
         return _TRITON
     if _selected == "onednn":
         return _ONEDNN_SELECTED
-    logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
-    return _BUDGET_HOLDS if logits > logits_budget(input, linear_weight, options) else _LOGITS_FIT
+    return _BUDGET_HOLDS if budget_holds else _LOGITS_FIT
 
 
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {

@@ -14,7 +14,7 @@ Nothing is stored on the modules or beside them: what was swapped is written in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -38,7 +38,7 @@ from .fuse import (
 )
 from .ops.conv import is_channels_last
 from .trace import LeftAlone
-from .tuning import calls_of
+from .tuning import Example, calls_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -211,13 +211,14 @@ class Report:
         return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows", *self.notes])
 
 
-def report(model: nn.Module, example_input: Any = None) -> Report:
+def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mapping[str, Any] | None = None) -> Report:
     """What is swapped and fused in ``model`` now, and why the rest is not. Swapped or not, ``model`` is only looked at.
 
     Args:
         model: any module.
         example_input: what the model is called with, one argument or a tuple of several: then it is called once, its
             buffers and the random state are put back, and the notes say which way each fastops call went and why.
+        example_kwargs: keyword arguments of that call.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -256,9 +257,10 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
             rows.append(Row(path or "(model)", "ReLU", "not fused: no traced forward calls it", False, _RELUS))
         rows += relus.get(path, [])
     notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
-    if example_input is not None:
-        words = example_input if isinstance(example_input, tuple) else (example_input,)
-        ways = Counter(f"{call.name} {call.shapes}: {call.way()}" for call in calls_of(model, words))
+    if example_input is not None or example_kwargs is not None:
+        met = calls_of(model, Example(() if example_input is None else example_input, example_kwargs))
+        with torch.enable_grad():
+            ways = Counter(f"{call.name} {call.shapes}: {call.way()}" for call in met)
         notes += [f"{way} ({times} times)" if times > 1 else way for way, times in ways.items()]
     return Report(tuple(rows), tuple(notes))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dispatch, functional, winners
 from .kernels import configs
@@ -23,6 +25,7 @@ from .ops.registry import FallbackWarning, failures_raised
 Timer = Callable[[Callable[[], object]], float]
 
 TURNS: Final = 5
+LOOKUP: Final = 5e-6  # seconds that it takes at each call to find that another way than the rule's has won
 LEAST_GAIN: Final = 0.02  # of the rule's time: less is noise, and no reason to leave the rule
 
 
@@ -60,13 +63,21 @@ class Tuning:
             times = "  ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in choice.seconds.items())
             direction = "forward+backward" if choice.gradients else "forward"
             lines.append(f"{choice.op} {choice.shapes}, {direction}: {choice.way}  ({times})")
+        if not self.choices:
+            lines.append("no call of fastops was seen: swap the model first, and tune it before torch.compile wraps it")
         for memory_format, seconds in self.format_seconds.items():
             lines.append(f"whole model, {str(memory_format).removeprefix('torch.')}: {1e3 * seconds:.2f} ms")
         lines.append("kept nowhere" if self.path is None else f"kept in {self.path}")
         return "\n".join(lines)
 
 
-def tune(model: nn.Module, example_input: Any, *, timer: Timer | None = None) -> Tuning:
+def tune(
+    model: nn.Module,
+    example_input: Any = (),
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    timer: Timer | None = None,
+) -> Tuning:
     """Measure each call of a swapped model every way that it can go, and let the fastest be taken from now on.
 
     Which calls and shapes there are shows one run of ``model(example_input)``. Each is timed with and without its
@@ -75,41 +86,85 @@ def tune(model: nn.Module, example_input: Any, *, timer: Timer | None = None) ->
     these versions of torch, Triton and fastops; later processes read them there. Another batch size is another shape,
     and goes by the rule until it is tuned too. Inside ``torch.compile`` the rule is taken.
 
-    The model is left as it is: parameters, gradients, buffers, mode and random state. A model with convolutions in two
-    dimensions is also timed as a whole in both memory formats, on a copy.
+    The model is left as it is: parameters, gradients, buffers, mode and random state; its hooks run. A model with
+    convolutions in two dimensions is also timed as a whole in both memory formats, on a copy.
 
     Args:
         model: on the device to tune for; swapped, or nothing is measured.
         example_input: what the model is called with: one argument, or a tuple of several.
+        example_kwargs: keyword arguments of that call.
         timer: gives the seconds that a callable takes; the default looks at the clock and waits for the GPU.
 
     Raises:
         TypeError: if ``model`` is not a module.
-        RuntimeError: if another backend than ``"auto"`` is selected, or where the call of the model raises one.
+        RuntimeError: if another backend than ``"auto"`` is selected, in one of several processes of a process group, or
+            where the call of the model raises one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tune expects a torch.nn.Module, not {type(model).__name__}")
     if dispatch.selected_backend() != "auto":
         raise RuntimeError(f"backend {dispatch.selected_backend()!r} is selected: tune measures what 'auto' chooses")
-    timer = timer or _seconds
-    words = example_input if isinstance(example_input, tuple) else (example_input,)
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise RuntimeError("tune measures one process: call it in one before training; all ranks read what it found")
+    example = Example(example_input, example_kwargs)
+    before = configs.measured.copy()
+    with _one_at_a_time, torch.inference_mode(False):
+        try:
+            return _tune(model, example, timer)
+        except BaseException:
+            configs.measured.clear()
+            configs.measured.update(before)
+            raise
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
     formats = _formats(model)
-    calls = [call for one in formats.values() or [model] for call in calls_of(one, words)]
-    choices, won, tiles = [], dict[torch.device, winners.Winners](), winners.Tiles()
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients):
-            for (key, usual), alike in _grouped(calls).items():
-                tiles |= _choose_tiles(alike, timer)
-                choices.append(_choose(alike, usual, timer))
-                won.setdefault(alike[0].device, {})[key] = choices[-1].way
+    calls = [call for one in formats.values() or [model] for call in calls_of(one, example)]
+    choices, won, tiles = [], dict[torch.device, dict[winners.Key, str | None]](), winners.Tiles()
+    for choose in (_choose_tiles, _choose):  # tiles are shared: the ways are timed with those that are there in the end
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                for (device, key, usual), alike in _grouped(calls).items():
+                    clock = timer or partial(_seconds, {device})
+                    if choose is _choose_tiles:
+                        tiles |= _choose_tiles(alike, clock)
+                    else:
+                        choices.append(_choose(alike, usual, clock))
+                        way = choices[-1].way
+                        won.setdefault(device, {})[key] = None if way == usual else way
     files = [
         winners.add(device, ways, {product: tile for product, tile in tiles.items() if product[0] == device})
         for device, ways in won.items()
     ]
     dispatch.tuned = dispatch.tuned or bool(won)
-    seconds = _time_formats(formats, words, timer)
-    fastest = min(seconds, key=lambda memory_format: seconds[memory_format], default=None)
+    seconds = _time_formats(formats, example, timer or partial(_seconds, _devices(model)))
+    fastest = next(iter(seconds), None)  # the model's own, unless another is clearly faster
+    for memory_format, time_ in seconds.items():
+        if time_ < (1 - LEAST_GAIN) * seconds[fastest or memory_format]:
+            fastest = memory_format
     return Tuning(tuple(choices), fastest, seconds, files[0] if files else None)
+
+
+class Example:
+    """What a model is called with, made anew for each call: a model may change its input."""
+
+    def __init__(self, input: Any, keywords: Mapping[str, Any] | None) -> None:
+        self._words = input if isinstance(input, tuple) else (input,)
+        self._keywords = dict(keywords or {})
+
+    def call(self, model: nn.Module) -> tuple[Any, list[Tensor]]:
+        """The output, and the tensors of the input that require gradients."""
+        words, keywords = tree_map(_copied, (self._words, self._keywords))
+        leaves = [leaf for leaf in tree_leaves((words, keywords)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return model(*words, **keywords), leaves
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 class Call:
@@ -121,6 +176,16 @@ class Call:
         self._words = tuple(map(_detached, words))
         self._options = {name: _detached(value) for name, value in options.items()}
         self._tensors = [value for value in (*self._words, *self._options.values()) if isinstance(value, Tensor)]
+        self._recorded = torch.is_grad_enabled()
+        kind = self.device.type
+        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    @contextmanager
+    def _as_met(self) -> Iterator[None]:
+        """Autocast as it was, and gradients recorded where they are now and were then."""
+        recorded = torch.set_grad_enabled(torch.is_grad_enabled() and self._recorded)
+        with recorded, torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +199,8 @@ class Call:
 
     def way(self) -> dispatch.Explanation:
         """The way that it goes now, where gradients are recorded or not as they are now."""
-        return dispatch.explain(self.name, *self._words, **self._options)
+        with self._as_met():
+            return dispatch.explain(self.name, *self._words, **self._options)
 
     def can_go(self, way: str) -> bool:
         """Whether the backend ``way`` would take it."""
@@ -146,14 +212,19 @@ class Call:
 
     def run(self) -> None:
         """Make the call, and its backward pass where gradients are recorded."""
-        output = self._function(*self._words, **self._options)
+        with self._as_met():
+            output = self._function(*self._words, **self._options)
         if output.requires_grad:
             leaves = [tensor for tensor in self._tensors if tensor.requires_grad]
             torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
 def _detached(value: Any) -> Any:
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():  # class indices: what comes into their memory later may be none
+        return value.clone()
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 class _Recorder(TorchFunctionMode):
@@ -165,42 +236,51 @@ class _Recorder(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, words: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
         options = options or {}
-        if getattr(function, "__module__", "") == functional.__name__:
+        own = getattr(function, "__module__", "") == functional.__name__
+        if own and not torch._C._are_functorch_transforms_active():
             self.calls.append(Call(function, words, options))
         return function(*words, **options)
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
 
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back afterwards."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    homes = [(module._buffers, module._buffers.copy()) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    accelerators = [device for device in _devices(model) if device.type not in ("cpu", "meta")]
     kind = accelerators[0].type if accelerators else "cuda"
     try:
         with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
             yield
     finally:
+        for home, before in homes:
+            home.clear()
+            home.update(before)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, content in buffers:
+                if not torch.equal(buffer, content):  # a copy for nothing would look like a change to autograd
+                    buffer.copy_(content)
 
 
-def calls_of(model: nn.Module, words: tuple[Any, ...]) -> list[Call]:
-    """The calls of `fastops.functional` in one run of ``model(*words)``, which leaves the model as it is."""
+def calls_of(model: nn.Module, example: Example) -> list[Call]:
+    """The calls of `fastops.functional` in one run of ``model``, which leaves the model as it is."""
     with _kept(model), torch.enable_grad(), _Recorder() as recorder:
-        model(*words)
+        example.call(model)
     return recorder.calls
 
 
-def _grouped(calls: list[Call]) -> dict[tuple[winners.Key, str], list[Call]]:
+def _grouped(calls: list[Call]) -> dict[tuple[torch.device, winners.Key, str], list[Call]]:
     """The calls that no decision can tell apart, by what it can tell and the way that the rule takes."""
-    groups: dict[tuple[winners.Key, str], list[Call]] = {}
+    groups: dict[tuple[torch.device, winners.Key, str], list[Call]] = {}
     for call in calls:
         with dispatch.by_the_rule() as keys:
             usual = call.way().backend
         if keys and keys[0][1] == torch.is_grad_enabled():  # else it has no backward pass
-            groups.setdefault((keys[0], usual), []).append(call)
+            groups.setdefault((call.device, keys[0], usual), []).append(call)
     return groups
 
 
@@ -230,7 +310,7 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
                         configs.measured[product] = tile
                     try:
                         times[tile].append(timer(run))
-                    except FallbackWarning:  # this tile does not compile or fit here
+                    except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
                         del times[tile]
             configs.measured.pop(product, None)
             best = min(times, key=lambda tile: min(times[tile]), default=None)
@@ -267,38 +347,41 @@ def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:
                 try:
                     with dispatch.backend(way):
                         times[way].append(timer(run))
-                except FallbackWarning:  # this kernel does not compile here
+                except (FallbackWarning, torch.OutOfMemoryError):  # no way for this call here
                     del times[way]
     seconds = {way: min(own) for way, own in times.items()}  # other programs only add to it
-    best = min(seconds, key=lambda way: seconds[way])
-    if seconds[best] > (1 - LEAST_GAIN) * seconds.get(usual, float("inf")):
+    best = min(seconds, key=lambda way: seconds[way], default=usual)
+    if usual in seconds and seconds[best] + LOOKUP * len(calls) > (1 - LEAST_GAIN) * seconds[usual]:
         best = usual
     return Choice(calls[0].name, calls[0].shapes, torch.is_grad_enabled(), seconds, best)
 
 
 def _formats(model: nn.Module) -> dict[torch.memory_format, nn.Module]:
-    """The model in both memory formats, where it matters: copies, but for the one that the model is in."""
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    """The model as it is, and a copy in the other memory format; nothing where that does not matter."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
         return {}
-    channels_last = any(isinstance(m, nn.Conv2d) and not m.weight.is_contiguous() for m in model.modules())
-    formats = (torch.contiguous_format, torch.channels_last)
-    own = formats[channels_last]
-    return {
-        memory_format: model if memory_format is own else copy.deepcopy(model).to(memory_format=memory_format)
-        for memory_format in formats
-    }
+    own, other = torch.contiguous_format, torch.channels_last
+    try:
+        if not all(convolution.weight.is_contiguous() for convolution in convolutions):
+            own, other = other, own
+        return {own: model, other: copy.deepcopy(model).to(memory_format=other)}
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # what cannot be copied says so in many ways
+        warnings.warn(f"memory formats are not compared: no copy of the model can be made: {error}", stacklevel=4)
+        return {}
 
 
 def _time_formats(
-    formats: dict[torch.memory_format, nn.Module], words: tuple[Any, ...], timer: Timer
+    formats: dict[torch.memory_format, nn.Module], example: Example, timer: Timer
 ) -> dict[torch.memory_format, float]:
     """Seconds of a step of each: forward, and backward where the model trains."""
 
     def step(model: nn.Module) -> None:
         with torch.set_grad_enabled(model.training):
-            outputs = [leaf for leaf in tree_leaves(model(*words)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            if outputs:
-                leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            output, leaves = example.call(model)
+            leaves += [parameter for parameter in model.parameters() if parameter.requires_grad]
+            outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if outputs and leaves:
                 torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)), allow_unused=True)
 
     times = {memory_format: list[float]() for memory_format in formats}
@@ -309,19 +392,21 @@ def _time_formats(
     return {memory_format: min(own) for memory_format, own in times.items()}
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """Seconds of a call, over as many as take a hundredth of a second."""
-    gpu = torch.accelerator.is_available()
+def _seconds(devices: set[torch.device], call: Callable[[], object]) -> float:
+    """Seconds of a call on these devices, over as many as take a hundredth of a second."""
+
+    def now() -> float:
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
     calls = 1
     while True:
-        if gpu:
-            torch.accelerator.synchronize()
-        start = time.perf_counter()
+        start = now()
         for _ in range(calls):
             call()
-        if gpu:
-            torch.accelerator.synchronize()
-        took = time.perf_counter() - start
+        took = now() - start
         if took > 0.01:
             return took / calls
         calls *= 2

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import os
 import re
-import tempfile
 import warnings
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .kernels import configs
 
 Key = tuple[Any, ...]
 Winners = dict[Key, str]
+Ways = Mapping[Key, str | None]  # None: what the rule says
 Tiles = dict[configs.Product, configs.Tile | None]  # None: what the table says
 
 WAYS = ("triton", "onednn", "torch")
@@ -37,21 +40,40 @@ def folder() -> Path:
 
 
 def anything() -> bool:
-    """Whether this user ever tuned."""
-    return any(folder().glob("*.json"))
+    """Whether this user ever tuned, for any device."""
+    try:
+        return any(folder().glob("*.json"))
+    except (OSError, RuntimeError):  # there is no home
+        return False
 
 
-def key(op: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Key:
-    """What decides how long a call takes, as far as a decision may look."""
+def key(op: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Key | None:
+    """What decides how long a call takes, as far as a decision may look; None if its options are not plain numbers."""
     first = tensors[0]
     assert first is not None
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    layouts = tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride()) for tensor in tensors)
-    return op, recorded, str(first.dtype), layouts, _tuples(options)
+    recorded, layouts = False, []
+    for tensor in tensors:
+        if tensor is not None:
+            recorded = recorded or tensor.requires_grad
+            layouts.append(tuple(tensor.shape) + tensor.stride())
+        else:
+            layouts.append(())
+    precision = torch.backends.cuda.matmul.fp32_precision if first.is_cuda and first.dtype is torch.float32 else ""
+    try:
+        plain = tuple(map(_plain, options)) if options else options
+    except TypeError:
+        return None
+    return op, recorded and torch.is_grad_enabled(), str(first.dtype), precision, tuple(layouts), plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool, float, NoneType)):
+        return value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else operator.index(value)
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _versions() -> dict[str, str]:
@@ -78,10 +100,17 @@ def path(device: torch.device) -> Path:
     return folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{digest}.json"
 
 
-@functools.cache
 def of(device: torch.device) -> Winners:
     """The ways that won on this device, read at the first call with the tiles; `add` changes what everybody has."""
-    ways, tiles = _read(path(device), device)
+    return _of(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@functools.cache
+def _of(device: torch.device, threads: int) -> Winners:
+    try:
+        ways, tiles = _read(path(device), device)
+    except RuntimeError:  # there is no home
+        return {}
     configs.measured.update({product: tile for product, tile in tiles.items() if tile is not None})
     return ways
 
@@ -105,20 +134,23 @@ def _read(file: Path, device: torch.device) -> tuple[Winners, Tiles]:
                     tiles[device, dtype, precision, M, N] = tile
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{file} is damaged and counts for nothing until fastops.tune mends it: {error!r}", stacklevel=2)
         return {}, {}
     return ways, tiles
 
 
-def add(device: torch.device, ways: Winners, tiles: Tiles) -> Path | None:
+def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
     """Remember winners from now on, beside what other processes have written meanwhile.
 
     Returns:
         The file; None, after a warning, where it cannot be written: then they count in this process alone.
     """
-    file = path(device)
-    of(device).update(ways)
+    known = of(device)
+    for call, way in ways.items():
+        known.pop(call, None)
+        if way is not None:
+            known[call] = way
     for product, tile in tiles.items():
         configs.measured.pop(product, None)
         if tile is not None:
@@ -126,23 +158,26 @@ def add(device: torch.device, ways: Winners, tiles: Tiles) -> Path | None:
     try:
         from filelock import FileLock  # torch needs it too
 
+        file = path(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             all_ways, all_tiles = _read(file, device)
             saved = {
                 "device": _device(device),
                 "versions": _versions(),
-                "winners": [{"call": call, "way": way} for call, way in (all_ways | ways).items()],
+                "winners": [
+                    {"call": call, "way": way} for call, way in {**all_ways, **ways}.items() if way is not None
+                ],
                 "tiles": [
                     {"product": [str(dtype).removeprefix("torch."), *rest], "tile": tile}
                     for (_, dtype, *rest), tile in (all_tiles | tiles).items()
                     if tile is not None
                 ],
             }
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
-                json.dump(saved, part, indent=1)
-            os.replace(part.name, file)  # whoever reads sees the old file or the new one
-    except OSError as error:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(saved, indent=1))
+            os.replace(part, file)  # whoever reads sees the old file or the new one
+    except (OSError, RuntimeError) as error:  # no such folder can be, or there is no home
         warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=3)
         return None
     return file

@@ -13,17 +13,24 @@ from .configs import architecture, reduced_precision
 
 Start = Callable[[tuple[int, ...], int, Sequence[int]], None]  # of grid, stream and addresses
 _starts: dict[tuple[Any, ...], Start] = {}
+_LAUNCHERS = ("cuda", "hip")
+_SMALL = 2**31 - 1  # bytes of storage that AMD's 32-bit offsets reach
 _STARTS_AT_MOST = 1 << 14  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
 
 
 @functools.cache
-def _triton() -> tuple[Any, Any, bool]:
-    """The driver, the run-time knobs, and whether the private launchers of this Triton are known here."""
+def _triton() -> tuple[Any, Any, bool, bool]:
+    """The driver, the run-time knobs, whether this Triton's private launchers are known here, and whether it is AMD."""
     import triton  # not above: the oneDNN twins use this module too and need no Triton
     from triton.runtime.driver import driver
 
-    known = triton.__version__.startswith("3.8.") and driver.active.get_current_target().backend in ("cuda", "hip")
-    return driver, triton.knobs.runtime, known
+    backend = driver.active.get_current_target().backend
+    return (
+        driver,
+        triton.knobs.runtime,
+        triton.__version__.startswith("3.8.") and backend in _LAUNCHERS,
+        backend == "hip",
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -33,12 +40,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     the compiler's options.
 
     Triton inspects every argument of each launch anew, which takes longer than the launch. What it looks for is the key
-    of what it compiled before: dtypes, whether an address is a multiple of 16, numbers and constants.
+    of what it compiled before: dtypes, whether an address is a multiple of 16, for AMD whether 32-bit offsets reach all
+    of a tensor's storage, numbers and constants.
     """
     if not hasattr(kernel, "device_caches"):  # interpreted
         kernel[grid](*arguments, **constants)
         return
-    driver, runtime, known = _triton()
+    driver, runtime, known, amd = _triton()
     addresses: list[int] = []
     tensors: list[Any] = []  # their dtypes, and the places of those whose address is no multiple of 16
     for argument in arguments:
@@ -49,6 +57,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         tensors.append(argument.dtype)
         if address % 16:
             tensors.append(len(tensors))
+        if amd and argument.untyped_storage().nbytes() > _SMALL:
+            tensors.append(-len(tensors))
     device, current = arguments[0].get_device(), driver.active.get_current_device()
     if device != current and device >= 0:  # Triton launches on the current device, which need not be the tensors' one
         with torch.accelerator.device_index(device):
@@ -59,12 +69,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     key = kernel.fn, current, tuple(tensors), numbers, types, tuple(constants), tuple(constants.values())
     start = _starts.get(key)
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    watched = runtime.debug or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    watched = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks or runtime.debug
     if start is not None and not watched:
         start(grid, driver.active.get_current_stream(current), addresses)
         return
     compiled = kernel[grid](*arguments, **constants)
-    if known:
+    if known and not watched and compiled is not None:
         if len(_starts) >= _STARTS_AT_MOST:
             _starts.clear()
         _starts[key] = _start(compiled, (*numbers, *(constants[name] for name in kernel.arg_names[len(arguments) :])))

@@ -35,7 +35,7 @@ FASTER_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}.get(
 )
 
 
-_PART: Final = 4096  # rows or columns of a product that oneDNN makes beside the memory that it is for
+_LEAST_PART: Final = 1024  # rows or columns of a product: fewer are not worth one of their own
 
 
 def available() -> bool:
@@ -182,13 +182,13 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None)
         else:
             torch.addmm(plus, a, b.t(), out=out)
         return
-    for rows in slices(len(a), _PART):  # oneDNN's results are memory of their own: a part at a time, to be copied
-        for columns in slices(len(b), _PART):
-            part = out[rows, columns]
-            if plus is out:
-                part += product(a[rows], b[columns])
-            else:
-                part.copy_(product(a[rows], b[columns], None if plus is None else plus[columns]))
+    # oneDNN's results are memory of their own: an eighth at a time, to be copied
+    for part in slices(max(out.shape), max(_LEAST_PART, -(-max(out.shape) // 8))):
+        rows, columns = (part, slice(None)) if len(a) > len(b) else (slice(None), part)
+        if plus is out:
+            out[rows, columns] += product(a[rows], b[columns])
+        else:
+            out[rows, columns] = product(a[rows], b[columns], None if plus is None else plus[columns])
 
 
 def _exponentiate(z: Tensor, target: Target, rows: slice, classes: slice) -> Statistics:

@@ -5,9 +5,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
+
+from fastops.kernels import launch as launcher
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
@@ -83,6 +89,12 @@ assert len(set(others)) == len(others)
 assert run(aligned, aligned, number=48) == (True, first[1])  # Triton says whether another number needs another kernel
 assert run(aligned, aligned, factor=1.0)[0]  # 1.0 is no 1
 
+knobs.runtime.debug = True
+through_triton, checked = run(aligned, aligned, number=80)
+assert through_triton and checked != first[1]  # with assertions
+knobs.runtime.debug = False
+assert run(aligned, aligned, number=80) == (True, first[1])
+
 entered = []
 knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
 assert run(aligned, aligned) == (True, first[1])  # a profiler sees every launch
@@ -110,3 +122,32 @@ def test_launch_again_costs_less_than_half_of_tritons() -> None:
     assert [row[0] for row in rows] == ["add_relu_kernel", "matmul_kernel"]
     for name, triton, ours, ratio in rows:
         assert 0 < float(ours) < float(triton) and float(ratio) < 0.5, name
+
+
+def test_offsets_of_amd_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has 32-bit offsets there into a storage of less than 2 GiB, whatever the shapes are."""
+    compilations = []
+
+    class Kernel:
+        device_caches, pre_run_hooks, arg_names, fn = {}, [], ["pointer"], object()  # type: ignore[var-annotated]
+
+        def __getitem__(self, grid: object) -> Callable[..., SimpleNamespace]:
+            def compile(*_: Tensor) -> SimpleNamespace:
+                compilations.append(grid)
+                return SimpleNamespace(run=lambda *_: None, function=None, packed_metadata=None)
+
+            return compile
+
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
+    runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None, debug=False)
+    large = torch.empty(2**31, dtype=torch.uint8)  # never touched
+    small = torch.empty(2**10, dtype=torch.uint8)
+    for amd, expected in ((True, 2), (False, 1)):
+        found = SimpleNamespace(active=active), runtime, True, amd
+        monkeypatch.setattr(launcher, "_triton", lambda found=found: found)
+        monkeypatch.setattr(launcher, "_starts", {})
+        compilations.clear()
+        kernel = Kernel()
+        for tensor in (small, large, small, large):
+            launcher.launch(kernel, (1,), tensor)
+        assert len(compilations) == expected

@@ -87,7 +87,7 @@ def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
 def test_products_of_either_library(bias: bool, faster: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """MKL's into memory that is there, or oneDNN's in parts, where the table says that they are faster."""
     monkeypatch.setattr(onednn, "FASTER_FROM_MULTIPLY_ADDS", faster)
-    monkeypatch.setattr(onednn, "_PART", 64)
+    monkeypatch.setattr(onednn, "_LEAST_PART", 64)
     input, weight = torch.randn(200, 6, requires_grad=True), torch.randn(150, 6, requires_grad=True)
     leaves = [input, weight, *([torch.randn(150, requires_grad=True)] if bias else [])]
     target = torch.randint(150, (200,))

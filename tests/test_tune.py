@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache folder of the test's own, and nothing tuned before and after."""
     monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "tuned", False)
-    winners.of.cache_clear()
+    winners._of.cache_clear()
     yield tmp_path / "cache"
-    winners.of.cache_clear()
+    winners._of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def clock(**seconds: float) -> Timer:
 
 def again() -> None:
     """As a new process would find it."""
-    winners.of.cache_clear()
+    winners._of.cache_clear()
     dispatch.tuned = winners.anything()
 
 
@@ -231,6 +232,136 @@ def test_convolutions_and_heads(folder: Path) -> None:
     assert len(notes) == 2 and all("onednn: fastops.tune measured" in note for note in notes)
 
 
+def test_models_that_change_what_they_are_given(folder: Path) -> None:
+    """Inputs changed in place, buffers assigned anew, keyword arguments, and a backward pass that is still to come."""
+
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = fastops.nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.norm(self.layer(x.mul_(2))) * scale  # type: ignore[no-any-return]
+
+    model, x, scale = Changes(), torch.ones(3, 4), torch.ones(3, 1)
+    fastops.tune(model, x, example_kwargs={"scale": scale}, timer=clock())
+    notes = fastops.report(model, x, example_kwargs={"scale": scale}).notes
+    assert len(notes) == 1 and notes[0].startswith("linear 3x4 4x4 4")
+    assert model.calls == 0 and x.eq(1).all()
+    pending = model.eval()(x.clone(), scale=scale)
+    fastops.tune(model, x, example_kwargs={"scale": scale}, timer=clock())
+    pending.sum().backward()
+    with torch.inference_mode():
+        fastops.tune(model, torch.ones(3, 4), example_kwargs={"scale": scale}, timer=clock())
+
+
+def test_contexts_inside_a_model(folder: Path) -> None:
+    """Autocast and no_grad around a call count when it is made again, and transforms are not looked into."""
+
+    class Contexts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.layer(x)
+            with torch.no_grad():
+                x = self.layer(x.float())
+            return torch.vmap(self.layer)(x)  # type: ignore[no-any-return]
+
+    model, x = fastops.swap(Contexts()), torch.randn(3, 4)
+    tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    assert [(choice.gradients, choice.way) for choice in tuning.choices] == [
+        (True, "torch"),  # in bfloat16, which oneDNN's products do not take
+        (False, "torch"),
+        (False, "onednn"),
+    ]
+    notes = fastops.report(model, x).notes
+    assert "measured" not in notes[0] and "measured" in notes[1] and len(notes) == 2
+
+
+def test_memory_budget_comes_first(folder: Path) -> None:
+    """However fast all logits at once are, they are not what was asked for."""
+    options = fastops.nn.LinearCrossEntropyOptions(memory_budget=100)
+    model = fastops.nn.LinearCrossEntropyLoss(4, 50, options=options)
+    words = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
+    assert fastops.tune(model, words, timer=clock(onednn=2.0, torch=1.0)).choices == ()
+    assert "budget" in fastops.report(model, words).notes[0]
+
+
+def test_way_without_memory_is_no_contestant(folder: Path) -> None:
+    def timer(call: Callable[[], object]) -> float:
+        if dispatch.selected_backend() == "torch":
+            raise torch.OutOfMemoryError
+        return 1.0
+
+    tuning = fastops.tune(mlp(), torch.randn(5, 8), timer=timer)
+    assert all(choice.seconds.keys() == {"onednn"} and choice.way == "onednn" for choice in tuning.choices)
+
+
+def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_INTERPRETER", True)
+    monkeypatch.setattr(configs, "measured", {})
+
+    def timer(call: Callable[[], object]) -> float:
+        if configs.measured:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        fastops.tune(mlp(), torch.randn(5, 8), timer=timer)
+    assert configs.measured == {} and configs.met is None and not dispatch.tuned and not folder.exists()
+    assert dispatch.selected_backend() == "auto"
+
+
+def test_another_number_of_threads(folder: Path) -> None:
+    model, x = mlp(), torch.randn(5, 8)
+    words = (x, model[0].weight, model[0].bias)
+    fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert fastops.explain("linear", *words).backend == "torch"
+    finally:
+        torch.set_num_threads(threads)
+    assert fastops.explain("linear", *words).backend == "onednn"
+
+
+def test_model_that_cannot_be_copied(folder: Path) -> None:
+    """Its calls are tuned; only the memory formats are not compared."""
+    model = fastops.swap(nn.Conv2d(3, 4, 3))
+    model.cached = model.weight * 2
+    with pytest.warns(UserWarning, match="memory formats are not compared"):
+        tuning = fastops.tune(model, torch.randn(1, 3, 5, 5), timer=clock())
+    assert len(tuning.choices) == 2 and tuning.memory_format is None
+
+
+def test_frozen_model(folder: Path) -> None:
+    model = fastops.swap(nn.Conv2d(3, 4, (3, 3), stride=(np.int64(1), np.int64(1)))).requires_grad_(False)
+    assert len(fastops.tune(model, torch.randn(1, 3, 5, 5), timer=clock()).choices) == 2  # one for each format
+    assert len(fastops.tune(model, torch.randn(1, 3, 5, 5, requires_grad=True), timer=clock()).choices) == 4
+    with pytest.raises(TypeError, match="conv2d"):
+        FF.conv2d(torch.randn(1, 3, 5, 5), model.weight, stride={1: 2})  # type: ignore[arg-type]
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTOPS_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(dispatch, "tuned", False)
+    monkeypatch.setattr(Path, "home", home)
+    winners._of.cache_clear()
+    assert not winners.anything()
+    with pytest.warns(UserWarning, match="this process alone: Could not determine home"):
+        assert fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=1.0, torch=2.0)).path is None
+    winners._of.cache_clear()
+
+
 def test_nothing_to_tune(folder: Path) -> None:
     tuning = fastops.tune(nn.Linear(8, 4), torch.randn(5, 8))
     assert tuning.choices == () and tuning.path is None and not folder.exists() and not dispatch.tuned
@@ -344,7 +475,7 @@ def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:  # as processes: each opens the lock for itself
         list(pool.map(write, range(4)))
-    winners.of.cache_clear()
+    winners._of.cache_clear()
     assert set(winners.of(CPU)) == {("op", writer, i) for writer in range(4) for i in range(20)}
     assert not list(folder.glob("*.part"))
 

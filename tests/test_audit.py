@@ -95,13 +95,14 @@ def test_main_loop_is_the_innermost_with_matrix_instructions() -> None:
     assert [text.split()[0] for text in loop] == ["HMMA.16816.F32.BF16", "IADD3", "BRA"]
     amd = """
 .LBB0_1:
+\ts_barrier
 \tglobal_load_dwordx4 v[0:3], v[4:5], off
 \tv_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]
 \ts_cbranch_scc1 .LBB0_1
 \ts_endpgm
 """
     loop = machine_code._main_loop(machine_code._instructions(amd))
-    assert [machine_code._kind(text) for text in loop] == ["global", "matrix", "other"]
+    assert [machine_code._kind(text) for text in loop] == ["other", "global", "matrix", "other"]
 
 
 @pytest.mark.parametrize(

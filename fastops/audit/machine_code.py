@@ -23,7 +23,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby, islice
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeAlias
@@ -191,7 +191,7 @@ def _instructions(assembly: str) -> list[tuple[str, str]]:
     if assembly.lstrip().startswith("/*"):
         line = re.compile(r"^\s+/\*0*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*)", re.MULTILINE)
         return [("0x" + address, text) for address, text in line.findall(assembly)]
-    line = re.compile(r"^(\.L\w+):|^\s+([a-z]\w+(?:\s[^;\n]*)?)", re.MULTILINE)
+    line = re.compile(r"^(\.L\w+):|^[ \t]+([a-z]\w+(?:[ \t][^;\n]*)?)", re.MULTILINE)
     return line.findall(assembly)
 
 
@@ -273,9 +273,11 @@ def _issue_bound(loop: list[str], architecture: str, warps: int, tile: tuple[int
 # Workers --------------------------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection[Any, Any]) -> None:
+def _serve(connection: Connection[Any, Any], environment: dict[str, str]) -> None:
     """The life of a worker process: a request in, a `Compiled` or a `Failure` out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
+    os.environ.clear()  # the fork server has what was set when it started
+    os.environ.update(environment)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same code, a sixth sooner
     while True:
@@ -290,13 +292,14 @@ class _Worker:
     """A process that compiles, and another one after it died or did not answer."""
 
     def __init__(self) -> None:
-        self.process: SpawnProcess | None = None
+        self.process: ForkServerProcess | None = None
 
     def answer(self, request: Request) -> Compiled | Failure:
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])  # and with it torch, once for all workers, but no Triton
             self.connection, other = context.Pipe()
-            self.process = context.Process(target=_serve, args=(other,), daemon=True)
+            self.process = context.Process(target=_serve, args=(other, dict(os.environ)), daemon=True)
             self.process.start()
             other.close()
         try:

@@ -77,6 +77,7 @@ _REDUCED_FLOAT32: dict[str, tuple[str, tuple[MatmulConfig, ...]]] = {
     "gfx950": ("bf16x3", _AMD_REDUCED),
 }
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
+_RDNA = {torch.float32: (MatmulConfig(64, 64, 16, 8, 3),), torch.float64: (MatmulConfig(32, 32, 16, 4, 1),)}
 # Products of 16-bit operands, and of float32 rounded to tf32, that GPUs with tensor descriptors compute persistently.
 _PERSISTENT: dict[str, tuple[PersistentConfig, ...]] = {
     "sm90": (PersistentConfig(128, 256, 64, 8, 3, True, False), PersistentConfig(128, 128, 64, 8, 3, False, False)),
@@ -139,6 +140,8 @@ def matmul_candidates(architecture_name: str, dtype: torch.dtype, precision: str
     """All entries for one architecture and dtype, largest tile first."""
     if architecture_name == "interpreter":
         return _INTERPRETED
+    if architecture_name == "gfx1100" and dtype in _RDNA:
+        return _RDNA[dtype]
     if dtype is torch.float64:
         return _FLOAT64
     if dtype is torch.float32:

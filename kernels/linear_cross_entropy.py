@@ -346,10 +346,10 @@ def shared_constants(
         for operand in (input, weight)
     )
     config = matmul_config(input.device, input.dtype, precision, rows, classes, aligned)
-    if not aligned and input.device.type != "cpu":  # addresses one by one take registers
-        config = config._replace(BLOCK_K=min(config.BLOCK_K, 32))
+    if input.device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
+        config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
     most = (1024 if aligned else 512) * config.num_warps
-    if config.BLOCK_M * config.BLOCK_N > most:  # and so does what follows the product
+    if config.BLOCK_M * config.BLOCK_N > most:
         config = config._replace(BLOCK_N=most // config.BLOCK_M, BLOCK_K=min(config.BLOCK_K, 64))
     constants: dict[str, bool | int | float | str] = {
         "HAS_BIAS": bias is not None,

@@ -1,4 +1,4 @@
-"""Linear layer, optionally with ReLU: one matrix-product kernel and one pass over the output gradient.
+"""Linear layer, optionally with ReLU: a matrix product and one pass over the output gradient.
 
 With input ``x`` [M, K], weight ``w`` [N, K] and bias ``b`` [N]::
 
@@ -6,8 +6,10 @@ With input ``x`` [M, K], weight ``w`` [N, K] and bias ``b`` [N]::
     gz = gy where not y <= 0, else 0         relu_mask_and_column_sum: gz and the partial sums of gb in one pass
     gx = gz w,   gw = gz^T x,   gb = sum over rows of gz
 
-Both backward products are the forward's kernel again, on transposed views. Masking inside the products would read less
-but would starve the matrix units (the mask would run in the inner loop of both), so it is a pass of its own.
+Both backward products are the forward's again, on transposed views. Masking inside the products would read less but
+would starve the matrix units (the mask would run in the inner loop of both), so it is a pass of its own. A product has
+two kernels: one with pointers, which takes everything, and a persistent one with tensor descriptors, for large and
+aligned matrices where the GPU has descriptors.
 
 ``y <= 0`` and not ``y > 0``: torch's ReLU keeps NaN and lets its gradient through.
 """

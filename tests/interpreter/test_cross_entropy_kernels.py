@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -332,6 +333,26 @@ def test_second_backward_is_independent_of_the_first() -> None:
         for grad_output in (1.0, -4.0)
     )
     assert torch.equal(second, -4 * first)
+
+
+@pytest.mark.parametrize("classes", [13, 16])
+def test_every_gradient_is_written_once(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that share 16 bytes belong to programs that run side by side."""
+    use_tiles(monkeypatch, 64, 8)
+    input, target, _ = INDICES.tensors((129, classes, 1), torch.float32)
+    saved = kernels.cross_entropy(input, target, None, "mean", -100, 0.0)[1:]
+    store, written = interpreter.InterpreterBuilder.create_masked_store, []
+
+    def seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        written.append(addresses[active])
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", seen)
+    options = (*saved, "mean", -100, 0.0, True, False)
+    kernels.cross_entropy_backward(torch.ones(()), input, target, None, *options)
+    addresses = np.concatenate(written)
+    assert len(addresses) == len(np.unique(addresses)) == input.numel()
 
 
 @pytest.mark.usefixtures("tile")

@@ -108,11 +108,11 @@ def tune(
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise RuntimeError("tune measures one process: call it in one before training; all ranks read what it found")
     example = Example(example_input, example_kwargs)
-    before = configs.measured.copy()
     with _one_at_a_time, torch.inference_mode(False):
+        before = configs.measured.copy()
         try:
             return _tune(model, example, timer)
-        except BaseException:
+        except BaseException:  # an interrupt too must leave no tile in use that did not win; it is raised again
             configs.measured.clear()
             configs.measured.update(before)
             raise

@@ -1,7 +1,8 @@
 """What the host pays to launch a kernel that was launched before: `python bench/launch_time.py`.
 
-Triton's own launch and fastops', in turns in one process, over a driver that does nothing: microseconds (the least of
-all turns, as others use the machine too) and the median of the ratios.
+Triton's own launch, fastops', and all of fastops' launcher, from shapes and strides to a tensor for the result: in
+turns in one process, over a driver that does nothing. Microseconds (the least of all turns, as others use the machine
+too), and the median of the ratios of the first two.
 """
 
 import argparse
@@ -18,21 +19,22 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastops.cli.bench import interleave
-from fastops.kernels import add_relu, configs, linear
-from fastops.kernels.launch import launch
+from fastops.kernels import add_relu, configs, elementwise, linear
+from fastops.kernels.launch import Plan, launch
 
 
-def by_triton(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)
+def by_triton(plan: Plan, *tensors: Tensor) -> None:
+    plan.kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
 
 
-def launched(module: Any, launcher: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``launcher`` would launch, with the tables of sm90."""
-    with patch.object(module, "launch") as recorder, patch.object(configs, "architecture", lambda _: "sm90"):
+def launched(module: Any, launcher: Callable[[], object]) -> tuple[Any, ...]:
+    """What ``launcher`` would launch."""
+    with patch.object(module, "launch") as recorder:
         launcher()
-    words: tuple[tuple[Any, ...], dict[str, Any]] = recorder.call_args
+    words: tuple[Any, ...] = recorder.call_args.args
     return words
 
 
@@ -42,16 +44,23 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     x = torch.empty(512, 512, dtype=torch.bfloat16)
     tile = configs.matmul_candidates("sm90", x.dtype, "ieee")[1]
-    with patch.object(add_relu, "elementwise_config", lambda *_: (2048, 4)):
-        kernels = [launched(add_relu, lambda: add_relu.add_relu(x, x))]
-    kernels.append(launched(linear, lambda: linear.matmul(x, x, config=tile)))
-    print(f"{'':18} {'Triton':>8} {'fastops':>8}  ratio")
-    for words, options in kernels:
-        calls = [partial(way, *words, **options) for way in (by_triton, launch)]
-        interleave(calls[0], calls[1], pairs=2, calls=10)
-        theirs, ours = map(np.array, interleave(calls[0], calls[1], pairs=pairs, calls=100))
-        least = f"{1e6 * theirs.min():8.2f} {1e6 * ours.min():8.2f}"
-        print(f"{words[0].__name__:18} {least}  {np.median(ours / theirs):5.2f}", flush=True)
+    launchers: dict[Any, Callable[[], object]] = {
+        add_relu: lambda: add_relu.add_relu(x, x),
+        linear: lambda: linear.matmul(x, x, config=tile),
+    }
+    print(f"{'':18} {'Triton':>8} {'fastops':>8} {'all of it':>10}  ratio")
+    with (  # the tables of sm90, for tensors of the CPU
+        patch.object(configs, "architecture", lambda _: "sm90"),
+        patch.object(elementwise, "elementwise_config", lambda *_: (2048, 4)),
+    ):
+        for module, launcher in launchers.items():
+            words = launched(module, launcher)
+            calls = [partial(by_triton, *words), partial(launch, *words)]
+            interleave(calls[0], calls[1], pairs=2, calls=10)
+            theirs, ours = map(np.array, interleave(calls[0], calls[1], pairs=pairs, calls=100))
+            _, whole = map(np.array, interleave(calls[0], launcher, pairs=pairs, calls=100))
+            least = f"{1e6 * theirs.min():8.2f} {1e6 * ours.min():8.2f} {1e6 * whole.min():10.2f}"
+            print(f"{words[0].kernel.__name__:18} {least}  {np.median(ours / theirs):5.2f}", flush=True)
 
 
 if __name__ == "__main__":

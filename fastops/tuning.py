@@ -113,8 +113,7 @@ def tune(
         try:
             return _tune(model, example, timer)
         except BaseException:  # an interrupt too must leave no tile in use that did not win; it is raised again
-            configs.measured.clear()
-            configs.measured.update(before)
+            configs.use({**dict.fromkeys(configs.measured), **before})
             raise
 
 
@@ -305,26 +304,23 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
             times: dict[configs.Tile | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
             for _ in range(TURNS):
                 for tile in list(times):  # None is the table's own choice
-                    configs.measured.pop(product, None)
-                    if tile is not None:
-                        configs.measured[product] = tile
+                    configs.use({product: tile})
                     try:
                         times[tile].append(timer(run))
                     except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
                         del times[tile]
-            configs.measured.pop(product, None)
             best = min(times, key=lambda tile: min(times[tile]), default=None)
             if best is not None and None in times and min(times[best]) > (1 - LEAST_GAIN) * min(times[None]):
                 best = None
             found[product] = best
-            if best is not None:
-                configs.measured[product] = best
+            configs.use({product: best})
     return found
 
 
 def _products(run: Callable[[], None]) -> list[configs.Product]:
     """The matrix products that ask for a tile while something runs."""
     configs.met = set()
+    configs.plans.clear()
     try:
         with suppress(FallbackWarning):
             run()

@@ -111,7 +111,7 @@ def _of(device: torch.device, threads: int) -> Winners:
         ways, tiles = _read(path(device), device)
     except RuntimeError:  # there is no home
         return {}
-    configs.measured.update({product: tile for product, tile in tiles.items() if tile is not None})
+    configs.use(tiles)
     return ways
 
 
@@ -151,10 +151,7 @@ def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
         known.pop(call, None)
         if way is not None:
             known[call] = way
-    for product, tile in tiles.items():
-        configs.measured.pop(product, None)
-        if tile is not None:
-            configs.measured[product] = tile
+    configs.use(tiles)
     try:
         from filelock import FileLock  # torch needs it too
 

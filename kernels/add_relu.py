@@ -10,12 +10,11 @@ The kernels run over memory in one dense layout, as all elementwise ones do.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile
+from .elementwise import elementwise_plan, elementwise_strides, in_layout, load_tile, store_tile
 from .launch import launch
 
 
@@ -63,18 +62,7 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 def _elementwise(kernel: object, first: Tensor, second: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
     """Run a kernel of two inputs over memory in the layout of ``strides``, or in that of torch's own result."""
     strides = strides or elementwise_strides(first, second)
-    size = first.numel()
-    block, num_warps = elementwise_config(size, first.device)
-    result = torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
-    launch(
-        kernel,
-        (triton.cdiv(size, block),),
-        in_layout(first, strides),
-        in_layout(second, strides),
-        result,
-        size,
-        EVEN=size % 16 == 0,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
+    result = first.new_empty_strided(first.shape, strides)
+    plan = elementwise_plan(kernel, first.device, first.numel())
+    launch(plan, in_layout(first, strides), in_layout(second, strides), result)
     return result

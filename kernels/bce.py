@@ -23,8 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile, total
-from .launch import accumulator_dtype, launch
+from .elementwise import (
+    elementwise_loss,
+    elementwise_loss_backward,
+    elementwise_strides,
+    in_layout,
+    load_tile,
+    store_tile,
+)
 
 
 @triton.jit
@@ -183,35 +189,9 @@ def bce(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor
     of that shape, 'mean' and 'sum' a 0-d one. Accumulates in float32 (float64 for float64) and rounds once.
     """
     strides = elementwise_strides(target, target)
-    size = input.numel()
-    divisor = size if reduction == "mean" else 1
-    block, num_warps = elementwise_config(size, input.device)
-    programs = triton.cdiv(size, block)
-    tensors, numbers, constants = factors(input, weight, pos_weight, strides)
-
-    if reduction == "none":
-        loss = torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
-    elif programs == 1:
-        loss = input.new_empty(())
-    else:
-        loss = input.new_empty(programs, dtype=accumulator_dtype(input.dtype))
-    launch(
-        bce_kernel,
-        (programs,),
-        in_layout(input, strides),
-        in_layout(target, strides),
-        *tensors,
-        loss,
-        size,
-        divisor if programs == 1 else 1,
-        *numbers,
-        **constants,
-        SUM=reduction != "none",
-        EVEN=size % 16 == 0,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    return loss if reduction == "none" or programs == 1 else total(loss, divisor, input.dtype)
+    weights, numbers, constants = factors(input, weight, pos_weight, strides)
+    tensors = in_layout(input, strides), in_layout(target, strides), *weights
+    return elementwise_loss(bce_kernel, tensors, strides, reduction, *numbers, **constants)
 
 
 def bce_backward(
@@ -224,37 +204,11 @@ def bce_backward(
     need_input: bool,
     need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `bce` for input and target, those that are needed.
-
-    ``grad_output`` is 0-d for 'mean' and 'sum'; for 'none' it has the input's shape, any strides, expanded ones too.
-    """
+    """`elementwise_loss_backward` of `bce`."""
     strides = elementwise_strides(target, target)
-    size = input.numel()
-    block, num_warps = elementwise_config(size, input.device)
-    scalar_grad = not any(grad_output.stride())
-    tensors, numbers, constants = factors(input, weight, pos_weight, strides)
-    grad_input, grad_target = (
-        torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device) if needed else None
-        for needed in (need_input, need_target)
+    weights, numbers, constants = factors(input, weight, pos_weight, strides)
+    tensors = in_layout(input, strides), in_layout(target, strides), *weights
+    needs = need_input, need_target
+    return elementwise_loss_backward(
+        bce_backward_kernel, grad_output, tensors, strides, reduction, *needs, *numbers, **constants
     )
-    launch(
-        bce_backward_kernel,
-        (triton.cdiv(size, block),),
-        grad_output if scalar_grad else in_layout(grad_output, strides),
-        in_layout(input, strides),
-        in_layout(target, strides),
-        *tensors,
-        input if grad_input is None else grad_input,
-        input if grad_target is None else grad_target,
-        size,
-        size if reduction == "mean" else 1,
-        *numbers,
-        **constants,
-        SCALAR_GRAD=scalar_grad,
-        NEED_INPUT=need_input,
-        NEED_TARGET=need_target,
-        EVEN=size % 16 == 0,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    return grad_input, grad_target

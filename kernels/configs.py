@@ -6,8 +6,10 @@ inside a training step. Entries were compiled offline for their architecture and
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
@@ -160,6 +162,36 @@ Tile: TypeAlias = MatmulConfig | PersistentConfig
 Product = tuple[torch.device, torch.dtype, str, int, int]  # all that the choices below look at, of aligned operands
 measured: dict[Product, Tile] = {}  # what `fastops.tune` found faster
 met: set[Product] | None = None  # it looks for products here
+plans: dict[Any, Any] = {}  # what `planned` functions returned: cleared when any choice of this file becomes another
+_PLANS_AT_MOST = 1 << 12  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def planned(choose: Callable[P, T]) -> Callable[P, T]:
+    """Keep what ``choose`` returns for each of its hashable arguments: choosing takes longer than a launch."""
+
+    @functools.wraps(choose)
+    def kept(*words: P.args, **options: P.kwargs) -> T:
+        key = (choose, words, *options.items()) if options else (choose, words)
+        if (known := plans.get(key, plans)) is not plans:
+            return known
+        chosen = choose(*words, **options)
+        if len(plans) >= _PLANS_AT_MOST:
+            plans.clear()
+        plans[key] = chosen
+        return chosen
+
+    return kept
+
+
+def use(tiles: Mapping[Product, Tile | None]) -> None:
+    """Take these tiles from now on; None: what the table says."""
+    for product, tile in tiles.items():
+        measured.pop(product, None)
+        if tile is not None:
+            measured[product] = tile
+    plans.clear()
 
 
 def _measured(*product: Any) -> Tile | None:

@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import conv_config, conv_grad_weight_config, inner_splits, register_limit
+from .configs import conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
 from .geometry import POINTWISE, Geometry, three
-from .launch import accumulator_dtype, input_precision, launch
+from .launch import Plan, accumulator_dtype, input_precision, launch
 from .linear import matmul, relu_mask_and_column_sum, tile_lanes, tile_start
 
 
@@ -364,13 +364,18 @@ def channels_last(tensor: Tensor, pad: bool) -> Tensor:
 
     With ``pad``, channels of zeros fill up each position to a multiple of 16 bytes: for 128-bit loads.
     """
-    missing = -tensor.shape[1] % (16 // tensor.element_size()) if pad else 0
+    channels = padded_channels(tensor.shape[1], tensor.dtype) if pad else tensor.shape[1]
     tensor = tensor.movedim(1, -1)
-    if missing == 0:
+    if channels == tensor.shape[-1]:
         return tensor.contiguous()
-    padded = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + missing)
-    padded[..., :-missing] = tensor
+    padded = tensor.new_zeros(*tensor.shape[:-1], channels)
+    padded[..., : tensor.shape[-1]] = tensor
     return padded
+
+
+def padded_channels(channels: int, dtype: torch.dtype) -> int:
+    """How many channels `channels_last` makes of them."""
+    return channels + -channels % (16 // dtype.itemsize)
 
 
 def rows_of_channels(tensor: Tensor) -> Tensor:
@@ -409,50 +414,81 @@ def conv(
 
     One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``.
     """
-    geometry = Geometry.of(weight.shape[2:], stride, padding, dilation)
-    input_size = three(input.shape[2:])
-    output_size = geometry.output_size(input_size)
-    out_channels = weight.shape[0]
-    shape = (input.shape[0], out_channels, *output_size[5 - input.dim() :])
+    plan, shape = conv_plan(
+        input.device,
+        input.dtype,
+        input.shape,
+        weight.shape,
+        bias is not None,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        relu,
+        input_precision(input, "conv"),
+    )
 
     def write(rows: Tensor) -> None:
-        if geometry == POINTWISE and groups == 1:
-            matmul(rows_of_channels(input), weight.reshape(out_channels, -1).t(), bias, relu, out=rows)
+        if plan is None:
+            matmul(rows_of_channels(input), weight.reshape(shape[1], -1).t(), bias, relu, out=rows)
             return
         x, w = (channels_last(tensor, pad=groups == 1) for tensor in (input, weight))
-        positions, channels, outputs = rows.shape[0], w.shape[-1], out_channels // groups
-        precision = input_precision(x, "conv")
-        aligned = channels * x.element_size() % 16 == 0
-        config = conv_config(x.device, x.dtype, precision, positions, outputs, groups, channels, aligned)
-        launch(
-            conv_kernel,
-            (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
-            x,
-            w,
-            rows if bias is None else bias.contiguous(),
-            rows,
-            positions,
-            input_size,
-            output_size,
-            GROUPS=groups,
-            CHANNELS=channels,
-            OUT_CHANNELS=outputs,
-            **geometry._asdict(),
-            HAS_BIAS=bias is not None,
-            RELU=relu,
-            INPUT_PRECISION=precision,
-            LARGE=is_large(x, rows),
-            ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
-            **config._asdict(),
-            **register_limit(rows.device),
-        )
+        launch(plan, x, w, rows if bias is None else bias.contiguous(), rows)
 
     return written(input, shape, memory_format, write)
 
 
-def is_large(*tensors: Tensor) -> bool:
-    """Whether flat positions of [..., channels], and those of a last tile behind them, need 64 bits."""
-    return any(tensor.numel() // tensor.shape[-1] >= 2**31 - 2**12 for tensor in tensors)
+@planned
+def conv_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    has_bias: bool,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    relu: bool,
+    precision: str,
+) -> tuple[Plan | None, tuple[int, ...]]:
+    """`conv`, None if it is a linear layer, and the shape of its result."""
+    geometry = Geometry.of(weight_shape[2:], stride, padding, dilation)
+    input_size = three(input_shape[2:])
+    output_size = geometry.output_size(input_size)
+    out_channels, channels = weight_shape[:2]
+    shape = (input_shape[0], out_channels, *output_size[5 - len(input_shape) :])
+    if geometry == POINTWISE and groups == 1:
+        return None, shape
+    if groups == 1:
+        channels = padded_channels(channels, dtype)
+    positions, outputs = input_shape[0] * math.prod(output_size), out_channels // groups
+    aligned = channels * dtype.itemsize % 16 == 0
+    config = conv_config(device, dtype, precision, positions, outputs, groups, channels, aligned)
+    plan = Plan(
+        conv_kernel,
+        (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
+        positions,
+        input_size,
+        output_size,
+        GROUPS=groups,
+        CHANNELS=channels,
+        OUT_CHANNELS=outputs,
+        **geometry._asdict(),
+        HAS_BIAS=has_bias,
+        RELU=relu,
+        INPUT_PRECISION=precision,
+        LARGE=is_large(positions, input_shape[0] * math.prod(input_size)),
+        ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
+        **config._asdict(),
+        **register_limit(device),
+    )
+    return plan, shape
+
+
+def is_large(*positions: int) -> bool:
+    """Whether so many flat positions, and those of a last tile behind them, need 64 bits."""
+    return max(positions) >= 2**31 - 2**12
 
 
 def alignment(size: int, block: int) -> int:
@@ -481,125 +517,127 @@ def conv_backward(
     geometry = Geometry.of(weight_shape[2:], stride, padding, dilation)
     output_rows = None if output is None else rows_of_channels(output)
     grad, grad_bias = relu_mask_and_column_sum(rows_of_channels(grad_output), output_rows, need_bias)
-    output_size = three(grad_output.shape[2:])
+    pointwise = geometry == POINTWISE and groups == 1
+    shapes = tuple(input_shape), tuple(weight_shape), tuple(grad_output.shape[2:])
+    words = grad.device, grad.dtype, *shapes, geometry, groups, input_precision(grad, "conv")
     grad_input = grad_weight = None
     if weight is not None:
-        grad_input = _grad_input(grad, weight, input_shape, output_size, geometry, groups, memory_format)
+
+        def write(rows: Tensor) -> None:
+            if pointwise:
+                matmul(grad, weight.reshape(grad.shape[1], -1), out=rows)
+            else:
+                launch(grad_input_plan(*words), grad, channels_last(weight, pad=False), rows)
+
+        grad_input = written(grad, input_shape, memory_format, write)
     if input is not None:
-        grad_weight = _grad_weight(grad, input, weight_shape, output_size, geometry, groups, memory_format)
+        grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        if pointwise:
+            grad_weight.copy_(matmul(grad.t(), rows_of_channels(input)).view(grad_weight.shape))
+        else:
+            plan, parts, addition = grad_weight_plan(*words, memory_format)
+            partial = grad.new_empty(parts, dtype=accumulator_dtype(grad.dtype))
+            launch(plan, grad, channels_last(input, pad=groups == 1), partial)
+            launch(addition, partial, grad_weight)
     return grad_input, grad_weight, grad_bias
 
 
-def _grad_input(
-    grad: Tensor,
-    weight: Tensor,
-    input_shape: Sequence[int],
+@planned
+def grad_input_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
     output_size: tuple[int, ...],
     geometry: Geometry,
     groups: int,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """``grad`` [positions, O], ``weight`` [O, C / groups, ...] -> ``input_shape`` [N, C, ...]."""
-
-    def write(rows: Tensor) -> None:
-        if geometry == POINTWISE and groups == 1:
-            matmul(grad, weight.reshape(grad.shape[1], -1), out=rows)
-            return
-        w = channels_last(weight, pad=False)
-        input_size, channels, outputs = three(input_shape[2:]), w.shape[-1], weight.shape[0] // groups
-        precision = input_precision(grad, "conv")
-        classes = math.prod(geometry.STRIDE)
-        largest = input_shape[0] * math.prod(-(-n // s) for n, s in zip(input_size, geometry.STRIDE, strict=True))
-        aligned = all(count * grad.element_size() % 16 == 0 for count in (channels, outputs))
-        config = conv_config(grad.device, grad.dtype, precision, largest, channels, groups * classes, outputs, aligned)
-        tiles_m = triton.cdiv(largest, config.BLOCK_M)
-        launch(
-            conv_grad_input_kernel,
-            (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
-            grad,
-            w,
-            rows,
-            input_shape[0],
-            tiles_m,
-            input_size,
-            output_size,
-            GROUPS=groups,
-            CHANNELS=channels,
-            OUT_CHANNELS=outputs,
-            **geometry._asdict(),
-            STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
-            INPUT_PRECISION=precision,
-            LARGE=is_large(grad, rows),
-            ALIGNMENT_N=alignment(channels, config.BLOCK_N),
-            **config._asdict(),
-            **register_limit(rows.device),
-        )
-
-    return written(grad, input_shape, memory_format, write)
-
-
-def _grad_weight(
-    grad: Tensor,
-    input: Tensor,
-    weight_shape: Sequence[int],
-    output_size: tuple[int, ...],
-    geometry: Geometry,
-    groups: int,
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """``grad`` [positions, O], ``input`` [N, C, ...] -> ``weight_shape`` [O, C / groups, ...]."""
-    result = torch.empty(tuple(weight_shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-    if geometry == POINTWISE and groups == 1:
-        return result.copy_(matmul(grad.t(), rows_of_channels(input)).view(result.shape))
-    x = channels_last(input, pad=groups == 1)
-    positions, out_channels = grad.shape
-    channels, outputs, taps = x.shape[-1] // groups, out_channels // groups, math.prod(geometry.KERNEL)
-    precision = input_precision(grad, "conv")
-    aligned = all(count * grad.element_size() % 16 == 0 for count in (channels, outputs))
-    config = conv_grad_weight_config(grad.device, grad.dtype, precision, positions, outputs, channels, taps, aligned)
-    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * groups
-    size = out_channels * taps * channels
-    exact = accumulator_dtype(grad.dtype)
-    splits = inner_splits(
-        grad.device, tiles, positions // config.BLOCK_K, size * exact.itemsize, grad.nbytes + x.nbytes
+    precision: str,
+) -> Plan:
+    """The gradient of the input from that of the output [positions, O] and the weight, channels last."""
+    batch, input_size, output_size = input_shape[0], three(input_shape[2:]), three(output_size)
+    channels, outputs = weight_shape[1], weight_shape[0] // groups
+    classes = math.prod(geometry.STRIDE)
+    largest = batch * math.prod(-(-n // s) for n, s in zip(input_size, geometry.STRIDE, strict=True))
+    aligned = all(count * dtype.itemsize % 16 == 0 for count in (channels, outputs))
+    config = conv_config(device, dtype, precision, largest, channels, groups * classes, outputs, aligned)
+    tiles_m = triton.cdiv(largest, config.BLOCK_M)
+    return Plan(
+        conv_grad_input_kernel,
+        (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
+        batch,
+        tiles_m,
+        input_size,
+        output_size,
+        GROUPS=groups,
+        CHANNELS=channels,
+        OUT_CHANNELS=outputs,
+        **geometry._asdict(),
+        STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
+        INPUT_PRECISION=precision,
+        LARGE=is_large(batch * math.prod(output_size), batch * math.prod(input_size)),
+        ALIGNMENT_N=alignment(channels, config.BLOCK_N),
+        **config._asdict(),
+        **register_limit(device),
     )
+
+
+@planned
+def grad_weight_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    output_size: tuple[int, ...],
+    geometry: Geometry,
+    groups: int,
+    precision: str,
+    memory_format: torch.memory_format,
+) -> tuple[Plan, tuple[int, int], Plan]:
+    """The gradient of the weight, in ``memory_format``, from that of the output [positions, O] and the input: its
+    parts, their shape [splits, O * taps * channels], and their sum.
+    """
+    input_size, output_size = three(input_shape[2:]), three(output_size)
+    out_channels, real_channels = weight_shape[:2]
+    channels = padded_channels(real_channels, dtype) if groups == 1 else real_channels
+    outputs, taps = out_channels // groups, math.prod(geometry.KERNEL)
+    positions, input_positions = (input_shape[0] * math.prod(size) for size in (output_size, input_size))
+    aligned = all(count * dtype.itemsize % 16 == 0 for count in (channels, outputs))
+    config = conv_grad_weight_config(device, dtype, precision, positions, outputs, channels, taps, aligned)
+    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * groups
+    size, exact = out_channels * taps * channels, accumulator_dtype(dtype)
+    operands = (positions * out_channels + input_positions * groups * channels) * dtype.itemsize
+    splits = inner_splits(device, tiles, positions // config.BLOCK_K, size * exact.itemsize, operands)
     positions_per_split = triton.cdiv(triton.cdiv(positions, splits), config.BLOCK_K) * config.BLOCK_K
     splits = triton.cdiv(positions, positions_per_split)
-    partial = grad.new_empty(splits, size, dtype=exact)
-    launch(
+    parts = Plan(
         conv_grad_weight_kernel,
         (tiles * splits,),
-        grad,
-        x,
-        partial,
         positions,
         positions_per_split,
-        three(input.shape[2:]),
+        input_size,
         OUTPUT_SIZE=output_size,
         GROUPS=groups,
         CHANNELS=channels,
         OUT_CHANNELS=outputs,
         **geometry._asdict(),
         INPUT_PRECISION=precision,
-        LARGE=is_large(grad, x),
+        LARGE=is_large(positions, input_positions),
         ALIGNMENT_M=alignment(outputs, config.BLOCK_M),
         **config._asdict(),
-        **register_limit(grad.device),
+        **register_limit(device),
     )
-    by_tap = result.flatten(2)
+    result = torch.empty(weight_shape, device="meta", memory_format=memory_format)
     block = 1024
-    launch(
+    addition = Plan(
         conv_sum_of_splits_kernel,
         (triton.cdiv(size, block),),
-        partial,
-        result,
         splits,
         size,
-        weight_shape[1],
-        by_tap.stride(),
+        real_channels,
+        result.flatten(2).stride(),
         TAPS=taps,
         CHANNELS=channels,
         BLOCK=block,
-        **register_limit(grad.device),
+        **register_limit(device),
     )
-    return result
+    return parts, (splits, size), addition

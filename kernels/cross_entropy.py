@@ -32,8 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import planned
 from .head import check_targets
-from .launch import accumulator_dtype, launch
+from .launch import Plan, accumulator_dtype, launch
 from .reduce import covering_tile, sum_of_partials, tile_alignment
 
 
@@ -418,9 +419,27 @@ def cross_entropy_config(
     return CrossEntropyConfig(1, block_classes, min(8, block_classes // 512))
 
 
-def outer_class_inner(tensor: Tensor) -> Tensor:
-    """[N, C, D] or [N, D] with the positions that lie side by side last: transposed if D is 1."""
-    return tensor.transpose(0, -1) if tensor.shape[-1] == 1 else tensor
+class Layout(NamedTuple):
+    """Shape and strides of a tensor [outer, classes, inner], or [outer, inner] with one element for all classes.
+
+    Strides of dimensions of one are 0: Triton sees that they divide by 16.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Of [N, C, D] or [N, D], the positions that lie side by side last: the first dimension if D is 1."""
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        if shape[-1] == 1:
+            shape, strides = (1, *shape[1:-1], shape[0]), (0, *strides[1:-1], strides[0])
+        return cls(shape, tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)))
+
+    @property
+    def kernel_strides(self) -> tuple[int, int, int]:
+        """Outer, of classes, inner."""
+        return self.strides[0], 0 if len(self.shape) == 2 else self.strides[1], self.strides[-1]
 
 
 def cross_entropy(
@@ -439,60 +458,69 @@ def cross_entropy(
     raises torch's IndexError on the CPU and stops the kernel on a GPU.
     """
     N, classes, D = input.shape
-    probabilities = target.is_floating_point()
-    if not probabilities:
+    if not target.is_floating_point():
         check_targets(target, classes, ignore_index)
     accumulator = accumulator_dtype(input.dtype)
     log_sum_exp = input.new_empty((N, D), dtype=accumulator)
-
-    input, target = outer_class_inner(input), outer_class_inner(target)
-    outer, _, inner = input.shape
-    dense = probabilities or label_smoothing > 0
-    unit = unit_of(input, target)
-    config = cross_entropy_config(classes + unit - 1, inner, input.stride(1) == 1, dense or unit > 1, input.device)
-    programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
+    plan, total = forward_plans(
+        input.device,
+        input.dtype,
+        Layout.of(input),
+        Layout.of(target),
+        weight is not None,
+        reduction,
+        ignore_index,
+        label_smoothing,
+    )
+    programs = plan.grid[0]
     if reduction == "none":
         loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
     elif programs == 1:
         loss, denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
     else:
         loss, denominator = input.new_empty((2, programs), dtype=accumulator)
-    launch(
+    launch(plan, input, target, input if weight is None else weight.contiguous(), loss, denominator, log_sum_exp)
+    if total is None:
+        return loss, log_sum_exp, denominator
+    total_loss, total_denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+    launch(total, loss, denominator, total_loss, total_denominator)
+    return total_loss, log_sum_exp, total_denominator
+
+
+@planned
+def forward_plans(
+    device: torch.device,
+    dtype: torch.dtype,
+    input: Layout,
+    target: Layout,
+    has_weight: bool,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Plan, Plan | None]:
+    """`cross_entropy`, and the sum of its programs' losses if there are several."""
+    outer, classes, inner = input.shape
+    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing)
+    programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
+    mean, alone = reduction == "mean", programs == 1
+    plan = Plan(
         cross_entropy_kernel,
         (programs,),
-        input,
-        target,
-        input if weight is None else weight.contiguous(),
-        loss,
-        denominator,
-        log_sum_exp,
         classes,
         inner,
-        *kernel_strides(input),
-        *kernel_strides(target),
+        *input.kernel_strides,
+        *target.kernel_strides,
         ignore_index,
         SUM=reduction != "none",
-        MEAN=reduction == "mean",
-        ONE_PROGRAM=programs == 1,
-        debug=not probabilities,  # arms the assertion on the targets
+        MEAN=mean,
+        ONE_PROGRAM=alone,
+        debug=not constants["PROBABILITIES"],  # arms the assertion on the targets
         sanitize_overflow=False,  # and no other
-        **shared_constants(input, target, weight, label_smoothing, unit, config),
+        **constants,
     )
-    if reduction == "none" or programs == 1:
-        return loss, log_sum_exp, denominator
-    total, total_denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
-    launch(
-        cross_entropy_total_kernel,
-        (1,),
-        loss,
-        denominator,
-        total,
-        total_denominator,
-        programs,
-        MEAN=reduction == "mean",
-        BLOCK=1024,
-    )
-    return total, log_sum_exp, total_denominator
+    if reduction == "none" or alone:
+        return plan, None
+    return plan, Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024)
 
 
 def cross_entropy_backward(
@@ -512,29 +540,29 @@ def cross_entropy_backward(
 
     ``grad_output`` is 0-d for 'mean' and 'sum', else [N, D] with any strides.
     """
-    N, classes, D = input.shape
-    probabilities = target.is_floating_point()
-    accumulator = accumulator_dtype(input.dtype)
     weight_sum = None
-    if weight is not None and label_smoothing > 0 and not probabilities:
-        weight_sum = weight.sum(dtype=accumulator)
+    if weight is not None and label_smoothing > 0 and not target.is_floating_point():
+        weight_sum = weight.sum(dtype=accumulator_dtype(input.dtype))
     if reduction != "none":
-        grad_output = grad_output.expand(N, D)
+        grad_output = grad_output.expand(input.shape[::2])
     grad_input = torch.empty_like(input) if need_input else None
     grad_target = torch.empty_like(target) if need_target else None
-
-    grad_output, input, target = outer_class_inner(grad_output), outer_class_inner(input), outer_class_inner(target)
-    outer, _, inner = input.shape
-    dense = probabilities or label_smoothing > 0
-    outputs = [input if grad is None else outer_class_inner(grad) for grad in (grad_input, grad_target)]
-    unit = unit_of(input, target, *outputs)
-    config = cross_entropy_config(classes + unit - 1, inner, input.stride(1) == 1, dense or unit > 1, input.device)
-    class_tiles = triton.cdiv(classes + unit - 1, config.BLOCK_CLASSES)
+    outputs = [input if grad is None else grad for grad in (grad_input, grad_target)]
+    plan = backward_plan(
+        input.device,
+        input.dtype,
+        Layout.of(grad_output),
+        Layout.of(input),
+        Layout.of(target),
+        (Layout.of(outputs[0]), Layout.of(outputs[1])),
+        weight is not None,
+        ignore_index,
+        label_smoothing,
+        need_input,
+        need_target,
+    )
     launch(
-        cross_entropy_backward_kernel,
-        # Class probabilities are added up over all classes first: one program then also does all their tiles.
-        # CUDA's grids are at most 65535 wide along their second axis.
-        (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if probabilities else min(class_tiles, 65535)),
+        plan,
         grad_output,
         input,
         target,
@@ -543,55 +571,76 @@ def cross_entropy_backward(
         log_sum_exp,
         denominator,
         *outputs,
-        classes,
-        inner,
-        *kernel_strides(grad_output)[::2],
-        *kernel_strides(input),
-        *kernel_strides(target),
-        *kernel_strides(outputs[0]),
-        *kernel_strides(outputs[1]),
-        ignore_index,
-        NEED_INPUT=need_input,
-        NEED_TARGET=need_target,
-        **shared_constants(input, target, weight, label_smoothing, unit, config, *outputs),
     )
     return grad_input, grad_target
 
 
-def kernel_strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Strides of [outer, classes, inner], or of [outer, inner] with the same element for all classes.
+@planned
+def backward_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    grad_output: Layout,
+    input: Layout,
+    target: Layout,
+    outputs: tuple[Layout, Layout],
+    has_weight: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_target: bool,
+) -> Plan:
+    """`cross_entropy_backward`. The layout of a gradient that is not needed is the input's."""
+    outer, classes, inner = input.shape
+    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing, *outputs)
+    class_tiles = triton.cdiv(classes + int(constants["UNIT"]) - 1, config.BLOCK_CLASSES)
+    return Plan(
+        cross_entropy_backward_kernel,
+        # Class probabilities are added up over all classes first: one program then also does all their tiles.
+        # CUDA's grids are at most 65535 wide along their second axis.
+        (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if constants["PROBABILITIES"] else min(class_tiles, 65535)),
+        classes,
+        inner,
+        *grad_output.kernel_strides[::2],
+        *input.kernel_strides,
+        *target.kernel_strides,
+        *outputs[0].kernel_strides,
+        *outputs[1].kernel_strides,
+        ignore_index,
+        NEED_INPUT=need_input,
+        NEED_TARGET=need_target,
+        **constants,
+    )
 
-    0 for a dimension of one: Triton sees that it divides by 16.
-    """
-    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return strides[0], 0 if tensor.dim() == 2 else strides[1], strides[-1]
 
-
-def unit_of(input: Tensor, *others: Tensor) -> int:
+def unit_of(dtype: torch.dtype, input: Layout, *others: Layout) -> int:
     """Elements of 16 bytes if rows of classes start at no multiple of them, packed in all tensors; else 1."""
     outer, classes, inner = input.shape
-    unit = 16 // input.element_size()
+    unit = 16 // dtype.itemsize
     packed = (0 if outer == 1 else inner * classes, 1, 0 if inner == 1 else classes)
-    tensors = [input, *(tensor for tensor in others if tensor.dim() == 3)]
-    return unit if classes % unit and all(kernel_strides(tensor) == packed for tensor in tensors) else 1
+    layouts = [input, *(layout for layout in others if len(layout.shape) == 3)]
+    return unit if classes % unit and all(layout.strides == packed for layout in layouts) else 1
 
 
 def shared_constants(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    input: Layout,
+    target: Layout,
+    has_weight: bool,
     label_smoothing: float,
-    unit: int,
-    config: CrossEntropyConfig,
-    *gradients: Tensor,
-) -> dict[str, bool | int | float]:
-    """The constants that both kernels take, for tensors [outer, classes, inner] or class indices [outer, inner]."""
+    *gradients: Layout,
+) -> tuple[dict[str, bool | int | float], CrossEntropyConfig]:
+    """The constants that both kernels take, and their tile."""
     _, classes, inner = input.shape
-    rows_of_classes = [tensor for tensor in (input, target, *gradients) if tensor.dim() == 3]
-    row_strides = [stride for tensor in rows_of_classes for stride in kernel_strides(tensor)[::2]]
-    return {
-        "PROBABILITIES": target.dim() == 3,
-        "HAS_WEIGHT": weight is not None,
+    probabilities, unit = len(target.shape) == 3, unit_of(dtype, input, target, *gradients)
+    dense = probabilities or label_smoothing > 0 or unit > 1
+    adjacent = classes == 1 or input.strides[1] == 1
+    config = cross_entropy_config(classes + unit - 1, inner, adjacent, dense, device)
+    rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
+    row_strides = [stride for layout in rows_of_classes for stride in layout.kernel_strides[::2]]
+    constants: dict[str, bool | int | float] = {
+        "PROBABILITIES": probabilities,
+        "HAS_WEIGHT": has_weight,
         "LABEL_SMOOTHING": label_smoothing,
         "ONE_TILE": classes + unit - 1 <= config.BLOCK_CLASSES,
         "ROW_ALIGNMENT": math.gcd(16, *row_strides),
@@ -600,3 +649,4 @@ def shared_constants(
         "UNIT": unit,
         **config._asdict(),
     }
+    return constants, config

@@ -11,11 +11,23 @@ from torch import Tensor
 
 from .configs import architecture, reduced_precision
 
-Start = Callable[[tuple[int, ...], int, Sequence[int]], None]  # of grid, stream and addresses
-_starts: dict[tuple[Any, ...], Start] = {}
+Start = Callable[[int, Sequence[int]], None]  # of the stream and the addresses of the tensors
 _LAUNCHERS = ("cuda", "hip")
 _SMALL = 2**31 - 1  # bytes of storage that AMD's 32-bit offsets reach
-_STARTS_AT_MOST = 1 << 14  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
+
+
+class Plan:
+    """A launch but for its tensors: a kernel over a grid, and all that shapes, strides and dtypes decide.
+
+    ``numbers`` are the kernel's parameters behind the tensors, ``constants`` all others and the compiler's options.
+    Launchers keep their plans (`configs.planned`), and a plan what Triton compiled for it.
+    """
+
+    __slots__ = ("constants", "grid", "kernel", "numbers", "starts")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.starts: dict[tuple[Any, ...], Start] = {}
 
 
 @functools.cache
@@ -26,76 +38,67 @@ def _triton() -> tuple[Any, Any, bool, bool]:
 
     backend = driver.active.get_current_target().backend
     return (
-        driver,
+        driver.active,
         triton.knobs.runtime,
         triton.__version__.startswith("3.8.") and backend in _LAUNCHERS,
         backend == "hip",
     )
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start ``kernel`` over ``grid`` on the device of its first tensor, in that device's current stream.
+def launch(plan: Plan, *tensors: Tensor) -> None:
+    """Start a kernel on the device of its first tensor, in that device's current stream.
 
-    ``arguments`` are the kernel's first parameters in order, tensors before numbers; ``constants`` are all others and
-    the compiler's options.
-
-    Triton inspects every argument of each launch anew, which takes longer than the launch. What it looks for is the key
-    of what it compiled before: dtypes, whether an address is a multiple of 16, for AMD whether 32-bit offsets reach all
-    of a tensor's storage, numbers and constants.
+    Triton inspects every argument of each launch anew, which takes longer than the launch. What it looks for is fixed
+    by the plan and the key of what it compiled before: dtypes, whether an address is a multiple of 16, and for AMD
+    whether 32-bit offsets reach all of a tensor's storage.
     """
+    kernel = plan.kernel
     if not hasattr(kernel, "device_caches"):  # interpreted
-        kernel[grid](*arguments, **constants)
+        kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
         return
-    driver, runtime, known, amd = _triton()
-    addresses: list[int] = []
-    tensors: list[Any] = []  # their dtypes, and the places of those whose address is no multiple of 16
-    for argument in arguments:
-        if not isinstance(argument, Tensor):
-            break
-        address = argument.data_ptr()
-        addresses.append(address)
-        tensors.append(argument.dtype)
-        if address % 16:
-            tensors.append(len(tensors))
-        if amd and argument.untyped_storage().nbytes() > _SMALL:
-            tensors.append(-len(tensors))
-    device, current = arguments[0].get_device(), driver.active.get_current_device()
+    active, runtime, known, amd = _triton()
+    device, current = tensors[0].get_device(), active.get_current_device()
     if device != current and device >= 0:  # Triton launches on the current device, which need not be the tensors' one
         with torch.accelerator.device_index(device):
-            launch(kernel, grid, *arguments, **constants)
+            launch(plan, *tensors)
         return
-    numbers = arguments[len(addresses) :]
-    types = tuple(map(type, numbers))  # 1.0 equals 1, and is another argument
-    key = kernel.fn, current, tuple(tensors), numbers, types, tuple(constants), tuple(constants.values())
-    start = _starts.get(key)
+    addresses: list[int] = []
+    key: list[Any] = [current]
+    for tensor in tensors:
+        address, dtype = tensor.data_ptr(), tensor.dtype
+        addresses.append(address)
+        key.append((dtype,) if address % 16 else dtype)
+    if amd:
+        key += (tensor.untyped_storage().nbytes() > _SMALL for tensor in tensors)
+    arguments = tuple(key)
+    start = plan.starts.get(arguments)
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     watched = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks or runtime.debug
     if start is not None and not watched:
-        start(grid, driver.active.get_current_stream(current), addresses)
+        start(active.get_current_stream(current), addresses)
         return
-    compiled = kernel[grid](*arguments, **constants)
+    compiled = kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
     if known and not watched and compiled is not None:
-        if len(_starts) >= _STARTS_AT_MOST:
-            _starts.clear()
-        _starts[key] = _start(compiled, (*numbers, *(constants[name] for name in kernel.arg_names[len(arguments) :])))
+        plan.starts[arguments] = _start(compiled, plan, len(tensors))
 
 
-def _start(compiled: Any, rest: tuple[Any, ...]) -> Start:
+def _start(compiled: Any, plan: Plan, tensors: int) -> Start:
     """What starts a compiled kernel again, on other addresses: past its Python launcher, if that has nothing to do."""
+    x, y, z = (*plan.grid, 1, 1)[:3]
+    names = plan.kernel.arg_names[tensors + len(plan.numbers) :]
+    rest = (*plan.numbers, *(plan.constants[name] for name in names))
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     scratch = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     if type(run).__name__ == "CudaLauncher" and not any(getattr(run, name) for name in scratch):
         options = run.launch_cooperative_grid, run.launch_pdl, metadata, *(None,) * 5
         native, types, signature = run.launch, run.arg_annotations, run.kernel_signature
 
-        def start(grid: tuple[int, ...], stream: int, addresses: Sequence[int]) -> None:
-            x, y, z = (*grid, 1, 1)[:3]
+        def start(stream: int, addresses: Sequence[int]) -> None:
             native(x, y, z, stream, function, *options, types, signature, (*addresses, *rest))
 
     else:
 
-        def start(grid: tuple[int, ...], stream: int, addresses: Sequence[int]) -> None:
-            x, y, z = (*grid, 1, 1)[:3]
+        def start(stream: int, addresses: Sequence[int]) -> None:
             run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
 
     start.compiled = compiled  # type: ignore[attr-defined]  # which unloads the function when nobody holds it

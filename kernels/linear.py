@@ -17,7 +17,8 @@ aligned matrices where the GPU has descriptors.
 from __future__ import annotations
 
 import contextvars
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,9 +32,10 @@ from .configs import (
     matmul_config,
     multiprocessors,
     persistent_config,
+    planned,
     register_limit,
 )
-from .launch import accumulator_dtype, input_precision, launch, reshaped
+from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped
 
 
 @triton.jit
@@ -291,14 +293,24 @@ def alignment(size: int, block: int) -> int:
     return 16 if size % 16 == 0 else 1
 
 
-def is_aligned(matrix: Tensor) -> bool:
-    """Whether its rows or its columns are contiguous, do not overlap, and begin at multiples of 16 bytes."""
-    strides = matrix.stride()
+def is_aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a matrix has rows or columns that are contiguous, do not overlap, and begin at multiples of 16 bytes.
+
+    They do if the first one does.
+    """
     if 1 not in strides:
         return False
     inner = strides.index(1)
     stride = strides[1 - inner]
-    return stride % 8 == 0 and stride >= matrix.shape[inner] and matrix.data_ptr() % 16 == 0
+    return stride % 8 == 0 and stride >= shape[inner]
+
+
+def at_multiples_of_16(*tensors: Tensor) -> bool:
+    """Whether all tensors' addresses are, in bytes."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits % 16 == 0
 
 
 def matmul(
@@ -311,24 +323,123 @@ def matmul(
 ) -> Tensor:
     """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
 
-    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table; ``out`` is written to.
+    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table; ``out``, contiguous,
+    is written to. Where there are few tiles and a long sum it goes in parts, which a second pass adds up in order.
     """
-    M, N = a.shape[0], b.shape[1]
-    c = torch.empty((M, N), dtype=a.dtype, device=a.device) if out is None else out
-    bias = None if bias is None else bias.contiguous()
-    precision = input_precision(a)
-    aligned = is_aligned(a) and is_aligned(b)
-    if config is None and aligned and is_aligned(c):
-        config = persistent_config(a.device, a.dtype, precision, M, N)
-    config = config or matmul_config(a.device, a.dtype, precision, M, N, aligned)
-    if isinstance(config, PersistentConfig):
-        _persistent_matmul(a, b, bias, relu, precision, config, c)
+    shape, columns, has_bias = a.shape, b.shape[1], bias is not None
+    c = a.new_empty((shape[0], columns)) if out is None else out
+    plan = product_plan(
+        a.device,
+        a.dtype,
+        (*shape, columns),
+        a.stride(),
+        b.stride(),
+        at_multiples_of_16(a, b, c),
+        has_bias,
+        relu,
+        input_precision(a),
+        config,
+    )
+    bias = c if bias is None else bias.contiguous()
+    if plan.addition is not None:
+        partial = a.new_empty(plan.parts, dtype=accumulator_dtype(a.dtype))
+        launch(plan.product, a, b, c, partial)
+        launch(plan.addition, partial, bias, c)
+    elif plan.product.kernel is persistent_matmul_kernel:
+        launch_with_descriptors(plan.product, a, b, bias, c)
     else:
-        _tiled_matmul(a, b, bias, relu, precision, config, c)
+        launch(plan.product, a, b, bias, c)
     return c
 
 
-def launch_with_descriptors(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+class ProductPlan(NamedTuple):
+    """The launch of a product; if it goes in ``parts`` [splits, M, N] that of their ``addition`` too."""
+
+    product: Plan
+    parts: tuple[int, ...] = ()
+    addition: Plan | None = None
+
+
+@planned
+def product_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    a_strides: tuple[int, ...],
+    b_strides: tuple[int, ...],
+    aligned_addresses: bool,
+    has_bias: bool,
+    relu: bool,
+    precision: str,
+    config: MatmulConfig | PersistentConfig | None,
+) -> ProductPlan:
+    """`matmul` of matrices with these strides and ``sizes`` M, K, N."""
+    M, K, N = sizes
+    aligned = aligned_addresses and is_aligned((M, K), a_strides) and is_aligned((K, N), b_strides)
+    if config is None and aligned and is_aligned((M, N), (N, 1)):
+        config = persistent_config(device, dtype, precision, M, N)
+    config = config or matmul_config(device, dtype, precision, M, N, aligned)
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    constants = {"HAS_BIAS": has_bias, "RELU": relu}
+    if isinstance(config, PersistentConfig):
+        product = Plan(
+            persistent_matmul_kernel,
+            (min(tiles, multiprocessors(device)),),
+            M,
+            N,
+            K,
+            max(a_strides),
+            max(b_strides),
+            A_TRANSPOSED=a_strides[0] == 1,
+            B_TRANSPOSED=b_strides[0] == 1,
+            INPUT_PRECISION=precision,
+            GROUP_M=8,
+            **constants,
+            **config._asdict(),
+        )
+        return ProductPlan(product)
+
+    steps, exact = triton.cdiv(K, config.BLOCK_K), accumulator_dtype(dtype)
+    splits = inner_splits(device, tiles, steps, M * N * exact.itemsize, (M + N) * K * dtype.itemsize)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
+    whole = splits == 1
+    product = Plan(
+        matmul_kernel,
+        (tiles, splits),
+        M,
+        N,
+        K,
+        *a_strides,
+        *b_strides,
+        SPLIT=not whole,
+        INPUT_PRECISION=precision,
+        ALIGNMENT_M=alignment(M, config.BLOCK_M),
+        ALIGNMENT_N=alignment(N, config.BLOCK_N),
+        ALIGNMENT_K=alignment(K, config.BLOCK_K),
+        EVEN_K=K % config.BLOCK_K == 0,
+        GROUP_M=8,
+        **(constants if whole else dict.fromkeys(constants, False)),
+        **config._asdict(),
+        **register_limit(device),
+    )
+    if whole:
+        return ProductPlan(product)
+    block = 1024
+    addition = Plan(
+        sum_of_splits_kernel,
+        (triton.cdiv(M * N, block),),
+        splits,
+        M * N,
+        N,
+        ALIGNMENT=alignment(M * N, block),
+        BLOCK=block,
+        **constants,
+        **register_limit(device),
+    )
+    return ProductPlan(product, (splits, M, N), addition)
+
+
+def launch_with_descriptors(plan: Plan, *tensors: Tensor) -> None:
     """`launch` a kernel that makes tensor descriptors: Triton gets their memory from torch's caching allocator.
 
     Triton keeps its allocator in a context variable. It is set in a copy of the context, so that the user's own stays.
@@ -337,91 +448,9 @@ def launch_with_descriptors(kernel: Any, grid: tuple[int, ...], *arguments: Any,
 
     def run() -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-        launch(kernel, grid, *arguments, **constants)
+        launch(plan, *tensors)
 
     contextvars.copy_context().run(run)
-
-
-def _persistent_matmul(
-    a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, precision: str, config: PersistentConfig, c: Tensor
-) -> None:
-    """`matmul` of aligned tensors into ``c``."""
-    M, N = c.shape
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    launch_with_descriptors(
-        persistent_matmul_kernel,
-        (min(tiles, multiprocessors(a.device)),),
-        a,
-        b,
-        c if bias is None else bias,
-        c,
-        M,
-        N,
-        a.shape[1],
-        max(a.stride()),
-        max(b.stride()),
-        A_TRANSPOSED=a.stride(0) == 1,
-        B_TRANSPOSED=b.stride(0) == 1,
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        INPUT_PRECISION=precision,
-        GROUP_M=8,
-        **config._asdict(),
-    )
-
-
-def _tiled_matmul(
-    a: Tensor, b: Tensor, bias: Tensor | None, relu: bool, precision: str, config: MatmulConfig, c: Tensor
-) -> None:
-    """`matmul` into ``c``: where there are few tiles and a long sum, in parts, which a second pass adds up in order."""
-    (M, K), N = a.shape, b.shape[1]
-    tiles, steps = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)
-    exact = accumulator_dtype(a.dtype)
-    splits = inner_splits(a.device, tiles, steps, M * N * exact.itemsize, (M + N) * K * a.element_size())
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
-    whole = splits == 1
-    result = c if whole else a.new_empty((splits, M, N), dtype=exact)
-    launch(
-        matmul_kernel,
-        (tiles, splits),
-        a,
-        b,
-        c if bias is None else bias,
-        result,
-        M,
-        N,
-        K,
-        *a.stride(),
-        *b.stride(),
-        SPLIT=not whole,
-        HAS_BIAS=whole and bias is not None,
-        RELU=whole and relu,
-        INPUT_PRECISION=precision,
-        ALIGNMENT_M=alignment(M, config.BLOCK_M),
-        ALIGNMENT_N=alignment(N, config.BLOCK_N),
-        ALIGNMENT_K=alignment(K, config.BLOCK_K),
-        EVEN_K=K % config.BLOCK_K == 0,
-        GROUP_M=8,
-        **config._asdict(),
-        **register_limit(a.device),
-    )
-    if not whole:
-        block = 1024
-        launch(
-            sum_of_splits_kernel,
-            (triton.cdiv(M * N, block),),
-            result,
-            c if bias is None else bias,
-            c,
-            splits,
-            M * N,
-            N,
-            HAS_BIAS=bias is not None,
-            RELU=relu,
-            ALIGNMENT=alignment(M * N, block),
-            BLOCK=block,
-            **register_limit(a.device),
-        )
 
 
 @triton.jit
@@ -471,37 +500,15 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
 
     The sum over rows takes two stages, strips of rows and then the strips, in a fixed order: no atomics.
     """
-    M, N = grad.shape
-    mask = output is not None
+    mask, shape = output is not None, grad.shape
     if not (mask or need_sum):
         return grad, None
-    block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
-    if grad.device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
-        block_n = min(1024, triton.next_power_of_2(N))
-    steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
-    rows_per_program = steps * block_m
-    strips = triton.cdiv(M, rows_per_program)
-    masked = torch.empty((M, N), dtype=grad.dtype, device=grad.device) if mask else grad
+    plan = column_sum_plan(grad.device, shape, grad.stride(), mask, need_sum)
+    strips = plan.grid[1]
+    masked = grad.new_empty(shape) if mask else grad
     sum_dtype = grad.dtype if strips == 1 else accumulator_dtype(grad.dtype)
-    sums = torch.empty((strips, N), dtype=sum_dtype, device=grad.device) if need_sum else masked
-    launch(
-        relu_mask_and_column_sum_kernel,
-        (triton.cdiv(N, block_n), strips),
-        grad,
-        grad if output is None else output.contiguous(),
-        masked,
-        sums,
-        M,
-        N,
-        *grad.stride(),
-        rows_per_program,
-        MASK=mask,
-        SUM=need_sum,
-        ALIGNMENT_N=alignment(N, block_n),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **register_limit(grad.device),
-    )
+    sums = grad.new_empty((strips, shape[1]), dtype=sum_dtype) if need_sum else masked
+    launch(plan, grad, grad if output is None else output.contiguous(), masked, sums)
     if not need_sum:
         return masked, None
     if strips == 1:
@@ -509,6 +516,33 @@ def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool
     _, total = relu_mask_and_column_sum(sums, None, True)
     assert total is not None
     return masked, total.to(grad.dtype)
+
+
+@planned
+def column_sum_plan(
+    device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], mask: bool, need_sum: bool
+) -> Plan:
+    """`relu_mask_and_column_sum`, as many programs along the second axis as there are strips."""
+    M, N = shape
+    block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
+    if device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
+        block_n = min(1024, triton.next_power_of_2(N))
+    steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
+    rows_per_program = steps * block_m
+    return Plan(
+        relu_mask_and_column_sum_kernel,
+        (triton.cdiv(N, block_n), triton.cdiv(M, rows_per_program)),
+        M,
+        N,
+        *strides,
+        rows_per_program,
+        MASK=mask,
+        SUM=need_sum,
+        ALIGNMENT_N=alignment(N, block_n),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        **register_limit(device),
+    )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

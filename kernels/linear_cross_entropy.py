@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import class_splits, matmul_config, register_limit
+from .configs import MatmulConfig, class_splits, matmul_config, planned, register_limit
 from .head import Statistics, Target, accumulated_gradients
-from .launch import accumulator_dtype, input_precision, launch
-from .linear import alignment, matmul, product_tile, tile_lanes, tile_of_program, tile_start
+from .launch import Plan, accumulator_dtype, input_precision, launch
+from .linear import alignment, at_multiples_of_16, matmul, product_tile, tile_lanes, tile_of_program, tile_start
 
 
 @triton.jit
@@ -331,40 +331,50 @@ def logit_gradient_kernel(
         tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
 
 
-def target_strides(target: Tensor) -> tuple[int, int]:
-    return (target.stride(0), 0 if target.dim() == 1 else target.stride(1))
+Strides = tuple[int, ...]
+
+
+def target_strides(target: Tensor) -> Strides:
+    return target.stride(0), 0 if target.dim() == 1 else target.stride(1)
 
 
 def shared_constants(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Target
-) -> tuple[dict[str, bool | int | float | str], int, int]:
-    """The constants that both kernels take, and the rows and classes of their tile."""
-    (rows, K), classes = input.shape, weight.shape[0]
-    precision = input_precision(input)
-    aligned = all(
-        operand.stride(1) == 1 and operand.stride(0) % 8 == 0 and operand.data_ptr() % 16 == 0
-        for operand in (input, weight)
-    )
-    config = matmul_config(input.device, input.dtype, precision, rows, classes, aligned)
-    if input.device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    operands: tuple[Strides, Strides],
+    aligned_addresses: bool,
+    precision: str,
+) -> tuple[dict[str, int | str], MatmulConfig]:
+    """The constants that both kernels take for rows, classes and inner dimension of these ``sizes``, and their tile."""
+    M, N, K = sizes
+    aligned = aligned_addresses and all(strides[1] == 1 and strides[0] % 8 == 0 for strides in operands)
+    config = matmul_config(device, dtype, precision, M, N, aligned)
+    if device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
         config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
     most = (1024 if aligned else 512) * config.num_warps
     if config.BLOCK_M * config.BLOCK_N > most:
         config = config._replace(BLOCK_N=most // config.BLOCK_M, BLOCK_K=min(config.BLOCK_K, 64))
-    constants: dict[str, bool | int | float | str] = {
-        "HAS_BIAS": bias is not None,
-        "PROBABILITIES": target.probabilities,
-        "HAS_WEIGHT": target.weight is not None,
-        "LABEL_SMOOTHING": target.label_smoothing,
+    constants: dict[str, int | str] = {
         "INPUT_PRECISION": precision,
-        "ALIGNMENT_M": alignment(rows, config.BLOCK_M),
-        "ALIGNMENT_N": alignment(classes, config.BLOCK_N),
+        "ALIGNMENT_M": alignment(M, config.BLOCK_M),
+        "ALIGNMENT_N": alignment(N, config.BLOCK_N),
         "ALIGNMENT_K": alignment(K, config.BLOCK_K),
         "EVEN_K": K % config.BLOCK_K == 0,
         **config._asdict(),
-        **register_limit(input.device),
+        **register_limit(device),
     }
-    return constants, config.BLOCK_M, config.BLOCK_N
+    return constants, config
+
+
+def options_of(bias: Tensor | None, target: Target) -> tuple[tuple[str, bool | float], ...]:
+    """More constants of both kernels."""
+    return (
+        ("HAS_BIAS", bias is not None),
+        ("PROBABILITIES", target.probabilities),
+        ("HAS_WEIGHT", target.weight is not None),
+        ("LABEL_SMOOTHING", target.label_smoothing),
+    )
 
 
 def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, target: Target, budget: int) -> Statistics:
@@ -372,33 +382,64 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
 
     They are float32, float64 for float64. No logit is written to memory, so that no ``budget`` is needed.
     """
-    (M, K), N = input.shape, weight.shape[0]
-    constants, block_m, block_n = shared_constants(input, weight, bias, target)
-    tiles_m, tiles_n = triton.cdiv(M, block_m), triton.cdiv(N, block_n)
-    per_split = triton.cdiv(tiles_n, class_splits(input.device, tiles_m, tiles_n))
-    splits = triton.cdiv(tiles_n, per_split)
-    statistics = input.new_empty((5, splits, M), dtype=accumulator_dtype(input.dtype))
+    plan = statistics_plan(
+        input.device,
+        input.dtype,
+        (input.shape[0], *weight.shape),
+        (input.stride(), weight.stride()),
+        at_multiples_of_16(input, weight),
+        input_precision(input),
+        target.classes,
+        target.ignore_index,
+        target_strides(target.target),
+        options_of(bias, target),
+    )
+    statistics = input.new_empty((5, plan.grid[1], input.shape[0]), dtype=accumulator_dtype(input.dtype))
     launch(
-        linear_cross_entropy_kernel,
-        (tiles_m, splits),
+        plan,
         input,
         weight,
         input if bias is None else bias.contiguous(),
         target.target,
         input if target.weight is None else target.weight.contiguous(),
         statistics,
+    )
+    return Statistics(*statistics.unbind()).merged()
+
+
+@planned
+def statistics_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    operands: tuple[Strides, Strides],
+    aligned_addresses: bool,
+    precision: str,
+    all_classes: int,
+    ignore_index: int,
+    target: Strides,
+    options: tuple[tuple[str, bool | float], ...],
+) -> Plan:
+    """`linear_cross_entropy` of ``sizes`` M, N, K, as many programs along the second axis as share the classes."""
+    M, N, K = sizes
+    constants, config = shared_constants(device, dtype, sizes, operands, aligned_addresses, precision)
+    tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
+    per_split = triton.cdiv(tiles_n, class_splits(device, tiles_m, tiles_n))
+    return Plan(
+        linear_cross_entropy_kernel,
+        (tiles_m, triton.cdiv(tiles_n, per_split)),
         M,
         N,
         K,
-        target.classes,
+        all_classes,
         per_split,
-        target.ignore_index,
-        *input.stride(),
-        *weight.stride(),
-        *target_strides(target.target),
+        ignore_index,
+        *operands[0],
+        *operands[1],
+        *target,
+        **dict(options),
         **constants,
     )
-    return Statistics(*statistics.unbind()).merged()
 
 
 def linear_cross_entropy_backward(
@@ -429,11 +470,23 @@ def linear_cross_entropy_backward(
         goal = target.target[rows, own] if target.probabilities else target.target[rows]
         grad_goal = goal if grad_target is None else grad_target[rows, own]
         factors = None if target.weight is None else target.weight[own].contiguous()
-        constants, block_m, block_n = shared_constants(x, w, b, target)
         grad = x.new_empty((x.shape[0], w.shape[0]))
+        plan = gradient_plan(
+            x.device,
+            x.dtype,
+            (x.shape[0], *w.shape),
+            (x.stride(), w.stride()),
+            at_multiples_of_16(x, w),
+            input_precision(x),
+            own.start,
+            target.classes,
+            target.ignore_index,
+            (*target_strides(goal), *target_strides(grad_goal)),
+            grad_target is not None,
+            options_of(b, target),
+        )
         launch(
-            logit_gradient_kernel,
-            (triton.cdiv(x.shape[0], block_m) * triton.cdiv(w.shape[0], block_n),),
+            plan,
             x,
             w,
             x if b is None else b,
@@ -442,18 +495,6 @@ def linear_cross_entropy_backward(
             *(vector[rows] for vector in (scale, maximum, exponentials, mass, share)),
             grad,
             grad_goal,
-            *grad.shape,
-            x.shape[1],
-            own.start,
-            target.classes,
-            target.ignore_index,
-            *x.stride(),
-            *w.stride(),
-            *target_strides(goal),
-            *target_strides(grad_goal),
-            NEED_TARGET=grad_target is not None,
-            GROUP_M=8,
-            **constants,
         )
         return grad
 
@@ -462,3 +503,40 @@ def linear_cross_entropy_backward(
 
     gradients = accumulated_gradients(input, weight, logit_gradients, product, *needs[:3], budget)
     return (*gradients, grad_target)
+
+
+@planned
+def gradient_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    operands: tuple[Strides, Strides],
+    aligned_addresses: bool,
+    precision: str,
+    first_class: int,
+    all_classes: int,
+    ignore_index: int,
+    targets: Strides,
+    need_target: bool,
+    options: tuple[tuple[str, bool | float], ...],
+) -> Plan:
+    """The gradient of logits of ``sizes`` M, N, K; ``targets``: strides of the target and of its gradient."""
+    M, N, K = sizes
+    constants, config = shared_constants(device, dtype, sizes, operands, aligned_addresses, precision)
+    return Plan(
+        logit_gradient_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        M,
+        N,
+        K,
+        first_class,
+        all_classes,
+        ignore_index,
+        *operands[0],
+        *operands[1],
+        *targets,
+        NEED_TARGET=need_target,
+        GROUP_M=8,
+        **dict(options),
+        **constants,
+    )

@@ -8,13 +8,18 @@ With ``x`` the input, ``y`` the target, ``n`` elements and ``g`` the gradient of
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_config, elementwise_strides, in_layout, load_tile, store_tile, total
-from .launch import accumulator_dtype, launch
+from .elementwise import (
+    elementwise_loss,
+    elementwise_loss_backward,
+    elementwise_strides,
+    in_layout,
+    load_tile,
+    store_tile,
+)
 
 
 @triton.jit
@@ -80,65 +85,16 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     float64) and rounds once.
     """
     strides = elementwise_strides(input, target)
-    size = input.numel()
-    divisor = size if reduction == "mean" else 1
-    block, num_warps = elementwise_config(size, input.device)
-    programs = triton.cdiv(size, block)
-
-    if reduction == "none":
-        loss = torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device)
-    elif programs == 1:
-        loss = input.new_empty(())
-    else:
-        loss = input.new_empty(programs, dtype=accumulator_dtype(input.dtype))
-    launch(
-        mse_loss_kernel,
-        (programs,),
-        in_layout(input, strides),
-        in_layout(target, strides),
-        loss,
-        size,
-        divisor if programs == 1 else 1,
-        SUM=reduction != "none",
-        EVEN=size % 16 == 0,
-        BLOCK=block,
-        num_warps=num_warps,
+    return elementwise_loss(
+        mse_loss_kernel, (in_layout(input, strides), in_layout(target, strides)), strides, reduction
     )
-    if reduction == "none" or programs == 1:
-        return loss
-    return total(loss, divisor, input.dtype)
 
 
 def mse_loss_backward(
     grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, need_input: bool, need_target: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `mse_loss` for input and target, those that are needed.
-
-    ``grad_output`` is 0-d for 'mean' and 'sum'; for 'none' it has the input's shape, any strides, expanded ones too.
-    """
+    """`elementwise_loss_backward` of `mse_loss`."""
     strides = elementwise_strides(input, target)
-    size = input.numel()
-    block, num_warps = elementwise_config(size, input.device)
-    scalar_grad = not any(grad_output.stride())
-    grad_input, grad_target = (
-        torch.empty_strided(input.shape, strides, dtype=input.dtype, device=input.device) if needed else None
-        for needed in (need_input, need_target)
-    )
-    launch(
-        mse_loss_backward_kernel,
-        (triton.cdiv(size, block),),
-        grad_output if scalar_grad else in_layout(grad_output, strides),
-        in_layout(input, strides),
-        in_layout(target, strides),
-        input if grad_input is None else grad_input,
-        input if grad_target is None else grad_target,
-        size,
-        size if reduction == "mean" else 1,
-        SCALAR_GRAD=scalar_grad,
-        NEED_INPUT=need_input,
-        NEED_TARGET=need_target,
-        EVEN=size % 16 == 0,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    return grad_input, grad_target
+    tensors = in_layout(input, strides), in_layout(target, strides)
+    needs = need_input, need_target
+    return elementwise_loss_backward(mse_loss_backward_kernel, grad_output, tensors, strides, reduction, *needs)

@@ -19,6 +19,7 @@ from interpreter import bf16
 
 import fastops
 from fastops import dispatch
+from fastops.kernels import configs
 
 bf16.install()
 
@@ -31,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plans() -> None:
+    """None is left that a test before has made with tables of its own."""
+    configs.plans.clear()
 
 
 @pytest.fixture

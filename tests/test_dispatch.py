@@ -367,7 +367,7 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error; nothing was warned of before."""
-    from fastops.kernels import add_relu, bce, conv, cross_entropy, linear, linear_cross_entropy, mse
+    from fastops.kernels import add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy
 
     monkeypatch.setattr(registry, "_warned", set())
 
@@ -375,7 +375,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (linear, conv, add_relu, mse, cross_entropy, bce, linear_cross_entropy):
+        for module in (add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
             monkeypatch.setattr(module, "launch", launch)
 
     with fastops.backend("triton"):

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import fastops.functional as FF
 from fastops import dispatch, winners
 from fastops.kernels import configs
 from fastops.kernels import linear as linear_kernels
+from fastops.kernels.launch import Plan
 from fastops.models import LeNet
 
 CPU = torch.device("cpu")
@@ -407,10 +407,10 @@ def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     original = linear_kernels.launch
 
-    def launch(kernel: object, *words: object, **options: Any) -> None:
-        if "BLOCK_K" in options:
-            taken.append(configs.MatmulConfig(*(options[name] for name in configs.MatmulConfig._fields)))
-        original(kernel, *words, **options)
+    def launch(plan: Plan, *tensors: Tensor) -> None:
+        if "BLOCK_K" in plan.constants:
+            taken.append(configs.MatmulConfig(*(plan.constants[name] for name in configs.MatmulConfig._fields)))
+        original(plan, *tensors)
 
     monkeypatch.setattr(linear_kernels, "launch", launch)
     words = (*forward[:3], 6, 4)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastops import kernels
 from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, linear, linear_cross_entropy, mse
 from fastops.kernels.head import Target
+from fastops.kernels.launch import Plan
 
 from .machine_code import Request
 from .targets import TARGETS
@@ -87,8 +88,8 @@ def recorded(
     """``launcher(*arguments)`` and the compilations it would ask for, with one tile for all products or the table's."""
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(kernel: Any, grid: Any, *values: Any, **constants: Any) -> None:
-        launches.append((kernel.fn, values, constants))
+    def record(plan: Plan, *tensors: Tensor) -> None:
+        launches.append((plan.kernel.fn, (*tensors, *plan.numbers), plan.constants))
 
     replacements = {
         "launch": record,
@@ -101,6 +102,7 @@ def recorded(
         replacements["matmul_config"] = lambda *_: tile
         replacements["persistent_config"] = lambda *_: tile if persistent else None
     with ExitStack() as stack:
+        stack.enter_context(patch.dict(configs.plans, clear=True))
         for module in (
             import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
         ):

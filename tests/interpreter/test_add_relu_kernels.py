@@ -10,6 +10,7 @@ from guard import run_guarded
 from torch import Tensor
 
 from fastops.kernels import add_relu as kernels
+from fastops.kernels import elementwise
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,7 +25,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one program of the table, or programs of 16 elements."""
     if request.param == "16":
-        monkeypatch.setattr(kernels, "elementwise_config", lambda size, _: (min(16, 1 << (size - 1).bit_length()), 1))
+        monkeypatch.setattr(
+            elementwise, "elementwise_config", lambda size, _: (min(16, 1 << (size - 1).bit_length()), 1)
+        )
 
 
 @pytest.mark.usefixtures("tile")

@@ -12,7 +12,7 @@ from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import bce
+from fastops.kernels import bce, elementwise
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -22,7 +22,9 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 @pytest.fixture
 def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 elements, so that there are several."""
-    monkeypatch.setattr(bce, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1))
+    monkeypatch.setattr(
+        elementwise, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1)
+    )
 
 
 def check(make: Callable[[], Tensors], reduction: str, grad_output: Tensor | None = None) -> None:

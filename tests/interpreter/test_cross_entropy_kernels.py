@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fastops.kernels import cross_entropy as kernels
-from fastops.kernels.launch import launch
+from fastops.kernels.launch import Plan, launch
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -414,6 +414,7 @@ def test_offsets_beyond_2_to_the_31(tmp_path: Path) -> None:
 def test_many_partial_sums(mean: bool) -> None:
     losses, weights = torch.randint(9, (2, 2500)).float()
     loss, denominator = torch.empty(()), torch.empty(())
-    launch(kernels.cross_entropy_total_kernel, (1,), losses, weights, loss, denominator, 2500, MEAN=mean, BLOCK=1024)
+    plan = Plan(kernels.cross_entropy_total_kernel, (1,), 2500, MEAN=mean, BLOCK=1024)
+    launch(plan, losses, weights, loss, denominator)
     assert denominator == (weights.sum() if mean else 1)
     assert loss == losses.sum() / denominator

@@ -58,10 +58,12 @@ def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch
     results = {}
     for splits in (1, 3, 100):
         monkeypatch.setattr(linear, "inner_splits", lambda *_, splits=splits: splits)
+        configs.plans.clear()
         call = run_guarded if splits == 3 else call_plainly
         results[splits] = call(linear.matmul, *tensors, True, SMALL)
         assert_as_accurate_as_torch(torch_linear_relu, ((results[splits],), tensors))
     monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
+    configs.plans.clear()
     assert same_bits(results[3], linear.matmul(*tensors, True, SMALL)), "not deterministic"
     plain = linear.matmul(*tensors[:2], config=SMALL)
     assert_as_accurate_as_torch(lambda a, b: (a @ b,), ((plain,), tensors[:2]))
@@ -76,7 +78,7 @@ def test_few_tiles_and_a_long_sum_go_in_parts(
 ) -> None:
     """Nothing is rounded between the parts and their sum."""
     launched: list[tuple[str, Tensor]] = []
-    monkeypatch.setattr(linear, "launch", lambda kernel, *a, **_: launched.append((kernel.__name__, a[4])))
+    monkeypatch.setattr(linear, "launch", lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-1])))
     c = linear.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
     (name, result), *rest = launched
     assert name == "matmul_kernel"
@@ -160,7 +162,7 @@ def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """Tensor descriptors where the GPU has them, they can describe all tensors, and no multiprocessor stays idle."""
     architecture, a, b, persistent = CHOICES[case]
     names: list[str] = []
-    monkeypatch.setattr(linear, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    monkeypatch.setattr(linear, "launch", lambda plan, *_: names.append(plan.kernel.__name__))
     monkeypatch.setattr(configs, "architecture", lambda _: architecture)
     monkeypatch.setattr(configs, "multiprocessors", lambda _: 4)
     monkeypatch.setattr(configs, "_INTERPRETED", configs.matmul_candidates(architecture, a.dtype, "ieee"))
@@ -171,7 +173,7 @@ def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have one of their own, also in a thread where none was set, while the kernel starts and no longer."""
     allocator, allocators = _allocation._allocator, []
-    monkeypatch.setattr(linear, "launch", lambda *_, **__: allocators.append(allocator.get()))
+    monkeypatch.setattr(linear, "launch", lambda *_: allocators.append(allocator.get()))
     tensors = torch.empty(16, 16), torch.empty(16, 16)
     config = PersistentConfig(*SMALL, HALVES=False, WARP_SPECIALIZE=False)
 

@@ -12,7 +12,7 @@ from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import mse
+from fastops.kernels import elementwise, mse
 from fastops.kernels.elementwise import total
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,9 @@ def channels_last(*shape: int) -> Tensor:
 @pytest.fixture
 def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 elements, so that there are several."""
-    monkeypatch.setattr(mse, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1))
+    monkeypatch.setattr(
+        elementwise, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1)
+    )
 
 
 def check(make: Callable[[], tuple[Tensor, Tensor]], reduction: str, grad_output: Tensor | None = None) -> None:

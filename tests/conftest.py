@@ -15,13 +15,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreter import bf16
+from interpreter import bf16, overhead
 
 import fastops
 from fastops import dispatch
 from fastops.kernels import configs
 
 bf16.install()
+overhead.install()
 
 
 def pytest_configure(config: pytest.Config) -> None:

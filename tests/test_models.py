@@ -261,7 +261,7 @@ def test_fashion_mlp_saved_swapped_and_loaded_plain(tmp_path) -> None:
 # LeNet
 
 
-@pytest.mark.parametrize(("backend", "steps"), [("torch", 100), ("onednn", 100), ("triton", 100)])
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 100), ("onednn", 100), ("triton", 30)])
 def test_lenet_swapped(backend: str, steps: int) -> None:
     torch.manual_seed(0)
     model, batches = LeNet(), [random_image(torch.Generator().manual_seed(0))] * steps

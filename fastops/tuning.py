@@ -113,7 +113,7 @@ def tune(
         try:
             return _tune(model, example, timer)
         except BaseException:  # an interrupt too must leave no tile in use that did not win; it is raised again
-            configs.use({**dict.fromkeys(configs.measured), **before})
+            configs.set_tiles({**dict.fromkeys(configs.measured), **before})
             raise
 
 
@@ -304,7 +304,7 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
             times: dict[configs.Tile | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
             for _ in range(TURNS):
                 for tile in list(times):  # None is the table's own choice
-                    configs.use({product: tile})
+                    configs.set_tiles({product: tile})
                     try:
                         times[tile].append(timer(run))
                     except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
@@ -313,14 +313,13 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
             if best is not None and None in times and min(times[best]) > (1 - LEAST_GAIN) * min(times[None]):
                 best = None
             found[product] = best
-            configs.use({product: best})
+            configs.set_tiles({product: best})
     return found
 
 
 def _products(run: Callable[[], None]) -> list[configs.Product]:
     """The matrix products that ask for a tile while something runs."""
     configs.met = set()
-    configs.plans.clear()
     try:
         with suppress(FallbackWarning):
             run()

@@ -111,7 +111,7 @@ def _of(device: torch.device, threads: int) -> Winners:
         ways, tiles = _read(path(device), device)
     except RuntimeError:  # there is no home
         return {}
-    configs.use(tiles)
+    configs.set_tiles(tiles)
     return ways
 
 
@@ -151,7 +151,7 @@ def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
         known.pop(call, None)
         if way is not None:
             known[call] = way
-    configs.use(tiles)
+    configs.set_tiles(tiles)
     try:
         from filelock import FileLock  # torch needs it too
 

@@ -162,36 +162,48 @@ Tile: TypeAlias = MatmulConfig | PersistentConfig
 Product = tuple[torch.device, torch.dtype, str, int, int]  # all that the choices below look at, of aligned operands
 measured: dict[Product, Tile] = {}  # what `fastops.tune` found faster
 met: set[Product] | None = None  # it looks for products here
-plans: dict[Any, Any] = {}  # what `planned` functions returned: cleared when any choice of this file becomes another
-_PLANS_AT_MOST = 1 << 12  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
+plans: dict[Any, Any] = {}  # what `planned` functions returned since a tile was measured
+_PLANS_AT_MOST = 1 << 14  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
+_UNKNOWN = object()
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def planned(choose: Callable[P, T]) -> Callable[P, T]:
-    """Keep what ``choose`` returns for each of its hashable arguments: choosing takes longer than a launch."""
+    """Keep what ``choose`` returns for its hashable arguments: choosing takes longer than a launch.
+
+    Equal arguments get the same plan: it must not matter whether they are 1, 1.0 or True.
+    """
 
     @functools.wraps(choose)
-    def kept(*words: P.args, **options: P.kwargs) -> T:
-        key = (choose, words, *options.items()) if options else (choose, words)
-        if (known := plans.get(key, plans)) is not plans:
+    def kept(*arguments: P.args, **options: P.kwargs) -> T:
+        key = (choose, arguments, *options.items()) if options else (choose, arguments)
+        kept_now = plans  # another thread may have others at the end: this plan is then too old for them
+        if met is None and (known := kept_now.get(key, _UNKNOWN)) is not _UNKNOWN:
             return known
-        chosen = choose(*words, **options)
-        if len(plans) >= _PLANS_AT_MOST:
-            plans.clear()
-        plans[key] = chosen
+        chosen = choose(*arguments, **options)
+        if len(kept_now) >= _PLANS_AT_MOST:
+            kept_now.clear()
+        kept_now[key] = chosen
         return chosen
 
     return kept
 
 
-def use(tiles: Mapping[Product, Tile | None]) -> None:
+def forget_plans() -> None:
+    """Choose anew from now on."""
+    global plans
+    plans = {}
+
+
+def set_tiles(tiles: Mapping[Product, Tile | None]) -> None:
     """Take these tiles from now on; None: what the table says."""
     for product, tile in tiles.items():
-        measured.pop(product, None)
-        if tile is not None:
+        if tile is None:
+            measured.pop(product, None)
+        else:
             measured[product] = tile
-    plans.clear()
+    forget_plans()
 
 
 def _measured(*product: Any) -> Tile | None:

@@ -420,10 +420,7 @@ def cross_entropy_config(
 
 
 class Layout(NamedTuple):
-    """Shape and strides of a tensor [outer, classes, inner], or [outer, inner] with one element for all classes.
-
-    Strides of dimensions of one are 0: Triton sees that they divide by 16.
-    """
+    """Shape and strides of a tensor [outer, classes, inner], or [outer, inner] with one element for all classes."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -434,12 +431,13 @@ class Layout(NamedTuple):
         shape, strides = tuple(tensor.shape), tensor.stride()
         if shape[-1] == 1:
             shape, strides = (1, *shape[1:-1], shape[0]), (0, *strides[1:-1], strides[0])
-        return cls(shape, tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)))
+        return cls(shape, strides)
 
     @property
     def kernel_strides(self) -> tuple[int, int, int]:
-        """Outer, of classes, inner."""
-        return self.strides[0], 0 if len(self.shape) == 2 else self.strides[1], self.strides[-1]
+        """Outer, of classes, inner; 0 in a dimension of one: Triton sees that it divides by 16."""
+        strides = [0 if size == 1 else stride for size, stride in zip(self.shape, self.strides, strict=True)]
+        return strides[0], 0 if len(strides) == 2 else strides[1], strides[-1]
 
 
 def cross_entropy(
@@ -470,7 +468,7 @@ def cross_entropy(
         weight is not None,
         reduction,
         ignore_index,
-        label_smoothing,
+        float(label_smoothing),
     )
     programs = plan.grid[0]
     if reduction == "none":
@@ -557,7 +555,7 @@ def cross_entropy_backward(
         (Layout.of(outputs[0]), Layout.of(outputs[1])),
         weight is not None,
         ignore_index,
-        label_smoothing,
+        float(label_smoothing),
         need_input,
         need_target,
     )
@@ -618,7 +616,7 @@ def unit_of(dtype: torch.dtype, input: Layout, *others: Layout) -> int:
     unit = 16 // dtype.itemsize
     packed = (0 if outer == 1 else inner * classes, 1, 0 if inner == 1 else classes)
     layouts = [input, *(layout for layout in others if len(layout.shape) == 3)]
-    return unit if classes % unit and all(layout.strides == packed for layout in layouts) else 1
+    return unit if classes % unit and all(layout.kernel_strides == packed for layout in layouts) else 1
 
 
 def shared_constants(
@@ -634,8 +632,7 @@ def shared_constants(
     _, classes, inner = input.shape
     probabilities, unit = len(target.shape) == 3, unit_of(dtype, input, target, *gradients)
     dense = probabilities or label_smoothing > 0 or unit > 1
-    adjacent = classes == 1 or input.strides[1] == 1
-    config = cross_entropy_config(classes + unit - 1, inner, adjacent, dense, device)
+    config = cross_entropy_config(classes + unit - 1, inner, input.strides[1] == 1, dense, device)
     rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
     row_strides = [stride for layout in rows_of_classes for stride in layout.kernel_strides[::2]]
     constants: dict[str, bool | int | float] = {

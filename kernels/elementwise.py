@@ -66,6 +66,7 @@ def total(partials: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
 
 @planned
 def total_plan(programs: int, divisor: int) -> Plan:
+    """`total`, on any device."""
     return Plan(total_kernel, (1,), programs, divisor, BLOCK=1024)
 
 
@@ -172,8 +173,12 @@ def elementwise_strides(input: Tensor, target: Tensor) -> tuple[int, ...]:
     """The strides that torch gives to an elementwise result of the two, always dense."""
     if input.is_contiguous() and target.is_contiguous():
         return input.stride()
-    metas = (torch.empty_strided(tensor.shape, tensor.stride(), device="meta") for tensor in (input, target))
-    return torch.add(*metas).stride()
+    return result_strides(input.shape, input.stride(), target.stride())
+
+
+@planned
+def result_strides(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.add(*(torch.empty_strided(shape, each, device="meta") for each in strides)).stride()
 
 
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

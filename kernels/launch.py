@@ -17,7 +17,7 @@ _SMALL = 2**31 - 1  # bytes of storage that AMD's 32-bit offsets reach
 
 
 class Plan:
-    """A launch but for its tensors: a kernel over a grid, and all that shapes, strides and dtypes decide.
+    """A launch but for its tensors: a kernel over a grid, and all that their device, shapes, strides and dtypes decide.
 
     ``numbers`` are the kernel's parameters behind the tensors, ``constants`` all others and the compiler's options.
     Launchers keep their plans (`configs.planned`), and a plan what Triton compiled for it.
@@ -38,7 +38,7 @@ def _triton() -> tuple[Any, Any, bool, bool]:
 
     backend = driver.active.get_current_target().backend
     return (
-        driver.active,
+        driver,
         triton.knobs.runtime,
         triton.__version__.startswith("3.8.") and backend in _LAUNCHERS,
         backend == "hip",
@@ -56,7 +56,8 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
     if not hasattr(kernel, "device_caches"):  # interpreted
         kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
         return
-    active, runtime, known, amd = _triton()
+    driver, runtime, known, amd = _triton()
+    active = driver.active
     device, current = tensors[0].get_device(), active.get_current_device()
     if device != current and device >= 0:  # Triton launches on the current device, which need not be the tensors' one
         with torch.accelerator.device_index(device):

@@ -331,7 +331,7 @@ def matmul(
     plan = product_plan(
         a.device,
         a.dtype,
-        (*shape, columns),
+        (shape[0], columns, shape[1]),
         a.stride(),
         b.stride(),
         at_multiples_of_16(a, b, c),
@@ -373,8 +373,8 @@ def product_plan(
     precision: str,
     config: MatmulConfig | PersistentConfig | None,
 ) -> ProductPlan:
-    """`matmul` of matrices with these strides and ``sizes`` M, K, N."""
-    M, K, N = sizes
+    """`matmul` of matrices with these strides and ``sizes`` M, N, K."""
+    M, N, K = sizes
     aligned = aligned_addresses and is_aligned((M, K), a_strides) and is_aligned((K, N), b_strides)
     if config is None and aligned and is_aligned((M, N), (N, 1)):
         config = persistent_config(device, dtype, precision, M, N)

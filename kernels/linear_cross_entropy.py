@@ -16,6 +16,8 @@ products behind it. Made inside both of them it would need no memory, but the pr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -331,50 +333,65 @@ def logit_gradient_kernel(
         tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
 
 
-Strides = tuple[int, ...]
+class Logits(NamedTuple):
+    """Input and weight of a product, its bias and target: all that plans depend on, but for the target's strides."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[int, int, int]  # rows, classes, inner dimension
+    strides: tuple[int, ...]  # of input and weight
+    aligned_addresses: bool
+    precision: str
+    all_classes: int
+    ignore_index: int
+    options: tuple[tuple[str, bool | float], ...]
+
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, bias: Tensor | None, target: Target) -> Logits:
+        return cls(
+            input.device,
+            input.dtype,
+            (input.shape[0], weight.shape[0], weight.shape[1]),
+            (*input.stride(), *weight.stride()),
+            at_multiples_of_16(input, weight),
+            input_precision(input),
+            target.classes,
+            target.ignore_index,
+            (
+                ("HAS_BIAS", bias is not None),
+                ("PROBABILITIES", target.probabilities),
+                ("HAS_WEIGHT", target.weight is not None),
+                ("LABEL_SMOOTHING", float(target.label_smoothing)),
+            ),
+        )
+
+    def constants(self) -> tuple[dict[str, bool | float | str], MatmulConfig]:
+        """Those that both kernels take, and the tile."""
+        (M, N, K), strides = self.sizes, self.strides
+        aligned = self.aligned_addresses and all(
+            inner == 1 and row % 8 == 0 for row, inner in (strides[:2], strides[2:])
+        )
+        config = matmul_config(self.device, self.dtype, self.precision, M, N, aligned)
+        if self.device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
+            config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
+        most = (1024 if aligned else 512) * config.num_warps
+        if config.BLOCK_M * config.BLOCK_N > most:
+            config = config._replace(BLOCK_N=most // config.BLOCK_M, BLOCK_K=min(config.BLOCK_K, 64))
+        constants: dict[str, bool | float | str] = {
+            "INPUT_PRECISION": self.precision,
+            "ALIGNMENT_M": alignment(M, config.BLOCK_M),
+            "ALIGNMENT_N": alignment(N, config.BLOCK_N),
+            "ALIGNMENT_K": alignment(K, config.BLOCK_K),
+            "EVEN_K": K % config.BLOCK_K == 0,
+            **dict(self.options),
+            **config._asdict(),
+            **register_limit(self.device),
+        }
+        return constants, config
 
 
-def target_strides(target: Tensor) -> Strides:
+def target_strides(target: Tensor) -> tuple[int, int]:
     return target.stride(0), 0 if target.dim() == 1 else target.stride(1)
-
-
-def shared_constants(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    operands: tuple[Strides, Strides],
-    aligned_addresses: bool,
-    precision: str,
-) -> tuple[dict[str, int | str], MatmulConfig]:
-    """The constants that both kernels take for rows, classes and inner dimension of these ``sizes``, and their tile."""
-    M, N, K = sizes
-    aligned = aligned_addresses and all(strides[1] == 1 and strides[0] % 8 == 0 for strides in operands)
-    config = matmul_config(device, dtype, precision, M, N, aligned)
-    if device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
-        config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
-    most = (1024 if aligned else 512) * config.num_warps
-    if config.BLOCK_M * config.BLOCK_N > most:
-        config = config._replace(BLOCK_N=most // config.BLOCK_M, BLOCK_K=min(config.BLOCK_K, 64))
-    constants: dict[str, int | str] = {
-        "INPUT_PRECISION": precision,
-        "ALIGNMENT_M": alignment(M, config.BLOCK_M),
-        "ALIGNMENT_N": alignment(N, config.BLOCK_N),
-        "ALIGNMENT_K": alignment(K, config.BLOCK_K),
-        "EVEN_K": K % config.BLOCK_K == 0,
-        **config._asdict(),
-        **register_limit(device),
-    }
-    return constants, config
-
-
-def options_of(bias: Tensor | None, target: Target) -> tuple[tuple[str, bool | float], ...]:
-    """More constants of both kernels."""
-    return (
-        ("HAS_BIAS", bias is not None),
-        ("PROBABILITIES", target.probabilities),
-        ("HAS_WEIGHT", target.weight is not None),
-        ("LABEL_SMOOTHING", target.label_smoothing),
-    )
 
 
 def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, target: Target, budget: int) -> Statistics:
@@ -382,18 +399,7 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
 
     They are float32, float64 for float64. No logit is written to memory, so that no ``budget`` is needed.
     """
-    plan = statistics_plan(
-        input.device,
-        input.dtype,
-        (input.shape[0], *weight.shape),
-        (input.stride(), weight.stride()),
-        at_multiples_of_16(input, weight),
-        input_precision(input),
-        target.classes,
-        target.ignore_index,
-        target_strides(target.target),
-        options_of(bias, target),
-    )
+    plan = statistics_plan(Logits.of(input, weight, bias, target), target_strides(target.target))
     statistics = input.new_empty((5, plan.grid[1], input.shape[0]), dtype=accumulator_dtype(input.dtype))
     launch(
         plan,
@@ -408,36 +414,23 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
 
 
 @planned
-def statistics_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    operands: tuple[Strides, Strides],
-    aligned_addresses: bool,
-    precision: str,
-    all_classes: int,
-    ignore_index: int,
-    target: Strides,
-    options: tuple[tuple[str, bool | float], ...],
-) -> Plan:
-    """`linear_cross_entropy` of ``sizes`` M, N, K, as many programs along the second axis as share the classes."""
-    M, N, K = sizes
-    constants, config = shared_constants(device, dtype, sizes, operands, aligned_addresses, precision)
+def statistics_plan(logits: Logits, target: tuple[int, int]) -> Plan:
+    """`linear_cross_entropy`, as many programs along the second axis as share the classes; ``target``: its strides."""
+    M, N, K = logits.sizes
+    constants, config = logits.constants()
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
-    per_split = triton.cdiv(tiles_n, class_splits(device, tiles_m, tiles_n))
+    per_split = triton.cdiv(tiles_n, class_splits(logits.device, tiles_m, tiles_n))
     return Plan(
         linear_cross_entropy_kernel,
         (tiles_m, triton.cdiv(tiles_n, per_split)),
         M,
         N,
         K,
-        all_classes,
+        logits.all_classes,
         per_split,
-        ignore_index,
-        *operands[0],
-        *operands[1],
+        logits.ignore_index,
+        *logits.strides,
         *target,
-        **dict(options),
         **constants,
     )
 
@@ -471,20 +464,8 @@ def linear_cross_entropy_backward(
         grad_goal = goal if grad_target is None else grad_target[rows, own]
         factors = None if target.weight is None else target.weight[own].contiguous()
         grad = x.new_empty((x.shape[0], w.shape[0]))
-        plan = gradient_plan(
-            x.device,
-            x.dtype,
-            (x.shape[0], *w.shape),
-            (x.stride(), w.stride()),
-            at_multiples_of_16(x, w),
-            input_precision(x),
-            own.start,
-            target.classes,
-            target.ignore_index,
-            (*target_strides(goal), *target_strides(grad_goal)),
-            grad_target is not None,
-            options_of(b, target),
-        )
+        strides = *target_strides(goal), *target_strides(grad_goal)
+        plan = gradient_plan(Logits.of(x, w, b, target), own.start, strides, grad_target is not None)
         launch(
             plan,
             x,
@@ -506,23 +487,10 @@ def linear_cross_entropy_backward(
 
 
 @planned
-def gradient_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    operands: tuple[Strides, Strides],
-    aligned_addresses: bool,
-    precision: str,
-    first_class: int,
-    all_classes: int,
-    ignore_index: int,
-    targets: Strides,
-    need_target: bool,
-    options: tuple[tuple[str, bool | float], ...],
-) -> Plan:
-    """The gradient of logits of ``sizes`` M, N, K; ``targets``: strides of the target and of its gradient."""
-    M, N, K = sizes
-    constants, config = shared_constants(device, dtype, sizes, operands, aligned_addresses, precision)
+def gradient_plan(logits: Logits, first_class: int, targets: tuple[int, ...], need_target: bool) -> Plan:
+    """The gradient of logits; ``targets``: strides of the target and of its gradient."""
+    M, N, K = logits.sizes
+    constants, config = logits.constants()
     return Plan(
         logit_gradient_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
@@ -530,13 +498,11 @@ def gradient_plan(
         N,
         K,
         first_class,
-        all_classes,
-        ignore_index,
-        *operands[0],
-        *operands[1],
+        logits.all_classes,
+        logits.ignore_index,
+        *logits.strides,
         *targets,
         NEED_TARGET=need_target,
         GROUP_M=8,
-        **dict(options),
         **constants,
     )

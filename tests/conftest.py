@@ -38,7 +38,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def plans() -> None:
     """None is left that a test before has made with tables of its own."""
-    configs.plans.clear()
+    configs.forget_plans()
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def recorded(
         replacements["matmul_config"] = lambda *_: tile
         replacements["persistent_config"] = lambda *_: tile if persistent else None
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(configs.plans, clear=True))
+        stack.enter_context(patch.object(configs, "plans", {}))
         for module in (
             import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
         ):

@@ -21,7 +21,7 @@ import fastops
 import fastops.functional as FF
 from fastops.kernels import configs, conv, linear
 from fastops.kernels.configs import ConvConfig
-from fastops.kernels.geometry import conv_output_size
+from fastops.kernels.geometry import Geometry, conv_output_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCHS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -282,13 +282,25 @@ def test_positions_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     tensors, options = whole_tensors(name, torch.randn), GUARDED[name][2]
     narrow = forward_and_backward(call_plainly, tensors, options, True)
     monkeypatch.setattr(conv, "is_large", lambda *_: True)
-    configs.plans.clear()
+    configs.forget_plans()
     assert same_bits(forward_and_backward(run_guarded, tensors, options, True), narrow)
 
 
-def test_positions_take_64_bits_where_they_must() -> None:
-    for positions, large in ((2**31 - 2**12 - 1, False), (2**31 - 2**12, True)):
-        assert conv.is_large(1, positions) is conv.is_large(positions, 1) is large
+@pytest.mark.parametrize("stride", [1, 2], ids=["output", "input"])
+@pytest.mark.parametrize(("missing", "large"), [(1, False), (0, True)])
+def test_positions_take_64_bits_where_they_must(stride: int, missing: int, large: bool) -> None:
+    """Those of the larger one: of the output with padding, of the input with a stride."""
+    positions = 2**31 - 2**12 - missing
+    size = positions if stride == 2 else positions - 2
+    shapes = (1, 8, size), (8, 8, 3)
+    options = (stride,), (1 if stride == 2 else 2,), (1,)
+    common = torch.device("cpu"), torch.float32, *shapes
+    plan, shape = conv.conv_plan(*common, False, *options, 1, False, "ieee")
+    assert plan is not None and max(size, shape[2]) == positions
+    geometry = Geometry.of((3,), *options)
+    words = *common, shape[2:], geometry, 1, "ieee"
+    plans = plan, conv.grad_input_plan(*words), conv.grad_weight_plan(*words, torch.contiguous_format)[0]
+    assert [plan.constants["LARGE"] for plan in plans] == [large] * 3
 
 
 # The sum over positions -----------------------------------------------------------------------------------------------
@@ -309,7 +321,7 @@ def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.Mon
     expected = torchs(options, False, input, weight, bias, grad_output)[2]
     for splits in (1, 2, 3, 100):
         monkeypatch.setattr(conv, "inner_splits", lambda *_, splits=splits: splits)
-        configs.plans.clear()
+        configs.forget_plans()
         call = run_guarded if splits == 3 else call_plainly
         assert torch.equal(grad_weight(call, input, weight, grad_output), expected)
     rounded = input + torch.randn(input.shape), weight, grad_output + torch.randn(grad_output.shape)

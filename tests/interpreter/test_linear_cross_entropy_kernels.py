@@ -274,3 +274,25 @@ def test_splits_of_classes() -> None:
         patch.setattr(configs, "multiprocessors", lambda _: 100)
         assert [configs.class_splits(device, rows, 250) for rows in (1, 32, 100, 1000)] == [200, 7, 2, 1]
         assert configs.class_splits(device, 1, 3) == 3
+
+
+@pytest.mark.parametrize("case", ["aligned", "address", "row", "column"])
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "weight"])
+def test_operands_that_are_not_aligned_have_their_own_tile(
+    which: int, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Addresses one by one take registers: the smallest tile, shared by more warps, in short steps."""
+    monkeypatch.setattr(configs, "architecture", lambda _: "sm90")
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)
+    memory, aligned = torch.empty(128 * 129, dtype=torch.bfloat16), torch.empty(128, 128, dtype=torch.bfloat16)
+    operands = [aligned, aligned]
+    operands[which] = {
+        "aligned": aligned,
+        "address": memory[1:].as_strided((128, 128), (128, 1)),
+        "row": memory.view(128, 129)[:, :-1],
+        "column": aligned.t(),
+    }[case]
+    target = Target(torch.zeros(128, dtype=torch.int64), None, -100, 0.0, 128)
+    logits = kernels.Logits.of(operands[0], operands[1], None, target)
+    _, config = logits._replace(device=torch.device("cuda")).constants()
+    assert (config.BLOCK_K, config.num_warps) != (32, 8) if case == "aligned" else config[2:4] == (32, 8)

@@ -58,12 +58,12 @@ def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch
     results = {}
     for splits in (1, 3, 100):
         monkeypatch.setattr(linear, "inner_splits", lambda *_, splits=splits: splits)
-        configs.plans.clear()
+        configs.forget_plans()
         call = run_guarded if splits == 3 else call_plainly
         results[splits] = call(linear.matmul, *tensors, True, SMALL)
         assert_as_accurate_as_torch(torch_linear_relu, ((results[splits],), tensors))
     monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
-    configs.plans.clear()
+    configs.forget_plans()
     assert same_bits(results[3], linear.matmul(*tensors, True, SMALL)), "not deterministic"
     plain = linear.matmul(*tensors[:2], config=SMALL)
     assert_as_accurate_as_torch(lambda a, b: (a @ b,), ((plain,), tensors[:2]))

@@ -8,28 +8,21 @@ expression: so every feature and every error message is torch's own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 from torch.nn import LinearCrossEntropyOptions
 
-from . import winners
+from . import fit, winners
 from .kernels import head, onednn
-from .kernels.geometry import conv_output_size
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 
-_KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Plain tensors, and what stands for one while a compiler traces. Other subclasses may mean something else by an op.
-_PLAIN: Final = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
 triton_installed = importlib.util.find_spec("triton") is not None
@@ -159,7 +152,7 @@ def _measured(
         return None
     for tensor in tensors:
         if tensor is not None and (
-            type(tensor) not in _PLAIN[:2] or tensor.layout is not torch.strided or tensor.is_nested
+            type(tensor) not in fit.PLAIN[:2] or tensor.layout is not torch.strided or tensor.is_nested
         ):
             return None
     known = winners.of(first.device)
@@ -187,6 +180,7 @@ _NO_PRODUCT = Explanation("torch", "there is no product here that oneDNN could t
 _BUDGET_HOLDS = Explanation("onednn", "all logits at once would exceed the memory budget")
 _LOGITS_FIT = Explanation("torch", "all logits fit into the memory budget at once")
 _MEASURED: Final = {way: Explanation(way, "fastops.tune measured it the fastest here") for way in winners.WAYS}
+_WRONG_IN_INTERPRETER = Explanation("torch", WRONG_IN_INTERPRETER)
 _NO_TRITON = Explanation("torch", "Triton is not installed")
 _NO_TENSOR = Explanation("torch", "an argument is no tensor")
 
@@ -199,7 +193,8 @@ def _triton_applies(tensor: Tensor) -> Explanation | None:
     """
     if tensor.is_cuda or tensor.is_xpu or (tensor.is_cpu and _INTERPRETER):  # each cheaper than `device.type`
         if triton_installed:
-            return None
+            wrong = tensor.is_cpu and tensor.dtype is torch.bfloat16 and not interpreter_has_bfloat16
+            return _WRONG_IN_INTERPRETER if wrong else None
         if _selected == "triton":
             raise RuntimeError(
                 "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
@@ -214,72 +209,6 @@ def _triton_applies(tensor: Tensor) -> Explanation | None:
     return Explanation("torch", f"no kernel for device {device.type!r}")
 
 
-def _unfit(first: Tensor, *others: Tensor | None, indices: Tensor | None = None) -> str | None:
-    """Why no kernel takes these tensors together, or None. All but ``indices`` are to have one dtype."""
-    dtype, device = first.dtype, first.device
-    for tensor in (first, *others):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN:
-            return f"no kernel for arguments of type {type(tensor).__name__}"
-        if tensor.layout is not torch.strided:
-            return f"no kernel for layout {tensor.layout}"
-        if tensor.device != device:
-            return "tensors are on different devices"
-        if tensor.numel() == 0:
-            return "a tensor is empty"
-        if tensor.dtype is not dtype and tensor is not indices:
-            return "dtypes differ"
-    if dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {dtype}"
-    if dtype is torch.bfloat16 and first.is_cpu and _selected != "onednn" and not interpreter_has_bfloat16:
-        return WRONG_IN_INTERPRETER
-    return None
-
-
-def _unfit_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if _fits_linear(input, weight, bias):
-        return None
-    unfit = _unfit(input, weight, bias)
-    if unfit is not None:
-        return unfit
-    size = weight.shape
-    if len(size) != 2 or input.dim() == 0 or input.shape[-1] != size[1]:
-        return "input and weight shapes do not make a linear layer"
-    if bias is not None and (len(bias_size := bias.shape) != 1 or bias_size[0] != size[0]):
-        return "bias does not have one element per output feature"
-    return None
-
-
-def _fits_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether all is as almost always, at half the price of looking for a reason why not."""
-    dtype, device, size = input.dtype, input.device, weight.shape
-    return (
-        (dtype is torch.float32 or (dtype in _KERNEL_DTYPES and not input.is_cpu))
-        and type(input) in _PLAIN
-        and type(weight) in _PLAIN
-        and input.layout is weight.layout is torch.strided
-        and weight.dtype is dtype
-        and weight.device == device
-        and len(size) == 2
-        and input.dim() > 0
-        and input.shape[-1] == size[1]
-        and input.numel() > 0
-        and size[0] > 0
-        and (
-            bias is None
-            or (
-                type(bias) in _PLAIN
-                and bias.layout is torch.strided
-                and bias.dtype is dtype
-                and bias.device == device
-                and len(bias_size := bias.shape) == 1
-                and bias_size[0] == size[0]
-            )
-        )
-    )
-
-
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explanation:
     """The way of `functional.linear` and `functional.linear_relu`."""
     if _selected == "torch":
@@ -288,7 +217,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
         return _NO_TENSOR
     if tuned:
         tensors = (input, weight, bias)
-        if (measured := _measured("linear", lambda: _unfit_linear(*tensors), tensors)) is not None:
+        if (measured := _measured("linear", lambda: fit.linear(*tensors), tensors)) is not None:
             return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
         if _onednn_from is None or input.numel() * weight.shape[:1].numel() < _onednn_from:
@@ -296,79 +225,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
     elif _selected != "onednn":
         if (no_triton := _triton_applies(input)) is not None:
             return no_triton
-        unfit = _unfit_linear(input, weight, bias)
+        unfit = fit.linear(input, weight, bias)
         return _TRITON if unfit is None else Explanation("torch", unfit)
-    unfit = _unfit_linear(input, weight, bias)
+    unfit = fit.linear(input, weight, bias)
     if unfit is None and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN products are for float32 on the CPU"
     if unfit is not None:
         return Explanation("torch", unfit)
     return _ONEDNN_SELECTED if _selected == "onednn" else _ONEDNN_PAYS
-
-
-class ConvNumbers(NamedTuple):
-    """A convolution's options as one number for each spatial dimension; ``extra`` is padding at the end alone."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    extra: tuple[int, ...]
-
-
-def conv_numbers(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> ConvNumbers | None:
-    """The options of `torch.nn.functional.conv2d` and its like, for a kernel of this size; None if not valid."""
-
-    def each(value: Any, least: int) -> tuple[int, ...] | None:
-        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if len(values) == 1:
-            values *= len(kernel)
-        valid = len(values) == len(kernel) and all(type(number) is int and number >= least for number in values)
-        return values if valid else None
-
-    strides, dilations = each(stride, 1), each(dilation, 1)
-    if strides is None or dilations is None:
-        return None
-    extra = (0,) * len(kernel)
-    if padding == "same":
-        if any(number != 1 for number in strides):
-            return None
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-        paddings: tuple[int, ...] | None = tuple(total // 2 for total in totals)
-        extra = tuple(total % 2 for total in totals)
-    else:
-        paddings = extra if padding == "valid" else each(padding, 0)
-    return None if paddings is None else ConvNumbers(strides, paddings, dilations, extra)
-
-
-def _unfit_conv(
-    dimensions: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> str | None:
-    unfit = _unfit(input, weight, bias)
-    if unfit is not None:
-        return unfit
-    if input.dim() not in (dimensions + 1, dimensions + 2) or weight.dim() != dimensions + 2:
-        return f"input and weight shapes do not make a convolution in {dimensions} dimensions"
-    if type(groups) is not int or groups < 1 or weight.shape[0] % groups != 0:
-        return "groups do not divide the channels"
-    if input.shape[-1 - dimensions] != weight.shape[1] * groups:
-        return "input and weight do not have the same channels"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return "bias does not have one element per output channel"
-    kernel = tuple(weight.shape[2:])
-    numbers = conv_numbers(kernel, stride, padding, dilation)
-    if numbers is None:
-        return "stride, padding or dilation is not valid"
-    size = [n + end for n, end in zip(input.shape[-dimensions:], numbers.extra, strict=True)]
-    if any(n < 1 for n in conv_output_size(size, kernel, *numbers[:3])):
-        return "the kernel is larger than the input"
-    return None
 
 
 def conv(
@@ -388,7 +252,7 @@ def conv(
         return _NO_TENSOR
     if tuned:
         tensors, options = (input, weight, bias), (stride, padding, dilation, groups)
-        measured = _measured("conv", lambda: _unfit_conv(dimensions, *tensors, *options), tensors, dimensions, *options)
+        measured = _measured("conv", lambda: fit.conv(dimensions, *tensors, *options), tensors, dimensions, *options)
         if measured is not None:
             return measured
     if _selected == "auto" and input.is_cpu and not _INTERPRETER:
@@ -397,7 +261,7 @@ def conv(
         no_triton = _triton_applies(input)
         if no_triton is not None:
             return no_triton
-    unfit = _unfit_conv(dimensions, input, weight, bias, stride, padding, dilation, groups)
+    unfit = fit.conv(dimensions, input, weight, bias, stride, padding, dilation, groups)
     if unfit is None and _selected == "onednn" and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN convolutions are for float32 on the CPU"
     if unfit is not None:
@@ -428,12 +292,7 @@ def _without_product(
 def add_relu(input: Tensor, other: Tensor) -> Explanation:
     """The way of `functional.add_relu`."""
 
-    def unfit() -> str | None:
-        if input.shape != other.shape:
-            return "the shapes differ"
-        return _unfit(input, other)
-
-    return _without_product("add_relu", input, other, unfit)
+    return _without_product("add_relu", input, other, partial(fit.add_relu, input, other))
 
 
 def mse_loss(
@@ -446,15 +305,7 @@ def mse_loss(
 ) -> Explanation:
     """The way of `functional.mse_loss`."""
 
-    def unfit() -> str | None:
-        if weight is not None:
-            return "no kernel for element weights"
-        if input.shape != target.shape:
-            return "input and target shapes differ"
-        if reduction not in ("none", "mean", "sum"):
-            return f"{reduction!r} is no reduction"
-        return _unfit(input, target)
-
+    unfit = partial(fit.mse_loss, input, target, weight, reduction)
     return _without_product("mse_loss", input, target, unfit, weight is None, reduction)
 
 
@@ -470,33 +321,7 @@ def cross_entropy(
 ) -> Explanation:
     """The way of `functional.cross_entropy`."""
 
-    def unfit() -> str | None:
-        general = _unfit(input, target, weight, indices=target)
-        if general is not None:
-            return general
-        if input.dim() == 0:
-            return "input has no class dimension"
-        if not (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63):
-            return "ignore_index is not a 64-bit integer"
-        class_dim = 0 if input.dim() == 1 else 1
-        if target.shape == input.shape:
-            if target.dtype is not input.dtype or ignore_index >= 0:
-                return "class probabilities need the dtype of the input and a negative ignore_index"
-        elif target.dtype is not torch.int64:
-            return f"no kernel for {target.dtype} class indices"
-        elif target.shape != input.shape[:class_dim] + input.shape[class_dim + 1 :]:
-            return "target shape does not match the input"
-        if weight is not None:
-            if weight.shape != (input.shape[class_dim],):
-                return "weight does not have one element per class"
-            if weight.requires_grad or forward_ad._current_level >= 0:
-                return "weight may be differentiated"
-        if reduction not in ("none", "mean", "sum"):
-            return f"{reduction!r} is no reduction"
-        if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
-            return "label_smoothing is not a number from 0 to 1"
-        return None
-
+    unfit = partial(fit.cross_entropy, input, target, weight, reduction, ignore_index, label_smoothing)
     return _without_product("cross_entropy", input, target, unfit, weight is None, reduction, label_smoothing)
 
 
@@ -511,26 +336,7 @@ def binary_cross_entropy_with_logits(
 ) -> Explanation:
     """The way of `functional.binary_cross_entropy_with_logits`."""
 
-    def unfit() -> str | None:
-        if input.shape != target.shape:
-            return "input and target shapes differ"
-        if reduction not in ("none", "mean", "sum"):
-            return f"{reduction!r} is no reduction"
-        general = _unfit(input, target, weight, pos_weight)
-        if general is not None:
-            return general
-        for factor in (weight, pos_weight):
-            if factor is None:
-                continue
-            sizes = (1,) * (input.dim() - factor.dim()) + tuple(factor.shape)
-            if len(sizes) != input.dim() or any(
-                own not in (1, size) for own, size in zip(sizes, input.shape, strict=True)
-            ):
-                return "a weight does not broadcast to the input's shape"
-            if factor.requires_grad or forward_ad._current_level >= 0:
-                return "a weight may be differentiated"
-        return None
-
+    unfit = partial(fit.binary_cross_entropy_with_logits, input, target, weight, pos_weight, reduction)
     weights = weight is None, pos_weight is None
     return _without_product("binary_cross_entropy_with_logits", input, target, unfit, *weights, reduction)
 
@@ -544,54 +350,6 @@ def logits_budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntr
     rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
     own = options._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
     return max(1, own.batch_chunk_size * classes * input.element_size())
-
-
-def _unfit_linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    options: Any,
-) -> str | None:
-    unfit = (
-        _unfit(input, linear_weight, linear_bias)
-        or _unfit(input, target, indices=target)
-        or _unfit(input, weight, indices=weight)
-    )
-    if unfit is not None:
-        return unfit
-    positions = linear_weight.shape[1:-1]
-    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
-        return "input and weight shapes do not make a linear layer"
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        return "bias does not have one element per output feature"
-    if positions and input.dim() == 1:
-        return "positions need a batched input"
-    if target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
-        if target.dtype not in (input.dtype, torch.float32) or ignore_index is not None:
-            return "class probabilities need the dtype of the input and no ignore_index"
-    elif target.dtype is not torch.int64:
-        return f"no kernel for {target.dtype} class indices"
-    elif target.shape != (*input.shape[:-1], *positions):
-        return "target shape does not match the input"
-    if not (ignore_index is None or (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63)):
-        return "ignore_index is not a 64-bit integer"
-    if weight is not None:
-        if weight.shape != linear_weight.shape[:1] or weight.dtype not in (input.dtype, torch.float32):
-            return "weight does not have one element of the input's dtype per class"
-        if weight.requires_grad or forward_ad._current_level >= 0:
-            return "weight may be differentiated"
-    if reduction not in ("none", "mean", "sum"):
-        return f"{reduction!r} is no reduction"
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
-        return "label_smoothing is not a number from 0 to 1"
-    if not (options is None or isinstance(options, LinearCrossEntropyOptions)):
-        return "options are not of torch's class"
-    return None
 
 
 def linear_cross_entropy(
@@ -616,7 +374,7 @@ def linear_cross_entropy(
         no_triton = _triton_applies(input)
         if no_triton is not None:
             return no_triton
-    unfit = _unfit_linear_cross_entropy(
+    unfit = fit.linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
     )
     logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
@@ -639,7 +397,7 @@ def linear_cross_entropy(
 _OPS: Final[dict[str, Callable[..., Explanation]]] = {
     "linear": linear,
     "linear_relu": linear,
-    **{f"conv{relu}{n}d": functools.partial(conv, n) for relu in ("", "_relu") for n in (1, 2, 3)},
+    **{f"conv{relu}{n}d": partial(conv, n) for relu in ("", "_relu") for n in (1, 2, 3)},
     "add_relu": add_relu,
     "mse_loss": mse_loss,
     "cross_entropy": cross_entropy,

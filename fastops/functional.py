@@ -16,7 +16,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, dispatch
+from . import autograd, dispatch, fit
 from .dispatch import autocast_dtype, autocast_to, under_autocast
 
 
@@ -90,7 +90,7 @@ def _conv(
     if way == "torch":
         output: Tensor = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1](input, weight, bias, *options)  # type: ignore[arg-type]
         return output.relu_() if relu else output
-    numbers = dispatch.conv_numbers(tuple(weight.shape[2:]), stride, padding, dilation)
+    numbers = fit.conv_numbers(tuple(weight.shape[2:]), stride, padding, dilation)
     assert numbers is not None
     *symmetric, extra = numbers
     if any(extra):  # padding="same" and an even kernel: torch too pads the end first

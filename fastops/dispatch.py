@@ -193,8 +193,7 @@ def _triton_applies(tensor: Tensor) -> Explanation | None:
     """
     if tensor.is_cuda or tensor.is_xpu or (tensor.is_cpu and _INTERPRETER):  # each cheaper than `device.type`
         if triton_installed:
-            wrong = tensor.is_cpu and tensor.dtype is torch.bfloat16 and not interpreter_has_bfloat16
-            return _WRONG_IN_INTERPRETER if wrong else None
+            return None
         if _selected == "triton":
             raise RuntimeError(
                 "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
@@ -207,6 +206,14 @@ def _triton_applies(tensor: Tensor) -> Explanation | None:
             + (": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if device.type == "cpu" else "")
         )
     return Explanation("torch", f"no kernel for device {device.type!r}")
+
+
+def _by_triton(unfit: str | None, input: Tensor) -> Explanation:
+    """The kernels unless these arguments are ``unfit``, for the reason given, or the interpreter is."""
+    if unfit is not None:
+        return Explanation("torch", unfit)
+    wrong = input.dtype is torch.bfloat16 and input.is_cpu and not interpreter_has_bfloat16
+    return _WRONG_IN_INTERPRETER if wrong else _TRITON
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explanation:
@@ -225,8 +232,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Explana
     elif _selected != "onednn":
         if (no_triton := _triton_applies(input)) is not None:
             return no_triton
-        unfit = fit.linear(input, weight, bias)
-        return _TRITON if unfit is None else Explanation("torch", unfit)
+        return _by_triton(fit.linear(input, weight, bias), input)
     unfit = fit.linear(input, weight, bias)
     if unfit is None and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN products are for float32 on the CPU"
@@ -264,9 +270,7 @@ def conv(
     unfit = fit.conv(dimensions, input, weight, bias, stride, padding, dilation, groups)
     if unfit is None and _selected == "onednn" and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN convolutions are for float32 on the CPU"
-    if unfit is not None:
-        return Explanation("torch", unfit)
-    return _ONEDNN_SELECTED if _selected == "onednn" else _TRITON
+    return _ONEDNN_SELECTED if unfit is None and _selected == "onednn" else _by_triton(unfit, input)
 
 
 def _without_product(
@@ -285,8 +289,7 @@ def _without_product(
     no_triton = _triton_applies(input)
     if no_triton is not None:
         return no_triton
-    reason = unfit()
-    return _TRITON if reason is None else Explanation("torch", reason)
+    return _by_triton(unfit(), input)
 
 
 def add_relu(input: Tensor, other: Tensor) -> Explanation:
@@ -385,10 +388,8 @@ def linear_cross_entropy(
             return measured
     if unfit is None and on_cpu and (not input.is_cpu or input.dtype is not torch.float32):
         unfit = "oneDNN products are for float32 on the CPU"
-    if unfit is not None:
-        return Explanation("torch", unfit)
-    if not on_cpu:
-        return _TRITON
+    if unfit is not None or not on_cpu:
+        return _by_triton(unfit, input)
     if _selected == "onednn":
         return _ONEDNN_SELECTED
     return _BUDGET_HOLDS if budget_holds else _LOGITS_FIT

@@ -148,6 +148,15 @@ def conv(
     return None
 
 
+def loss_options(reduction: Any, label_smoothing: Any = 0.0) -> str | None:
+    """Why no loss has these options, or None."""
+    if reduction not in ("none", "mean", "sum"):
+        return f"{reduction!r} is no reduction"
+    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
+        return "label_smoothing is not a number from 0 to 1"
+    return None
+
+
 def add_relu(input: Tensor, other: Tensor) -> str | None:
     if input.shape != other.shape:
         return "the shapes differ"
@@ -159,9 +168,7 @@ def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: An
         return "no kernel for element weights"
     if input.shape != target.shape:
         return "input and target shapes differ"
-    if reduction not in ("none", "mean", "sum"):
-        return f"{reduction!r} is no reduction"
-    return tensors(input, target)
+    return loss_options(reduction) or tensors(input, target)
 
 
 def cross_entropy(
@@ -192,11 +199,7 @@ def cross_entropy(
             return "weight does not have one element per class"
         if weight.requires_grad or forward_ad._current_level >= 0:
             return "weight may be differentiated"
-    if reduction not in ("none", "mean", "sum"):
-        return f"{reduction!r} is no reduction"
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
-        return "label_smoothing is not a number from 0 to 1"
-    return None
+    return loss_options(reduction, label_smoothing)
 
 
 def binary_cross_entropy_with_logits(
@@ -204,9 +207,7 @@ def binary_cross_entropy_with_logits(
 ) -> str | None:
     if input.shape != target.shape:
         return "input and target shapes differ"
-    if reduction not in ("none", "mean", "sum"):
-        return f"{reduction!r} is no reduction"
-    unfit = tensors(input, target, weight, pos_weight)
+    unfit = loss_options(reduction) or tensors(input, target, weight, pos_weight)
     if unfit is not None:
         return unfit
     for factor in (weight, pos_weight):
@@ -259,10 +260,8 @@ def linear_cross_entropy(
             return "weight does not have one element of the input's dtype per class"
         if weight.requires_grad or forward_ad._current_level >= 0:
             return "weight may be differentiated"
-    if reduction not in ("none", "mean", "sum"):
-        return f"{reduction!r} is no reduction"
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
-        return "label_smoothing is not a number from 0 to 1"
+    if (unfit := loss_options(reduction, label_smoothing)) is not None:
+        return unfit
     if not (options is None or isinstance(options, LinearCrossEntropyOptions)):
         return "options are not of torch's class"
     return None

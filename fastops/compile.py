@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import dispatch, functional
 from .kernels import head
@@ -209,6 +208,8 @@ def _obstacle(first: fx.Node, second: fx.Node) -> str:
 
 def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dispatch.Explanation:
     """What `fastops.explain` says of a call."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy: a second
+
     try:
         args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["example_value"])
         return dispatch.explain(op, *args, **kwargs)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dispatch
+from .dispatch import explain
 from .kernels import head, onednn
 from .kernels.head import Statistics, Target
 
@@ -100,7 +100,7 @@ def linear_cross_entropy(
     kept = target != ignore_index
     goal = Target(target.where(kept, _IGNORED), None, _IGNORED, label_smoothing, classes)
     kernels: ModuleType = onednn
-    if dispatch.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias).backend == "triton":
+    if explain("linear_cross_entropy", input, linear_weight, target, linear_bias=linear_bias).backend == "triton":
         from .kernels import linear_cross_entropy as kernels
     losses: Tensor = _Losses.apply(input, linear_weight, linear_bias, goal, group, memory_budget, kernels)
     if reduction == "mean":

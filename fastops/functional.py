@@ -1,25 +1,44 @@
 """The stateless API: drop-in replacements for functions of `torch.nn.functional`.
 
-Signatures, shapes, dtypes, gradients and errors are torch's. Each function asks `fastops.dispatch` which way to go and
-goes it: through a hand-written `torch.autograd.Function`, or through the torch expression under ordinary autograd.
+Signatures, shapes, dtypes, gradients and errors are torch's. `fastops.dispatch` decides which way a call goes: through
+kernels with a hand-written backward pass, or through the torch expression under ordinary autograd.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, dispatch, fit
-from .dispatch import autocast_dtype, autocast_to, under_autocast
+from .dispatch import autocast_dtype, autocast_to, call
+from .ops import OPS
+from .ops.conv import ConvOptions
+
+_P = ParamSpec("_P")
+_Numbers = int | Sequence[int]
 
 
+def _overridable(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Let tensor subclasses and modes see the call, as torch's own functions do."""
+
+    @functools.wraps(function)
+    def door(*arguments: _P.args, **keywords: _P.kwargs) -> Tensor:
+        if has_torch_function_variadic(*arguments, *keywords.values()):
+            relevant = (*arguments, *keywords.values())
+            result: Tensor = handle_torch_function(door, relevant, *arguments, **keywords)
+            return result
+        return function(*arguments, **keywords)
+
+    return door
+
+
+@_overridable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, as `torch.nn.functional.linear`.
 
@@ -31,17 +50,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., out_features], in the inputs' dtype (autocast's where that is on).
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
-    if (dtype := autocast_dtype("linear", input)) is not None:
-        return under_autocast(linear, dtype, input, weight, bias)
-    way = dispatch.linear(input, weight, bias).backend
-    if way == "torch":
-        return F.linear(input, weight, bias)
-    output: Tensor = autograd.function.apply(autograd.linear.Linear, input, weight, bias, way)
+    output: Tensor = call(OPS["linear"], input, weight, bias)
     return output
 
 
+@_overridable
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(input @ weight.T + bias)`` in one kernel. NaN stays NaN, as in torch's ReLU.
 
@@ -53,56 +66,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Returns:
         [..., out_features], in the inputs' dtype (autocast's where that is on).
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
-    if (dtype := autocast_dtype("linear_relu", input)) is not None:
-        return under_autocast(linear_relu, dtype, input, weight, bias)
-    way = dispatch.linear(input, weight, bias).backend
-    if way == "torch":
-        output: Tensor = F.linear(input, weight, bias)
-        return output.relu() if output.requires_grad else output.relu_()  # in place, autograd has a history to rewrite
-    output = autograd.function.apply(autograd.linear.LinearReLU, input, weight, bias, way)
+    output: Tensor = call(OPS["linear_relu"], input, weight, bias)
     return output
 
 
-_Numbers = int | Sequence[int]
-
-
-def _conv(
-    function: Callable[..., Tensor],
-    dimensions: int,
-    relu: bool,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: _Numbers,
-    padding: _Numbers | str,
-    dilation: _Numbers,
-    groups: int,
-) -> Tensor:
-    """What all convolutions are; ``function`` is the public one."""
-    options = (stride, padding, dilation, groups)
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(function, (input, weight, bias), input, weight, bias, *options)
-    if (dtype := autocast_dtype(function.__name__, input)) is not None:
-        return under_autocast(function, dtype, input, weight, bias, *options)
-    way = dispatch.conv(dimensions, input, weight, bias, *options).backend
-    if way == "torch":
-        output: Tensor = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1](input, weight, bias, *options)  # type: ignore[arg-type]
-        return output.relu_() if relu else output
-    numbers = fit.conv_numbers(tuple(weight.shape[2:]), stride, padding, dilation)
-    assert numbers is not None
-    *symmetric, extra = numbers
-    if any(extra):  # padding="same" and an even kernel: torch too pads the end first
-        input = F.pad(input, [number for end in reversed(extra) for number in (0, end)])
-    batch = input if input.dim() == dimensions + 2 else input.unsqueeze(0)
-    flat = (number for numbers in symmetric for number in numbers)
-    output = autograd.function.apply(
-        autograd.conv.ConvReLU if relu else autograd.conv.Conv, batch, weight, bias, way, groups, *flat
-    )
-    return output if batch is input else output.squeeze(0)
-
-
+@_overridable
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -128,9 +96,12 @@ def conv1d(
     Raises:
         RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
     """
-    return _conv(conv1d, 1, False, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv1d"], input, weight, bias, options)
+    return output
 
 
+@_overridable
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -157,9 +128,12 @@ def conv2d(
     Raises:
         RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
     """
-    return _conv(conv2d, 2, False, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv2d"], input, weight, bias, options)
+    return output
 
 
+@_overridable
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -186,7 +160,9 @@ def conv3d(
     Raises:
         RuntimeError, TypeError, ValueError: torch's own, for shapes, dtypes and options that do not fit.
     """
-    return _conv(conv3d, 3, False, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv3d"], input, weight, bias, options)
+    return output
 
 
 def conv_relu1d(
@@ -199,9 +175,12 @@ def conv_relu1d(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv1d(..))`` in one kernel: see `conv1d`. NaN stays NaN, as in torch's ReLU."""
-    return _conv(conv_relu1d, 1, True, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_relu1d"], input, weight, bias, options)
+    return output
 
 
+@_overridable
 def conv_relu2d(
     input: Tensor,
     weight: Tensor,
@@ -212,9 +191,12 @@ def conv_relu2d(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv2d(..))`` in one kernel: see `conv2d`. NaN stays NaN, as in torch's ReLU."""
-    return _conv(conv_relu2d, 2, True, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_relu2d"], input, weight, bias, options)
+    return output
 
 
+@_overridable
 def conv_relu3d(
     input: Tensor,
     weight: Tensor,
@@ -225,9 +207,12 @@ def conv_relu3d(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv3d(..))`` in one kernel: see `conv3d`. NaN stays NaN, as in torch's ReLU."""
-    return _conv(conv_relu3d, 3, True, input, weight, bias, stride, padding, dilation, groups)
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_relu3d"], input, weight, bias, options)
+    return output
 
 
+@_overridable
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
     """``relu(input + other)`` in one pass, as at the end of a residual block. NaN stays NaN, as in torch's ReLU.
 
@@ -235,15 +220,11 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
         input: any shape.
         other: the same shape (another one is broadcast, and another dtype promoted, as torch does).
     """
-    if has_torch_function_variadic(input, other):
-        return handle_torch_function(add_relu, (input, other), input, other)
-    way = dispatch.add_relu(input, other).backend
-    if way == "torch":
-        return torch.add(input, other).relu_()
-    output: Tensor = autograd.function.apply(autograd.add_relu.AddReLU, input, other, way)
+    output: Tensor = call(OPS["add_relu"], input, other)
     return output
 
 
+@_overridable
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -264,31 +245,13 @@ def mse_loss(
     Raises:
         ValueError: if ``reduction`` is none of the three.
     """
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            mse_loss,
-            (input, target, weight),
-            input,
-            target,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            weight=weight,
-        )
-    if (dtype := autocast_dtype("mse_loss", input)) is not None:
-        return under_autocast(mse_loss, dtype, input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    way = dispatch.mse_loss(input, target, reduction=reduction, weight=weight).backend
-    if way == "torch":
-        if weight is None and target.size() == input.size():  # what F.mse_loss comes to when nothing is broadcast
-            number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
-            return torch._C._nn.mse_loss(input, target, number)
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
-    loss: Tensor = autograd.function.apply(autograd.mse.MSELoss, input, target, reduction, way)
+    loss: Tensor = call(OPS["mse_loss"], input, target, weight, reduction)
     return loss
 
 
+@_overridable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -316,34 +279,13 @@ def cross_entropy(
         IndexError: on the CPU, if a class index is out of range (a GPU asserts on the device, as torch does).
         RuntimeError, ValueError: torch's own, for mismatched shapes, dtypes, devices and options.
     """
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    options = (ignore_index, None, reduction, label_smoothing)
-    if (dtype := autocast_dtype("cross_entropy", input)) is not None:
-        return under_autocast(cross_entropy, dtype, input, target, weight, None, *options)
-    way = dispatch.cross_entropy(input, target, weight, None, *options).backend
-    if way == "torch":
-        number: Any = _Reduction.get_enum(reduction)  # torch's stubs take it for a string
-        return torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)
-    loss: Tensor = autograd.function.apply(
-        autograd.cross_entropy.CrossEntropy, input, target, weight, reduction, ignore_index, label_smoothing, way
-    )[0]
+    loss: Tensor = call(OPS["cross_entropy"], input, target, weight, reduction, ignore_index, label_smoothing)
     return loss
 
 
+@_overridable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -369,31 +311,13 @@ def binary_cross_entropy_with_logits(
         ValueError: if the shapes of input and target differ or ``reduction`` is none of the three.
         RuntimeError: torch's own, for weights that do not broadcast or require gradients.
     """
-    if has_torch_function_variadic(input, target, weight, pos_weight):
-        return handle_torch_function(
-            binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            reduce=reduce,
-            reduction=reduction,
-            pos_weight=pos_weight,
-        )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    options = (None, None, reduction, pos_weight)
-    if (dtype := autocast_dtype("binary_cross_entropy_with_logits", input)) is not None:
-        return under_autocast(binary_cross_entropy_with_logits, dtype, input, target, weight, *options)
-    way = dispatch.binary_cross_entropy_with_logits(input, target, weight, *options).backend
-    if way == "torch":
-        return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
-    function = autograd.bce.BCEWithLogits
-    loss: Tensor = autograd.function.apply(function, input, target, weight, pos_weight, reduction, way)
+    loss: Tensor = call(OPS["binary_cross_entropy_with_logits"], input, target, weight, pos_weight, reduction)
     return loss
 
 
+@_overridable
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -428,39 +352,14 @@ def linear_cross_entropy(
         IndexError: on the CPU, if a class index is out of range (a GPU asserts on the device, as torch does).
         RuntimeError, ValueError: torch's own, for mismatched shapes, dtypes, devices and options.
     """
-    keywords: dict[str, Any] = {
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "reduction": reduction,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-    }
-    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
-        tensors = (input, linear_weight, target, linear_bias, weight)
-        return handle_torch_function(
-            linear_cross_entropy, tensors, input, linear_weight, target, **keywords, options=options
-        )
-    x, w, b, q, factors = input, linear_weight, linear_bias, target, weight
-    lowered = autocast_dtype("linear_cross_entropy", input)
-    if lowered is not None:  # the product in the lower dtype, the loss in float32
-        x, w, b = (autocast_to(lowered, tensor) for tensor in (x, w, b))
+    tensors, original = (input, linear_weight, target, linear_bias, weight), None
+    losses = (reduction, ignore_index, label_smoothing)
+    if (dtype := autocast_dtype("lower", input)) is not None:  # the product in the lower dtype, the loss in float32
+        original = (*tensors, *losses)
+        x, w, q, b, factors = tensors
+        x, w, b = (autocast_to(dtype, tensor) for tensor in (x, w, b))
         q, factors = (autocast_to(torch.float32, tensor) for tensor in (q, factors))
-    way = dispatch.linear_cross_entropy(x, w, q, **{**keywords, "linear_bias": b, "weight": factors}, options=options)
-    if way.backend == "torch":
-        torchs = None if hasattr(options, "memory_budget") else options
-        return F.linear_cross_entropy(input, linear_weight, target, **keywords, options=torchs)
-    classes, positions = w.shape[0], w.shape[1:-1].numel()
-    budget = dispatch.logits_budget(x, w, options)
-    rows = 1 if x.dim() == 1 else x.shape[0]
-    shape = target.shape if target.dtype is torch.int64 else (*x.shape[:-1], *w.shape[1:-1])
-    q = q.reshape(rows, positions) if target.dtype is torch.int64 else q.reshape(rows, classes, positions)
-    flat = (x.reshape(rows, -1), w.reshape(classes * positions, -1), None if b is None else b.reshape(-1), q, factors)
-    ignored = -100 if ignore_index is None else ignore_index
-    needs = tuple(
-        torch.is_grad_enabled() and not target.requires_grad and tensor is not None and tensor.requires_grad
-        for tensor in (x, w, b)
-    )
-    numbers = (reduction, ignored, label_smoothing, lowered is not None, budget, *needs, way.backend)
-    function = autograd.linear_cross_entropy.LinearCrossEntropy
-    loss: Tensor = autograd.function.apply(function, *flat, *numbers)[0]
-    return loss.reshape(shape) if reduction == "none" else loss
+        tensors = x, w, q, b, factors
+    loss: Tensor = call(OPS["linear_cross_entropy"], *tensors, *losses, options, original)
+    return loss
+

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import dispatch, functional, winners
+from . import dispatch, functional, tuning_cache
 from .kernels import configs
-from .ops.registry import FallbackWarning, failures_raised
+from .ops.op import FallbackWarning, failures_raised
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -123,7 +123,7 @@ _one_at_a_time = threading.Lock()
 def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
     formats = _formats(model)
     calls = [call for one in formats.values() or [model] for call in calls_of(one, example)]
-    choices, won, tiles = [], dict[torch.device, dict[winners.Key, str | None]](), winners.Tiles()
+    choices, won, tiles = [], dict[torch.device, dict[tuning_cache.Key, str | None]](), tuning_cache.Tiles()
     for choose in (_choose_tiles, _choose):  # tiles are shared: the ways are timed with those that are there in the end
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
@@ -136,7 +136,7 @@ def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
                         way = choices[-1].way
                         won.setdefault(device, {})[key] = None if way == usual else way
     files = [
-        winners.add(device, ways, {product: tile for product, tile in tiles.items() if product[0] == device})
+        tuning_cache.add(device, ways, {product: tile for product, tile in tiles.items() if product[0] == device})
         for device, ways in won.items()
     ]
     dispatch.tuned = dispatch.tuned or bool(won)
@@ -272,9 +272,9 @@ def calls_of(model: nn.Module, example: Example) -> list[Call]:
     return recorder.calls
 
 
-def _grouped(calls: list[Call]) -> dict[tuple[torch.device, winners.Key, str], list[Call]]:
+def _grouped(calls: list[Call]) -> dict[tuple[torch.device, tuning_cache.Key, str], list[Call]]:
     """The calls that no decision can tell apart, by what it can tell and the way that the rule takes."""
-    groups: dict[tuple[torch.device, winners.Key, str], list[Call]] = {}
+    groups: dict[tuple[torch.device, tuning_cache.Key, str], list[Call]] = {}
     for call in calls:
         with dispatch.by_the_rule() as keys:
             usual = call.way().backend
@@ -283,7 +283,7 @@ def _grouped(calls: list[Call]) -> dict[tuple[torch.device, winners.Key, str], l
     return groups
 
 
-def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
+def _choose_tiles(calls: list[Call], timer: Timer) -> tuning_cache.Tiles:
     """For each matrix product in the kernels of calls that are alike, a tile clearly faster than the table's, or None.
 
     They are in use from now on.
@@ -295,12 +295,12 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> winners.Tiles:
         for call in calls:
             call.run()
 
-    found: winners.Tiles = {}
+    found: tuning_cache.Tiles = {}
     with dispatch.backend("triton"), failures_raised():
         for product in _products(run):
             device, dtype, precision, *_ = product
             usual = configs.measured.get(product)
-            tiles = winners.candidates(device, dtype, precision)
+            tiles = tuning_cache.candidates(device, dtype, precision)
             times: dict[configs.Tile | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
             for _ in range(TURNS):
                 for tile in list(times):  # None is the table's own choice
@@ -335,7 +335,7 @@ def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:
         for call in calls:
             call.run()
 
-    times = {way: list[float]() for way in winners.WAYS if calls[0].can_go(way)}
+    times = {way: list[float]() for way in tuning_cache.WAYS if calls[0].can_go(way)}
     with failures_raised():
         for turn in range(TURNS):
             for way in list(times)[:: 1 if turn % 2 == 0 else -1]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fastops
-from fastops import winners
+from fastops import tuning_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{name}: {os.environ.get(name, 'not set')}", end="")
     print(f"\nTriton interpreter: {'on' if _interpreting() else 'off (TRITON_INTERPRET=1 turns it on)'}")
     for device in _devices():
-        tuned = winners.path(device)
+        tuned = tuning_cache.path(device)
         print(f"\nbackend of each operation on {device}, {f'tuned: {tuned}' if tuned.exists() else 'not tuned'}")
         try:
             for line in _choices(device):

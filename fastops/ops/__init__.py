@@ -1,11 +1,11 @@
-"""The raw ops: kernels behind torch's dispatcher, so that fake tensors, vmap and compilers can see them.
+"""The ops, a file for each kernel file. Importing this package registers them all."""
 
-They carry no autograd: `fastops.autograd` differentiates them. Each takes the backend as an argument, so that a
-backward pass runs where its forward did, whatever `fastops.backend` says by then. Importing this package registers them
-all, so that a saved program that names one can be loaded.
-"""
+from importlib import import_module
+from pkgutil import iter_modules
 
-from . import add_relu, bce, conv, cross_entropy, linear, linear_cross_entropy, mse  # noqa: F401
-from .registry import FallbackWarning
+from .op import OPS, Explanation, FallbackWarning, Op
 
-__all__ = ["FallbackWarning"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["OPS", "Explanation", "FallbackWarning", "Op"]

@@ -1,63 +1,67 @@
-"""Raw ops of the sum with ReLU."""
+"""Sum with ReLU: ``y = relu(a + b)``, both gradients ``gy where not y <= 0, else 0``: ``kernels/add_relu.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from .registry import register, run_kernel
+from .op import Example, Named, Op, Sizes, Tensors, masked, mismatch
+
+
+def _accepts(input: Tensor, other: Tensor) -> str | None:
+    return mismatch(input, other) or (None if input.shape == other.shape else "the shapes differ")
 
 
 def _expression(input: Tensor, other: Tensor) -> Tensor:
     return torch.add(input, other).relu_()
 
 
-def _backward_expression(grad_output: Tensor, output: Tensor) -> Tensor:
-    grad: Tensor = torch.ops.aten.threshold_backward(grad_output, output, 0)
-    return grad
+def _gradients(grad_output: Tensor, output: Tensor, *needs: bool) -> Tensors:
+    return (masked(grad_output, output),)  # the same for both
 
 
-def _add_relu(input: Tensor, other: Tensor, backend: str) -> Tensor:
+def _load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     from ..kernels import add_relu
 
-    return run_kernel("add_relu", add_relu.add_relu, _expression, input, other)
+    def backward(grad_output: Tensor, output: Tensor, *needs: bool) -> Tensors:
+        return (add_relu.add_relu_backward(grad_output, output),)
+
+    return add_relu.add_relu, backward
 
 
-def _add_relu_fake(input: Tensor, other: Tensor, backend: str) -> Tensor:
-    return input + other
+def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[()]]:
+    return (output,), ()
 
 
-def _add_relu_backward(grad_output: Tensor, output: Tensor, backend: str) -> Tensor:
-    from ..kernels import add_relu
-
-    return run_kernel("add_relu_backward", add_relu.add_relu_backward, _backward_expression, grad_output, output)
-
-
-def _add_relu_backward_fake(grad_output: Tensor, output: Tensor, backend: str) -> Tensor:
-    return torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=output.device)
+def _draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+    shape = sizes.rows, sizes.features
+    return {name: torch.randn(shape, generator=generator) for name in ("input", "other")}, {}
 
 
-def _elementwise_vmap(
-    op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], first: Tensor, second: Tensor, backend: str
-) -> Any:
-    tensors = [
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((first, second), in_dims[:2], strict=True)
-    ]
-    if info.batch_size == 0:
-        return torch.empty_like(tensors[0]), 0
-    return op(*tensors, backend), 0
+def _block(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+    return {name: torch.randn(8, 64, 56, 56, generator=generator) for name in ("input", "other")}, {}
 
 
-add_relu = register(
-    "add_relu(Tensor input, Tensor other, str backend) -> Tensor", _add_relu, _add_relu_fake, _elementwise_vmap
-)
-add_relu_backward = register(
-    "add_relu_backward(Tensor grad_output, Tensor output, str backend) -> Tensor",
-    _add_relu_backward,
-    _add_relu_backward_fake,
-    _elementwise_vmap,
+ADD_RELU: Final = Op(
+    name="add_relu",
+    fuses=("add", "relu"),
+    accepts=_accepts,
+    expression=_expression,
+    gradients=_gradients,
+    load=_load,
+    plain=_expression,
+    schema="Tensor input, Tensor other -> Tensor",
+    backward_schema="Tensor grad_output, Tensor output, bool need_input, bool need_other -> Tensor",
+    fake=lambda input, other, way: input + other,
+    fake_backward=lambda grad_output, output, *_: torch.empty_strided(
+        output.shape, output.stride(), dtype=output.dtype, device=output.device
+    ),
+    tensors=2,
+    variables=2,
+    save=_save,
+    examples=(Example("two tensors", _draw),),
+    timed=(Example("8x64x56x56", _block),),
 )

@@ -1,108 +1,115 @@
-"""Raw ops of the binary cross-entropy."""
+"""Binary cross-entropy of logits: ``kernels/bce.py``.
+
+With input x, target y, weight w and weight of positives v (1 if none), n elements, s the sigmoid and the gradient g of
+the loss, over n for 'mean'::
+
+    loss = w ((1 - y) x - (1 + (v - 1) y) log s(x))
+    gx = g w ((1 - y) s(x) - v y s(-x))
+    gy = g w (log s(-x) - v log s(x))
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .mse import REDUCTIONS
-from .registry import loop_over_batch, or_empty, register, run_kernel
+from .op import REDUCTIONS, Example, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+from .pair import fake_gradients, timed_pairs
+
+
+def _accepts(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
+) -> str | None:
+    if (unfit := loss_options(reduction) or mismatch(input, target, weight, pos_weight)) is not None:
+        return unfit
+    if input.shape != target.shape:
+        return "input and target shapes differ"
+    for factor in (weight, pos_weight):
+        if factor is None:
+            continue
+        sizes = (1,) * (input.dim() - factor.dim()) + tuple(factor.shape)
+        if len(sizes) != input.dim() or any(own not in (1, size) for own, size in zip(sizes, input.shape, strict=True)):
+            return "a weight does not broadcast to the input's shape"
+    return constant(weight, pos_weight)
 
 
 def _expression(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
+    return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def _plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
+) -> Tensor:
     return torch.binary_cross_entropy_with_logits(input, target, weight, pos_weight, REDUCTIONS[reduction])
 
 
-def unscaled_gradients(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of each element's loss for input and target."""
-    log_sigmoid = torch.nn.functional.logsigmoid
-    v = 1 if pos_weight is None else pos_weight
-    for_input = (1 - target) * torch.sigmoid(input) - v * target * torch.sigmoid(-input)
-    for_target = -input if pos_weight is None else log_sigmoid(-input) - v * log_sigmoid(input)
-    return (for_input, for_target) if weight is None else (weight * for_input, weight * for_target)
-
-
-def _backward_expression(
+def _gradients(
     grad_output: Tensor,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-    need_input: bool,
-    need_target: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    for_input, for_target = unscaled_gradients(input, target, weight, pos_weight)
+    *needs: bool,
+) -> Tensors:
     scale = grad_output / input.numel() if reduction == "mean" else grad_output
-    return scale * for_input if need_input else None, scale * for_target if need_target else None
+    scale = scale if weight is None else scale * weight
+    v = 1 if pos_weight is None else pos_weight
+    for_input = (1 - target) * torch.sigmoid(input) - v * target * torch.sigmoid(-input)
+    for_target = -input if pos_weight is None else F.logsigmoid(-input) - v * F.logsigmoid(input)
+    return wanted(scale * for_input, scale * for_target, needs=needs)
 
 
-def _bce(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, backend: str
-) -> Tensor:
+def _load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     from ..kernels import bce
 
-    arguments = (input, target, weight, pos_weight, reduction)
-    return run_kernel("binary_cross_entropy_with_logits", bce.bce, _expression, *arguments)
+    return bce.bce, bce.bce_backward
 
 
-def _bce_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, backend: str
-) -> Tensor:
+def _fake(input: Tensor, target: Tensor, weight: Any, pos_weight: Any, reduction: str, way: str) -> Tensor:
     return target + target if reduction == "none" else input.new_empty(())  # the layout of an elementwise result
 
 
-def _bce_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-    need_input: bool,
-    need_target: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import bce
+def _examples() -> Iterator[Example]:
+    def example(name: str, reduction: str, weights: tuple[str, ...] = ()) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            shape = sizes.rows, sizes.features
+            variables = {
+                "input": torch.randn(shape, generator=generator),
+                "target": torch.rand(shape, generator=generator),
+            }
+            return variables, {name: torch.rand(sizes.features, generator=generator) + 0.5 for name in weights}
 
-    arguments = (grad_output, input, target, weight, pos_weight, reduction, need_input, need_target)
-    name = "binary_cross_entropy_with_logits_backward"
-    grad_input, grad_target = run_kernel(name, bce.bce_backward, _backward_expression, *arguments)
-    return or_empty(input, grad_input), or_empty(input, grad_target)
+        return Example(f"{reduction}{name}", draw, {"reduction": reduction})
+
+    for reduction in ("none", "mean", "sum"):
+        yield example("", reduction)
+        yield example(", weight, pos_weight", reduction, ("weight", "pos_weight"))
 
 
-def _bce_backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
-    need_input: bool,
-    need_target: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return (
-        target + target if need_input else input.new_empty(0),
-        target + target if need_target else input.new_empty(0),
-    )
-
-
-binary_cross_entropy_with_logits = register(
-    "binary_cross_entropy_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str reduction,"
-    " str backend) -> Tensor",
-    _bce,
-    _bce_fake,
-    loop_over_batch,
-)
-binary_cross_entropy_with_logits_backward = register(
-    "binary_cross_entropy_with_logits_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight,"
-    " Tensor? pos_weight, str reduction, bool need_input, bool need_target, str backend) -> (Tensor, Tensor)",
-    _bce_backward,
-    _bce_backward_fake,
-    loop_over_batch,
+BINARY_CROSS_ENTROPY_WITH_LOGITS: Final = Op(
+    name="binary_cross_entropy_with_logits",
+    replaces=(F.binary_cross_entropy_with_logits,),
+    module=torch.nn.BCEWithLogitsLoss,
+    accepts=_accepts,
+    autocast="float32",
+    expression=_expression,
+    gradients=_gradients,
+    load=_load,
+    plain=_plain,
+    schema="Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, str reduction -> Tensor",
+    backward_schema="Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight,"
+    " str reduction, bool need_input, bool need_target -> (Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=lambda grad_output, input, target, *rest: fake_gradients(input, target + target, rest[-3:-1]),
+    tensors=4,
+    variables=2,
+    examples=tuple(_examples()),
+    timed=timed_pairs(torch.rand, (512, 2048)),
 )

@@ -1,22 +1,146 @@
-"""Raw ops of the convolution in one, two and three dimensions, with and without ReLU."""
+"""Convolutions in one, two and three dimensions, and with ReLU: ``kernels/conv.py``.
+
+With input x, weight w, bias b, output y, its gradient gy, and * for the convolution with all its options::
+
+    y  = relu(x * w + b)
+    gz = gy where not y <= 0, else 0        (gz = gy without ReLU)
+    gx = the transposed convolution of gz with w
+    gw = the correlation of x with gz
+    gb = sum of gz over samples and positions
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ..kernels import onednn
 from ..kernels.geometry import conv_output_size
-from .registry import loop_over_batch, or_empty, register, run_kernel
+from .op import Example, Explanation, Named, Op, Sizes, Tensors, mismatch
+
+Numbers = tuple[int, ...]
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+class ConvOptions(NamedTuple):
+    """What a convolution is called with besides tensors, as given and as one number for each spatial dimension.
+
+    ``numbers`` are stride, padding and dilation, None if they are not valid; ``extra`` is padding at the end alone,
+    which ``padding="same"`` needs for kernels of an even size.
+    """
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    numbers: tuple[Numbers, Numbers, Numbers] | None
+    extra: Numbers | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> ConvOptions:
+        """The options of a call, which has one of these objects from here on."""
+        invalid = cls(stride, padding, dilation, groups, None)
+        kernel = weight.shape[2:] if isinstance(weight, Tensor) else ()
+        same = padding == "same"
+        read = []
+        for value, least in ((stride, 1), (0 if same or padding == "valid" else padding, 0), (dilation, 1)):
+            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            values = values * len(kernel) if len(values) == 1 else values
+            if len(values) != len(kernel):
+                return invalid
+            for number in values:
+                if type(number) is not int or number < least:
+                    return invalid
+            read.append(values)
+        strides, paddings, dilations = read
+        extra = None
+        if same:
+            if any(number != 1 for number in strides):
+                return invalid
+            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+            paddings = tuple(total // 2 for total in totals)
+            if any(total % 2 for total in totals):
+                extra = tuple(total % 2 for total in totals)
+        return cls(stride, padding, dilation, groups, (strides, paddings, dilations), extra)
+
+
+def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> str | None:
+    if (unfit := mismatch(input, weight, bias)) is not None:
+        return unfit
+    if input.dim() not in (dimensions + 1, dimensions + 2) or weight.dim() != dimensions + 2:
+        return f"input and weight shapes do not make a convolution in {dimensions} dimensions"
+    size, groups = weight.shape, options.groups
+    if type(groups) is not int or groups < 1 or size[0] % groups != 0:
+        return "groups do not divide the channels"
+    if input.shape[-1 - dimensions] != size[1] * groups:
+        return "input and weight do not have the same channels"
+    if bias is not None and bias.shape != size[:1]:
+        return "bias does not have one element per output channel"
+    if options.numbers is None:
+        return "stride, padding or dilation is not valid"
+    extra = options.extra or (0,) * dimensions
+    for n, end, k, s, p, d in zip(input.shape[-dimensions:], extra, size[2:], *options.numbers, strict=True):
+        if n + end + 2 * p - d * (k - 1) - 1 < 0:
+            return "the kernel is larger than the input"
+    return None
+
+
+# The way --------------------------------------------------------------------------------------------------------------
+
+_ATEN_IS_ONEDNN: Final = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
+_BARE: Final = Explanation("torch", "a convolution alone fuses nothing: cuDNN or MIOpen computes it")
+_DEPTHWISE: Final = Explanation("torch", "a depthwise convolution would waste most of a tile: cuDNN or MIOpen computes it")
+_STEM: Final = Explanation("torch", "so few channels would waste most of a tile: cuDNN or MIOpen computes it")
+_EPILOGUE: Final = Explanation(
+    "triton",
+    "bias and ReLU run in the epilogue of the convolution",
+    "vendor",
+    "one kernel masks and sums the gradient; the rest fuses nothing, and cuDNN or MIOpen computes it",
+)
+_LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are padded
+
+
+def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Explanation:
+    if not relu:
+        return _BARE
+    if weight.shape[1] == 1 and options.groups > 1:
+        return _DEPTHWISE
+    return _STEM if weight.shape[1] < _LEAST_CHANNELS else _EPILOGUE
+
+
+# Computation ----------------------------------------------------------------------------------------------------------
 
 
 def is_channels_last(input: Tensor, weight: Tensor) -> bool:
     """torch's rule: the output and both gradients are channels-last if input or weight is, else contiguous."""
-    return any(suggest_memory_format(tensor) is not torch.contiguous_format for tensor in (input, weight))
+    contiguous = torch.contiguous_format
+    return suggest_memory_format(input) is not contiguous or suggest_memory_format(weight) is not contiguous
+
+
+def _expression(
+    function: Callable[..., Tensor], relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
+) -> Tensor:
+    output = function(input, weight, bias, *options[:4])
+    return output.relu_() if relu else output
+
+
+def _raw_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> tuple[Any, ...]:
+    assert options.numbers is not None
+    if options.extra is not None:  # torch too pads the end first
+        input = F.pad(input, [number for end in reversed(options.extra) for number in (0, end)])
+    batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    return batch, weight, bias, *options.numbers, options.groups, is_channels_last(batch, weight)
+
+
+def _finish(output: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return output if input.dim() == output.dim() else output.squeeze(0)
 
 
 def _memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
@@ -25,118 +149,153 @@ def _memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
     return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
 
-def _conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-    backend: str,
-) -> Tensor:
-    memory_format = _memory_format(len(stride), is_channels_last(input, weight))
-    arguments = (input, weight, bias, stride, padding, dilation, groups, relu, memory_format)
-    if backend == "triton":
-        from ..kernels import conv
+def _forward(conv: Callable[..., Tensor], relu: bool) -> Callable[..., Tensor]:
+    """A twin of `kernels.conv.conv` as a function of the raw op's arguments."""
 
-        output: Tensor = run_kernel("conv", conv.conv, onednn.conv, *arguments)
-        return output
-    return onednn.conv(*arguments)
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        memory_format = _memory_format(len(options[0]), options[-1])
+        return conv(input, weight, bias, *options[:-1], relu, memory_format)
+
+    return call
 
 
-def _conv_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-    backend: str,
-) -> Tensor:
-    size = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    memory_format = _memory_format(len(stride), is_channels_last(input, weight))
-    return _empty(input, (input.shape[0], weight.shape[0], *size), memory_format)
+def _backward(conv_backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """A twin of `kernels.conv.conv_backward` as a function of the arguments of the raw op's backward."""
+
+    def call(*arguments: Any, **vendor: bool) -> Tensors:
+        *common, channels_last, _, _, need_bias = arguments
+        memory_format = _memory_format(len(common[6]), channels_last)
+        return conv_backward(*common, need_bias, memory_format, **vendor)
+
+    return call
+
+
+def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+    from ..kernels import conv
+
+    return _forward(conv.conv, relu), _backward(conv.conv_backward)
+
+
+def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[Any, ...]]:
+    input, weight, _, *options = arguments
+    saved = (input if needs[1] else None, weight if needs[0] else None, output if op.fuses else None)
+    return saved, (input.shape, weight.shape, *options)
 
 
 def _empty(like: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def _conv_vmap(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], input: Tensor, *others: Any) -> Any:
-    if in_dims[0] is not None and in_dims[1] is None and in_dims[2] is None and info.batch_size > 0:
-        output = op(input.movedim(in_dims[0], 0).flatten(0, 1), *others)
-        return output.unflatten(0, (info.batch_size, -1)), 0
-    return loop_over_batch(op, info, in_dims, input, *others)
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    stride, padding, dilation, _, channels_last, _ = rest
+    size = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return _empty(input, (input.shape[0], weight.shape[0], *size), _memory_format(len(stride), channels_last))
 
 
-def _conv_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    need_bias: bool,
-    channels_last: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes, options = (input_shape, weight_shape), (stride, padding, dilation, groups)
+def _fake_backward(grad_output: Tensor, input: Tensor | None, weight: Tensor | None, *rest: Any) -> list[Tensor]:
+    _, input_shape, weight_shape, stride, _, _, _, channels_last, _, _, need_bias, _ = rest
     memory_format = _memory_format(len(stride), channels_last)
-    arguments = (grad_output, input, weight, output, *shapes, *options, need_bias, memory_format)
-    if backend == "triton":
-        from ..kernels import conv
-
-        gradients = run_kernel("conv_backward", conv.conv_backward, onednn.conv_backward, *arguments)
-    else:
-        gradients = onednn.conv_backward(*arguments)
-    grad_input, grad_weight, grad_bias = (or_empty(grad_output, gradient) for gradient in gradients)
-    return grad_input, grad_weight, grad_bias
-
-
-def _conv_backward_fake(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    need_bias: bool,
-    channels_last: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    memory_format = _memory_format(len(stride), channels_last)
-    empty = grad_output.new_empty(0)
-    return (
-        empty if weight is None else _empty(grad_output, input_shape, memory_format),
-        empty.clone() if input is None else _empty(grad_output, weight_shape, memory_format),
+    return [
+        grad_output.new_empty(0) if weight is None else _empty(grad_output, input_shape, memory_format),
+        grad_output.new_empty(0) if input is None else _empty(grad_output, weight_shape, memory_format),
         grad_output.new_empty(weight_shape[0] if need_bias else 0),
+    ]
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+
+
+def _examples(dimensions: int) -> Iterator[Example]:
+    def example(
+        name: str, kernel: int, groups: int = 1, bias: bool = True, channels_last: bool = False, **options: Any
+    ) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            channels, outputs = groups * (1 + sizes.outputs // 4), groups * (1 + sizes.features // 8)
+            size = 6 - dimensions if sizes.rows == 2 else 11 - 2 * dimensions
+            variables = {
+                "input": torch.randn(2, channels, *(size,) * dimensions, generator=generator),
+                "weight": torch.randn(outputs, channels // groups, *(kernel,) * dimensions, generator=generator),
+            }
+            if channels_last:
+                variables = {n: t.to(memory_format=torch.channels_last) for n, t in variables.items()}
+            if bias:
+                variables["bias"] = torch.randn(outputs, generator=generator)
+            return variables, {}
+
+        return Example(name, draw, {"groups": groups, **options})
+
+    yield example("3, padding 1", 3, padding=1)
+    if dimensions == 2:
+        yield example("1", 1)
+        yield example("3, stride 2, dilation 2, no bias", 3, stride=2, dilation=2, padding=2, bias=False)
+        yield example("3, groups 2, channels_last", 3, groups=2, channels_last=True)
+
+
+def _timed(
+    batch: int, size: int, channels: int, outputs: int, kernel: int, channels_last: bool = False, **options: int
+) -> Example:
+    def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+        layer = torch.nn.Conv2d(channels, outputs, kernel)
+        tensors = {"input": torch.randn(batch, channels, size, size, generator=generator), "weight": layer.weight.detach()}
+        if channels_last:
+            tensors = {name: tensor.to(memory_format=torch.channels_last) for name, tensor in tensors.items()}
+        assert layer.bias is not None
+        return {**tensors, "bias": layer.bias.detach()}, {}
+
+    shown = "".join(f"-{name}{value}" for name, value in options.items()) + ("-channels_last" if channels_last else "")
+    return Example(f"{batch}x{channels}x{size}x{size}-{outputs}k{kernel}{shown}", draw, options)
+
+
+_TIMED: Final = {
+    "conv2d": [
+        _timed(8, 56, 64, 64, 3, padding=1),  # ResNet-18
+        _timed(8, 56, 64, 128, 3, padding=1, stride=2),
+        _timed(8, 56, 64, 128, 1, stride=2),
+    ],
+    "conv_relu2d": [
+        _timed(64, 32, 1, 6, 3),  # LeNet
+        _timed(64, 15, 6, 16, 3),
+        _timed(8, 56, 64, 64, 3, padding=1),
+        _timed(8, 56, 64, 64, 3, padding=1, channels_last=True),
+        _timed(8, 56, 64, 256, 1),
+    ],
+}
+
+
+def _make(dimensions: int, relu: bool) -> Op:
+    plain = f"conv{dimensions}d"
+    name = f"conv_relu{dimensions}d" if relu else plain
+    function = getattr(F, plain)
+    return Op(
+        name=name,
+        replaces=() if relu else (function,),
+        module=None if relu else getattr(torch.nn, f"Conv{dimensions}d"),
+        fuses=(plain, "relu") if relu else None,
+        accepts=partial(_accepts, dimensions),
+        cpu=lambda *_: _ATEN_IS_ONEDNN,
+        gpu=partial(_gpu, relu),
+        onednn=True,
+        autocast="lower",
+        expression=partial(_expression, function, relu),
+        gradients=_backward(onednn.conv_backward),
+        load=partial(_load, relu),
+        plain=_forward(onednn.conv, relu),
+        schema="Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
+        " bool channels_last -> Tensor",
+        backward_schema="Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, SymInt[] input_shape,"
+        " SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, bool channels_last,"
+        " bool need_input, bool need_weight, bool need_bias -> (Tensor, Tensor, Tensor)",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        tensors=3,
+        variables=3,
+        raw_arguments=_raw_arguments,
+        finish=_finish,
+        save=_save,
+        examples=tuple(_examples(dimensions)),
+        timed=_TIMED.get(name, ()),
     )
 
 
-conv = register(
-    "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
-    " bool relu, str backend) -> Tensor",
-    _conv,
-    _conv_fake,
-    _conv_vmap,
-)
-conv_backward = register(
-    "conv_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, SymInt[] input_shape,"
-    " SymInt[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, bool need_bias,"
-    " bool channels_last, str backend) -> (Tensor, Tensor, Tensor)",
-    _conv_backward,
-    _conv_backward_fake,
-    loop_over_batch,
-)
+# By the number of dimensions and whether there is a ReLU.
+CONV: Final = {(dimensions, relu): _make(dimensions, relu) for dimensions in (1, 2, 3) for relu in (False, True)}

@@ -1,87 +1,183 @@
-"""Raw ops of the linear layer, with and without ReLU."""
+"""The linear layer, and with ReLU: ``kernels/linear.py``.
+
+With input x, weight w, bias b, output y, its gradient gy::
+
+    y  = relu(x w^T + b)
+    gz = gy where not y <= 0, else 0        (gz = gy without ReLU)
+    gx = gz w,   gw = gz^T x,   gb = sum of gz over rows
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn
-from .registry import loop_over_batch, or_empty, register, run_kernel
+from .op import ATEN_IS_FASTER, Example, Explanation, Named, Op, Sizes, Tensors, masked, mismatch, transposed, wanted
 
 
-@functools.cache  # an import statement costs more than a kernel's launch
-def _kernels() -> Any:
-    from ..kernels import linear
-
-    return linear
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, backend: str) -> Tensor:
-    if backend == "triton":
-        output: Tensor = run_kernel("linear", _kernels().linear, onednn.linear, input, weight, bias, relu)
-        return output
-    return onednn.linear(input, weight, bias, relu)
+def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    unfit = mismatch(input, weight, bias)
+    if unfit is not None:
+        return unfit
+    size = weight.shape
+    if len(size) != 2 or input.dim() == 0 or input.shape[-1] != size[1]:
+        return "input and weight shapes do not make a linear layer"
+    if bias is not None and (len(bias_size := bias.shape) != 1 or bias_size[0] != size[0]):
+        return "bias does not have one element per output feature"
+    return None
 
 
-def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, backend: str) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+_ONEDNN_PAYS: Final = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
+_BARE: Final = Explanation("torch", "a product alone fuses nothing: the vendor's library computes it")
+_EPILOGUE: Final = Explanation(
+    "triton",
+    "bias and ReLU run in the epilogue of the product",
+    "vendor",
+    "one kernel masks and sums the gradient; two products alone fuse nothing, and the vendor's library computes them",
+)
+onednn_from = onednn.FASTER_FROM_MULTIPLY_ADDS
 
 
-def _linear_vmap(
-    op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], input: Tensor, *others: Any
-) -> Any:
-    if in_dims[1] is None and in_dims[2] is None:
-        assert in_dims[0] is not None
-        return op(input.movedim(in_dims[0], 0), *others), 0
-    return loop_over_batch(op, info, in_dims, input, *others)
+def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
+    if onednn_from is None or not isinstance(weight, Tensor):
+        return ATEN_IS_FASTER
+    pays = input.numel() * weight.shape[:1].numel() >= onednn_from
+    return _ONEDNN_PAYS if pays else ATEN_IS_FASTER
 
 
-def _linear_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (grad_output, input, weight, output, need_bias)
-    if backend == "triton":
-        gradients = run_kernel("linear_backward", _kernels().linear_backward, onednn.linear_backward, *arguments)
-    else:
-        gradients = onednn.linear_backward(*arguments)
-    grad_input, grad_weight, grad_bias = (or_empty(grad_output, gradient) for gradient in gradients)
-    return grad_input, grad_weight, grad_bias
+def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = F.linear(input, weight, bias)
+    # In place, autograd would have a history to rewrite, which costs more than memory does.
+    return output.relu() if output.requires_grad else output.relu_()
 
 
-def _linear_backward_fake(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    N = grad_output.shape[-1]
+def rows(tensor: Tensor) -> Tensor:
+    """[..., K] -> [M, K]. (``flatten(0, -2)`` has no batching rule and is wrong for one dimension.)"""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, *needs: bool
+) -> Tensors:
+    gz = masked(grad_output, output)
     return (
-        grad_output.new_empty(0 if weight is None else (*grad_output.shape[:-1], weight.shape[1])),
-        grad_output.new_empty(0 if input is None else (N, input.shape[-1])),
-        grad_output.new_empty(N if need_bias else 0),
+        None if weight is None else gz @ weight,
+        None if input is None else rows(gz).t() @ rows(input),
+        rows(gz).sum(0) if needs[2] else None,
     )
 
 
-linear = register(
-    "linear(Tensor input, Tensor weight, Tensor? bias, bool relu, str backend) -> Tensor",
-    _linear,
-    _linear_fake,
-    _linear_vmap,
-)
-linear_backward = register(
-    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    _linear_backward,
-    _linear_backward_fake,
-    loop_over_batch,
-)
+def _without_two_needs(backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """Of the gradients of input and weight the tensors say themselves whether they are needed."""
+
+    def call(
+        grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, *needs: bool, **vendor: bool
+    ) -> Tensors:
+        return backward(grad_output, input, weight, output, needs[2], **vendor)
+
+    return call
+
+
+def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+    from ..kernels import linear
+
+    return partial(linear.linear, relu=relu), _without_two_needs(linear.linear_backward)
+
+
+def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[()]]:
+    input, weight, _ = arguments
+    saved = (input if needs[1] else None, weight if needs[0] else None, output if op.fuses else None)
+    return saved, ()
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, way: str) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(grad_output: Tensor, input: Tensor | None, weight: Tensor | None, *rest: Any) -> list[Tensor]:
+    N, need_bias = grad_output.shape[-1], rest[-2]
+    return [
+        grad_output.new_empty(0 if weight is None else (*grad_output.shape[:-1], weight.shape[1])),
+        grad_output.new_empty(0 if input is None else (N, input.shape[-1])),
+        grad_output.new_empty(N if need_bias else 0),
+    ]
+
+
+def _examples() -> Iterator[Example]:
+    def example(
+        name: str, leading: Callable[[Sizes], tuple[int, ...]], bias: bool = True, other_order: bool = False
+    ) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            variables = {
+                "input": torch.randn(*leading(sizes), sizes.features, generator=generator),
+                "weight": torch.randn(sizes.outputs, sizes.features, generator=generator),
+            }
+            if other_order:
+                variables = {name: transposed(tensor) for name, tensor in variables.items()}
+            if bias:
+                variables["bias"] = torch.randn(sizes.outputs, generator=generator)
+            return variables, {}
+
+        return Example(name, draw)
+
+    yield example("matrix", lambda sizes: (sizes.rows,))
+    yield example("matrix, no bias", lambda sizes: (sizes.rows,), bias=False)
+    yield example("vector", lambda sizes: ())
+    yield example("three dimensions", lambda sizes: (2, sizes.rows))
+    yield example("transposed input and weight", lambda sizes: (sizes.rows,), other_order=True)
+
+
+def _timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example:
+    def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+        layer = torch.nn.Linear(features, outputs, bias=bias)
+        parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        return {"input": torch.randn(rows, features, generator=generator), **parameters}, {}
+
+    return Example(f"{rows}x{features}-{outputs}", draw)
+
+
+def _make(relu: bool) -> Op:
+    bare = [_timed(64, 512, 10), _timed(64, 100, 10, bias=False), _timed(256, 1024, 1000)]
+    fused = [
+        _timed(64, 784, 512),  # FashionMLP
+        _timed(64, 512, 512),
+        _timed(64, 1000, 100, bias=False),  # TwoLayerNet
+        _timed(512, 784, 512),
+        _timed(256, 1024, 4096),
+    ]
+    return Op(
+        name="linear_relu" if relu else "linear",
+        replaces=() if relu else (F.linear,),
+        module=None if relu else torch.nn.Linear,
+        fuses=("linear", "relu") if relu else None,
+        accepts=_accepts,
+        cpu=_cpu,
+        gpu=lambda *_: _EPILOGUE if relu else _BARE,
+        onednn=True,
+        autocast="lower",
+        expression=_linear_relu if relu else F.linear,
+        gradients=_gradients,
+        load=partial(_load, relu),
+        plain=partial(onednn.linear, relu=relu),
+        plain_backward=_without_two_needs(onednn.linear_backward),
+        schema="Tensor input, Tensor weight, Tensor? bias -> Tensor",
+        backward_schema="Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_input,"
+        " bool need_weight, bool need_bias -> (Tensor, Tensor, Tensor)",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        tensors=3,
+        variables=3,
+        save=_save,
+        examples=tuple(_examples()),
+        timed=fused if relu else bare,
+    )
+
+
+LINEAR: Final = _make(relu=False)
+LINEAR_RELU: Final = _make(relu=True)

@@ -1,21 +1,178 @@
-"""Raw ops of linear + cross-entropy.
+"""Linear + cross-entropy: `cross_entropy` of the logits z = x w^T + b, which are never kept.
 
-Everything is seen in one shape: input [N, K], linear weight [C P, K] and bias [C P] for C classes at P positions,
-target [N, P] class indices or [N, C, P] probabilities. The positions do not depend on each other and run one by one.
+With gz the gradient of the logits by the formulas of ``cross_entropy.py``::
+
+    gx = gz w,   gw = gz^T x,   gb = sum of gz over rows
+
+The raw op makes gz a tile at a time, forward and backward. Its shapes: input [N, K], linear weight [C P, K] and bias
+[C P] for C classes at P positions, target [N, P] class indices or [N, C, P] probabilities. The positions do not depend
+on each other and run one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache, partial
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 
 from ..kernels import head, onednn
 from ..kernels.head import Target
 from ..kernels.launch import accumulator_dtype
-from .registry import loop_over_batch, or_empty, register, run_kernel
+from .cross_entropy import is_index, row_scale, unscaled_gradients
+from .op import FUSES, Example, Explanation, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+
+# The way --------------------------------------------------------------------------------------------------------------
+
+
+def _accepts(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    options: LinearCrossEntropyOptions | None,
+    original: tuple[Any, ...] | None,
+) -> str | None:
+    unfit = (
+        mismatch(input, linear_weight, linear_bias)
+        or mismatch(input, target, indices=target)
+        or mismatch(input, weight, indices=weight)
+    )
+    if unfit is not None:
+        return unfit
+    positions = linear_weight.shape[1:-1]
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
+        return "input and weight shapes do not make a linear layer"
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        return "bias does not have one element per output feature"
+    if positions and input.dim() == 1:
+        return "positions need a batched input"
+    if target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
+        if target.dtype not in (input.dtype, torch.float32) or ignore_index is not None:
+            return "class probabilities need the dtype of the input and no ignore_index"
+    elif target.dtype is not torch.int64:
+        return f"no kernel for {target.dtype} class indices"
+    elif target.shape != (*input.shape[:-1], *positions):
+        return "target shape does not match the input"
+    if ignore_index is not None and not is_index(ignore_index):
+        return "ignore_index is not a 64-bit integer"
+    if weight is not None and (
+        weight.shape != linear_weight.shape[:1] or weight.dtype not in (input.dtype, torch.float32)
+    ):
+        return "weight does not have one element of the input's dtype per class"
+    if not (options is None or isinstance(options, LinearCrossEntropyOptions)):
+        return "options are not of torch's class"
+    return constant(weight) or loss_options(reduction, label_smoothing)
+
+
+def _budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
+    """How many bytes of logits may exist at a time: what ``options`` say, else `head.BUDGET`."""
+    if options is None:
+        return head.BUDGET
+    if (budget := getattr(options, "memory_budget", None)) is not None:
+        return int(budget)
+    rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
+    own = options._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
+    return max(1, own.batch_chunk_size * classes * input.element_size())
+
+
+def _exceeds_budget(input: Tensor, linear_weight: Tensor, *rest: Any) -> bool:
+    """Whether all logits at once would be more than was asked for, of a call that kernels accept."""
+    logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
+    return logits > _budget(input, linear_weight, rest[-2])
+
+
+_BUDGET_HOLDS: Final = Explanation("onednn", "all logits at once would exceed the memory budget")
+_LOGITS_FIT: Final = Explanation("torch", "all logits fit into the memory budget at once")
+
+
+def _cpu(*call: Any) -> Explanation:
+    if (unfit := _accepts(*call)) is not None:
+        return Explanation("torch", unfit)
+    return _BUDGET_HOLDS if _exceeds_budget(*call) else _LOGITS_FIT
+
+
+# torch's expression ---------------------------------------------------------------------------------------------------
+
+
+def _expression(*call: Any) -> Tensor:
+    *arguments, options, original = call
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing = original or arguments
+    return F.linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        options=None if hasattr(options, "memory_budget") else options,
+    )
+
+
+def _gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *rest: Any,
+) -> Tensors:
+    _, _, _, denominator, _, _, _, reduction, ignore_index, label_smoothing, _, *needs = rest
+    exact = torch.promote_types(input.dtype, torch.float32)
+    x, w = input.to(exact), linear_weight.to(exact)
+    z = x @ w.t() if linear_bias is None else x @ w.t() + linear_bias.to(exact)
+    z = z.reshape(input.shape[0], -1, target.shape[-1])
+    for_z, for_target = unscaled_gradients(z, target, weight, ignore_index, label_smoothing)
+    scale = row_scale(grad_output, z, denominator, reduction)
+    gz = (scale * for_z).reshape(input.shape[0], -1)
+    found = (gz @ w).to(input.dtype), (gz.t() @ x).to(input.dtype), gz.sum(0).to(input.dtype)
+    return wanted(*found, (scale * for_target).to(target.dtype), needs=tuple(needs))
+
+
+# The raw op -----------------------------------------------------------------------------------------------------------
+
+
+def _raw_arguments(*call: Any) -> tuple[Any, ...]:
+    input, linear_weight, target, bias, weight, reduction, ignore_index, label_smoothing, options, original = call
+    classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1].numel()
+    rows = 1 if input.dim() == 1 else input.shape[0]
+    indices = target.dtype is torch.int64
+    needs = (
+        torch.is_grad_enabled() and not target.requires_grad and tensor is not None and tensor.requires_grad
+        for tensor in (input, linear_weight, bias)
+    )
+    return (
+        input.reshape(rows, -1),
+        linear_weight.reshape(classes * positions, -1),
+        None if bias is None else bias.reshape(-1),
+        target.reshape(rows, positions) if indices else target.reshape(rows, classes, positions),
+        weight,
+        reduction,
+        -100 if ignore_index is None else ignore_index,
+        label_smoothing,
+        original is not None,
+        _budget(input, linear_weight, options),
+        *needs,
+    )
+
+
+def _finish(loss: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor, *_: Any) -> Tensor:
+    if loss.dim() == 0:
+        return loss
+    return loss.reshape(
+        target.shape if target.dtype is torch.int64 else (*input.shape[:-1], *linear_weight.shape[1:-1])
+    )
 
 
 def _positions(
@@ -110,17 +267,13 @@ def _backward(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_target: bool,
     budget: int,
+    *needs: bool,
 ) -> tuple[Tensor | None, ...]:
     scale = grad_output.to(mass.dtype) / denominator
     scale = scale if reduction == "none" else scale.expand_as(mass)
     if not target.is_floating_point():
         scale = scale.where(target != ignore_index, 0)  # and not 0 * scale: the mean of no target has scale inf
-    needs = (need_input, need_weight, need_bias, need_target)
     count, parts = target.shape[-1], []
     positions = _positions(linear_weight, linear_bias, target, weight, ignore_index, label_smoothing)
     for p, (w, b, goal) in enumerate(positions):
@@ -138,134 +291,156 @@ def _backward(
     )
 
 
-def _on_tiles_of_products(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(onednn.linear_cross_entropy, *arguments)
-
-
-def _backward_on_tiles_of_products(*arguments: Any) -> tuple[Tensor | None, ...]:
-    return _backward(onednn.linear_cross_entropy_backward, *arguments)
-
-
-def _on_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@cache  # an import statement costs more than a kernel's launch
+def _kernels() -> Any:
     from ..kernels import linear_cross_entropy
 
-    return _forward(linear_cross_entropy.linear_cross_entropy, *arguments)
+    return linear_cross_entropy
 
 
-def _backward_on_kernels(*arguments: Any) -> tuple[Tensor | None, ...]:
-    from ..kernels import linear_cross_entropy
+def _launch(*arguments: Any) -> tuple[Tensor, ...]:
+    input = arguments[0]
+    results = _forward(_kernels().linear_cross_entropy, *arguments[:-3])
+    return (*results, *(input.new_empty(0) for _ in range(3)))
 
-    return _backward(linear_cross_entropy.linear_cross_entropy_backward, *arguments)
+
+def _plain(*arguments: Any) -> tuple[Tensor, ...]:
+    *common, need_input, need_weight, need_bias = arguments
+    input, needs = common[0], (need_input, need_weight, need_bias)
+    gradients: Tensors = (None, None, None)
+    if _makes_gradients("onednn", *arguments):
+        results, gradients = _forward_with_gradients(*common, needs)
+    else:
+        results = _forward(onednn.linear_cross_entropy, *common)
+    return (*results, *(input.new_empty(0) if gradient is None else gradient for gradient in gradients))
 
 
-def _makes_gradients(
-    input: Tensor, linear_weight: Tensor, target: Tensor, reduction: str, budget: int, needs: Any, backend: str
-) -> bool:
+def _makes_gradients(way: str, *arguments: Any) -> bool:
     """Whether the forward pass makes the gradients too: on a CPU, if the rows are one sum and enough of them fit."""
-    if backend != "onednn" or not any(needs) or reduction == "none" or target.shape[-1] != 1:
+    input, linear_weight, _, target, _, reduction, *_, budget = arguments[:-3]
+    if way != "onednn" or not any(arguments[-3:]) or reduction == "none" or target.shape[-1] != 1:
         return False
     return min(len(input), ROWS_AT_ONCE) * len(linear_weight) * input.element_size() <= budget
 
 
-def has_made(made: tuple[Tensor, ...], needs: tuple[bool, ...]) -> bool:
-    """Whether all gradients that are needed are those of input, weight and bias that the forward pass made."""
-    return not needs[3] and all(part.numel() for part, need in zip(made, needs[:3], strict=True) if need)
+def _made(arguments: tuple[Any, ...]) -> Tensors | None:
+    """The gradients that the forward pass made, if those are all that a backward pass is asked for."""
+    made, needs = arguments[10:13], arguments[-4:]
+    if needs[3] or not all(part.numel() for part, need in zip(made, needs[:3], strict=True) if need):
+        return None
+    return tuple(part if need else None for part, need in zip(made, needs[:3], strict=True))
 
 
-def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
-    *common, need_input, need_weight, need_bias, backend = arguments
-    input, linear_weight, _, target, _, reduction, *_, budget = common
-    needs = (need_input, need_weight, need_bias)
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
-    if backend == "triton":
-        results = run_kernel("linear_cross_entropy", _on_kernels, _on_tiles_of_products, *common)
-    elif _makes_gradients(input, linear_weight, target, reduction, budget, needs, backend):
-        results, gradients = _forward_with_gradients(*(*common, needs))
-    else:
-        results = _on_tiles_of_products(*common)
-    return (*results, *(or_empty(input, gradient) for gradient in gradients))
+def _overwrite(grad_output: Tensor, *arguments: Any) -> Tensors | None:
+    """What the forward pass made, scaled where it is."""
+    made = _made((grad_output, *arguments))
+    return made and (*(None if part is None else part.mul_(grad_output) for part in made), None)
 
 
-def _linear_cross_entropy_fake(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    float32_loss: bool,
-    budget: int,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    needs = (need_input, need_weight, need_bias)
-    if not _makes_gradients(input, linear_weight, target, reduction, budget, needs, backend):
-        needs = (False, False, False)
+def _on_tiles(backward: Callable[[], Callable[..., Tensors]], *arguments: Any) -> Tensors:
+    if (made := _made(arguments)) is not None:
+        return *(None if part is None else arguments[0] * part for part in made), None
+    return _backward(backward(), *arguments[:10], *arguments[13:])
+
+
+def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any) -> tuple[Tensors, tuple[Any, ...]]:
+    return (*arguments[:5], *results[1:]), (*arguments[5:8], arguments[9])
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *raw, way = arguments
+    input, linear_weight, _, target, _, reduction, _, _, float32_loss, _, *needs = raw
+    needs = needs if _makes_gradients(way, *raw) else [False] * 3
     exact = torch.promote_types(input.dtype, torch.float32)
     shape = (input.shape[0], target.shape[-1])
+    made = (input.shape, linear_weight.shape, linear_weight.shape[:1])
     return (
         input.new_empty(shape if reduction == "none" else (), dtype=exact if float32_loss else input.dtype),
-        input.new_empty(shape, dtype=exact),
-        input.new_empty(shape, dtype=exact),
-        input.new_empty(shape, dtype=exact),
+        *(input.new_empty(shape, dtype=exact) for _ in range(3)),
         input.new_empty((), dtype=exact),
-        input.new_empty(input.shape if needs[0] else 0),
-        input.new_empty(linear_weight.shape if needs[1] else 0),
-        input.new_empty(linear_weight.shape[:1] if needs[2] else 0),
+        *(input.new_empty(size if need else 0) for size, need in zip(made, needs, strict=True)),
     )
 
 
-def _linear_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    (grad_output, input), made, needs, backend = arguments[:2], arguments[10:13], arguments[-6:-2], arguments[-1]
-    others = (*arguments[:10], *arguments[13:-1])
-    gradients: tuple[Tensor | None, ...]
-    if has_made(made, needs):
-        gradients = *(grad_output * part if need else None for part, need in zip(made, needs[:3], strict=True)), None
-    elif backend == "triton":
-        name = "linear_cross_entropy_backward"
-        gradients = run_kernel(name, _backward_on_kernels, _backward_on_tiles_of_products, *others)
-    else:
-        gradients = _backward_on_tiles_of_products(*others)
-    return tuple(or_empty(input, gradient) for gradient in gradients)
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *rest: Any
+) -> list[Tensor]:
+    *_, need_input, need_weight, need_bias, need_target, _ = rest
+    return [
+        input.new_empty(input.shape if need_input else 0),
+        input.new_empty(linear_weight.shape if need_weight else 0),
+        input.new_empty(linear_weight.shape[:1] if need_bias else 0),
+        target.new_empty(target.shape) if need_target else input.new_empty(0),
+    ]
 
 
-def _linear_cross_entropy_backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = others[-6:-2]
-    return (
-        input.new_empty(input.shape if needs[0] else 0),
-        input.new_empty(linear_weight.shape if needs[1] else 0),
-        input.new_empty(linear_weight.shape[:1] if needs[2] else 0),
-        target.new_empty(target.shape) if needs[3] else input.new_empty(0),
-    )
+# Examples -------------------------------------------------------------------------------------------------------------
 
 
-linear_cross_entropy = register(
-    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    " str reduction, int ignore_index, float label_smoothing, bool float32_loss, int budget,"
-    " bool need_input, bool need_weight, bool need_bias, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_cross_entropy,
-    _linear_cross_entropy_fake,
-    loop_over_batch,
-)
-linear_cross_entropy_backward = register(
-    "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
-    " Tensor target, Tensor? weight, Tensor maximum, Tensor exponentials, Tensor mass, Tensor denominator,"
-    " Tensor made_input, Tensor made_weight, Tensor made_bias,"
-    " str reduction, int ignore_index, float label_smoothing, bool need_input, bool need_weight, bool need_bias,"
-    " bool need_target, int budget, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_cross_entropy_backward,
-    _linear_cross_entropy_backward_fake,
-    loop_over_batch,
+def _examples() -> Iterator[Example]:
+    def example(name: str, probabilities: bool = False, weight: bool = False, **options: Any) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            classes = sizes.outputs
+            variables = {
+                "input": torch.randn(sizes.rows, sizes.features, generator=generator),
+                "linear_weight": torch.randn(classes, sizes.features, generator=generator) / sizes.features**0.5,
+                "linear_bias": torch.randn(classes, generator=generator),
+            }
+            constants: Named = {"weight": torch.rand(classes, generator=generator) + 0.5} if weight else {}
+            if probabilities:
+                variables["target"] = torch.randn(sizes.rows, classes, generator=generator).softmax(1)
+            else:
+                constants["target"] = torch.randint(classes, (sizes.rows,), generator=generator)
+                constants["target"][:2] = torch.tensor([0, 1])
+            return variables, constants
+
+        return Example(name, draw, options)
+
+    yield example("indices, mean")
+    yield example("indices, none, weight", weight=True, reduction="none")
+    yield example("indices, sum, smoothing, ignore_index", label_smoothing=0.1, ignore_index=1, reduction="sum")
+    yield example("probabilities, mean, weight", probabilities=True, weight=True)
+
+
+def _timed(rows: int, features: int, classes: int) -> Example:
+    def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+        weight = torch.randn(classes, features, generator=generator) / features**0.5
+        variables = {"input": torch.randn(rows, features, generator=generator), "linear_weight": weight}
+        return variables, {"target": torch.randint(classes, (rows,), generator=generator)}
+
+    return Example(f"{rows}x{features}-{classes}", draw)
+
+
+LINEAR_CROSS_ENTROPY: Final = Op(
+    name="linear_cross_entropy",
+    replaces=(F.linear_cross_entropy,),
+    module=torch.nn.LinearCrossEntropyLoss,
+    fuses=("linear", "cross_entropy"),
+    accepts=_accepts,
+    cpu=_cpu,
+    gpu=lambda *_: FUSES,
+    onednn=True,
+    saves_memory=_exceeds_budget,
+    expression=_expression,
+    gradients=_gradients,
+    load=lambda: (_launch, partial(_on_tiles, lambda: _kernels().linear_cross_entropy_backward)),
+    plain=_plain,
+    plain_backward=partial(_on_tiles, lambda: onednn.linear_cross_entropy_backward),
+    schema="Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, str reduction,"
+    " int ignore_index, float label_smoothing, bool float32_loss, int budget, bool need_input, bool need_weight,"
+    " bool need_bias -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="Tensor grad_output, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " Tensor? weight, Tensor maximum, Tensor exponentials, Tensor mass, Tensor denominator, Tensor made_input,"
+    " Tensor made_weight, Tensor made_bias, str reduction, int ignore_index, float label_smoothing, int budget,"
+    " bool need_input, bool need_weight, bool need_bias, bool need_target -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    tensors=5,
+    variables=4,
+    raw_arguments=_raw_arguments,
+    finish=_finish,
+    save=_save,
+    overwrite=_overwrite,
+    examples=tuple(_examples()),
+    timed=[_timed(1024, 256, 16000), _timed(4096, 512, 32000)],
 )

@@ -47,20 +47,20 @@ def anything() -> bool:
         return False
 
 
-def key(op: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Key | None:
+def key(op: str, arguments: tuple[Any, ...]) -> Key | None:
     """What decides how long a call takes, as far as a decision may look; None if its options are not plain numbers."""
-    first = tensors[0]
-    assert first is not None
-    recorded, layouts = False, []
-    for tensor in tensors:
-        if tensor is not None:
-            recorded = recorded or tensor.requires_grad
-            layouts.append(tuple(tensor.shape) + tensor.stride())
+    first = arguments[0]
+    recorded, layouts, options = False, [], []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            recorded = recorded or argument.requires_grad
+            layouts.append(tuple(argument.shape) + argument.stride())
         else:
             layouts.append(())
+            options.append(argument)
     precision = torch.backends.cuda.matmul.fp32_precision if first.is_cuda and first.dtype is torch.float32 else ""
     try:
-        plain = tuple(map(_plain, options)) if options else options
+        plain = tuple(map(_plain, options))
     except TypeError:
         return None
     return op, recorded and torch.is_grad_enabled(), str(first.dtype), precision, tuple(layouts), plain

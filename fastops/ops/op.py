@@ -1,0 +1,493 @@
+"""The record of an op, the raw ops that torch's dispatcher knows of it, the one autograd Function, and how a call runs.
+
+An `Op` holds all that the rest of the package needs to know of one function of `fastops.functional`: `fastops.dispatch`
+asks it which way a call goes, `fastops.swap` and the compile backend what takes the place of what, and the commands
+what to check, to time and to inspect. Each other file of this folder makes the records of one kernel file.
+
+A call that goes to kernels or to oneDNN comes to `Op.run`. Its arguments are then those of the raw op
+``torch.ops.fastops.<name>``, and these steps are left::
+
+    a gradient is wanted   KernelFunction -> Op.compute -> the launcher in kernels/
+    none is                                  Op.compute -> the launcher in kernels/
+    torch is looking on    the raw op, which the dispatcher hands to whoever looks on (a compiler, a fake tensor,
+                           a mode, the profiler) and in the end to KernelFunction and `Op.compute` as well
+
+Kernels serve the forward pass and the first backward pass. Where a backward pass is itself recorded or transformed, the
+gradients are the torch expression `Op.gradients`, which torch can differentiate and transform by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Tensors = tuple[Tensor | None, ...]
+
+# Explanations ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which way a call goes and why, forward and backward.
+
+    ``backend`` is ``"triton"``, ``"onednn"`` or ``"torch"``. ``backward`` is one of them or ``"vendor"``: products by
+    the library of the GPU's vendor (through torch), with a Triton kernel for what else there is to do.
+    """
+
+    backend: str
+    reason: str
+    backward: str = ""
+    backward_reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.backward:
+            object.__setattr__(self, "backward", self.backend)
+            object.__setattr__(self, "backward_reason", self.reason)
+
+    @property
+    def way(self) -> str:
+        """What a raw op is told: its backward pass runs the same way, whatever is selected by then."""
+        return self.backward if self.backward == "vendor" else self.backend
+
+    def __str__(self) -> str:
+        backward = "" if self.backward == self.backend else f"; backward {self.backward}: {self.backward_reason}"
+        return f"{self.backend}: {self.reason}{backward}"
+
+
+ATEN_IS_FASTER: Final = Explanation("torch", "on this processor ATen is at least as fast at this size")
+FUSES: Final = Explanation("triton", "one kernel does what takes torch several passes over memory")
+
+# Which tensors kernels take -------------------------------------------------------------------------------------------
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN: Final = (Tensor, torch.nn.Parameter)
+# What stands for a plain tensor while a compiler traces. By name: importing them takes a second, and whoever makes one
+# has done so. Other subclasses may mean something else by an op.
+_STAND_INS: Final = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
+
+
+def is_plain(kind: type) -> bool:
+    """Whether tensors of this class are what they look like."""
+    return kind in PLAIN or f"{kind.__module__}.{kind.__qualname__}" in _STAND_INS
+
+
+def mismatch(first: Tensor, *others: Tensor | None, indices: Tensor | None = None) -> str | None:
+    """Why no kernel takes these tensors together, or None. All but ``indices`` are to have one dtype."""
+    dtype = device = None
+    for tensor in (first, *others):
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if kind not in PLAIN and not is_plain(kind):
+            return f"no kernel for arguments of type {kind.__name__}"
+        if dtype is None:
+            dtype, device = tensor.dtype, tensor.device
+        elif tensor.dtype is not dtype and tensor is not indices:
+            return "dtypes differ"
+        elif tensor.device != device:
+            return "tensors are on different devices"
+        if tensor.layout is not torch.strided:
+            return f"no kernel for layout {tensor.layout}"
+        if tensor.is_nested:
+            return "no kernel for nested tensors"
+        if tensor.numel() == 0:
+            return "a tensor is empty"
+        if tensor.is_neg() or tensor._is_zerotensor():
+            return "a tensor is not yet what it stands for"
+    return None if dtype in DTYPES else f"no kernel for {dtype}"
+
+
+def loss_options(reduction: Any, label_smoothing: Any = 0.0) -> str | None:
+    """Why no loss has these options, or None."""
+    if reduction not in REDUCTIONS:
+        return f"{reduction!r} is no reduction"
+    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
+        return "label_smoothing is not a number from 0 to 1"
+    return None
+
+
+REDUCTIONS: Final = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
+
+
+def constant(*weights: Tensor | None) -> str | None:
+    """Why kernels, which take weights of classes and elements for constants, do not take these, or None."""
+    present = [weight for weight in weights if weight is not None]
+    if present and (forward_ad._current_level >= 0 or any(weight.requires_grad for weight in present)):
+        return "a weight may be differentiated"
+    return None
+
+
+# Examples -------------------------------------------------------------------------------------------------------------
+
+Named = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """The numbers of rows, of features or classes, and of outputs."""
+
+    rows: int
+    features: int
+    outputs: int
+
+
+TINY: Final = Sizes(2, 3, 2)  # for numerical derivatives, which cost two calls per element
+SMALL: Final = Sizes(13, 37, 11)  # for a CPU, which may have to interpret kernels
+LARGE: Final = Sizes(300, 517, 261)  # for a GPU: several tiles each way, the last ones not full
+
+
+class Example(NamedTuple):
+    """One way to call an op.
+
+    ``draw`` makes its tensors, float32 and on the CPU: those to differentiate by, and constant ones. ``options`` are
+    the other keyword arguments.
+    """
+
+    name: str
+    draw: Callable[[Sizes, torch.Generator], tuple[Named, Named]]
+    options: Named = {}  # noqa: RUF012  (nobody writes to it)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values, in the other order in memory."""
+    return tensor.mT.contiguous().mT
+
+
+# The record -----------------------------------------------------------------------------------------------------------
+
+
+def save_all(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any) -> tuple[Tensors, tuple[Any, ...]]:
+    """What a backward pass takes: every tensor of the call, every result but the first, and the options."""
+    others = results[1:] if isinstance(results, tuple) else ()
+    return (*arguments[: op.tensors], *others), arguments[op.tensors :]
+
+
+@dataclass(eq=False, kw_only=True)
+class Op:
+    """All that the package knows of one function of `fastops.functional`.
+
+    Its arguments come in two forms: those of a *call*, which `fastops.functional` hands on, and the *raw* ones that
+    `raw_arguments` makes of them, of the op ``torch.ops.fastops.<name>``. They are the same where that is None. In a
+    raw op tensors come first, and of these the differentiable ones, then options, and at last the way.
+
+    A backward pass takes ``(grad_output, *saved, *options, *needs)``, with a bool for each differentiable argument, and
+    returns a gradient for each, or a single one that is the same for all.
+    """
+
+    name: str
+    # What torch has instead: functions, and the module if there is one. Its twin in fastops.nn has the same name.
+    replaces: tuple[Callable[..., Any], ...] = ()
+    module: type[torch.nn.Module] | None = None
+    # The calls that it makes one, by name: ("linear", "relu").
+    fuses: tuple[str, str] | None = None
+
+    # Which way a call goes. `accepts(*call)`: why no kernel takes these arguments, or None. `cpu` and `gpu` are what
+    # "auto" does there, of the call: `cpu` is asked before `accepts`, `gpu` after. `onednn`: whether there is a product
+    # that oneDNN could take. `autocast`: "lower" (the dtype that autocast has), "float32", or None (as it comes).
+    # `saves_memory(*call)`: whether the torch expression would take more memory than the user allows.
+    accepts: Callable[..., str | None]
+    cpu: Callable[..., Explanation] = lambda *_: ATEN_IS_FASTER
+    gpu: Callable[..., Explanation] = lambda *_: FUSES
+    onednn: bool = False
+    autocast: str | None = None
+    saves_memory: Callable[..., bool] | None = None
+
+    # `expression(*call)` is the differentiable torch expression, and `gradients(grad_output, ...)` that of its
+    # gradients. `load()` imports Triton and returns the launchers of the forward and the backward pass; `plain` and
+    # `plain_backward` give the same results without it, by oneDNN or ATen.
+    expression: Callable[..., Tensor]
+    gradients: Callable[..., Tensors]
+    load: Callable[[], tuple[Callable[..., Any], Callable[..., Tensors]]]
+    plain: Callable[..., Any]
+    plain_backward: Callable[..., Tensors] | None = None
+
+    # Raw ops: schemas without the way, and the results of both without values. `tensors` counts the tensors among the
+    # raw arguments and `variables` those that are differentiable; `save` chooses what the backward pass gets.
+    schema: str
+    backward_schema: str
+    fake: Callable[..., Any]
+    fake_backward: Callable[..., Tensor | Sequence[Tensor]]
+    tensors: int
+    variables: int
+    raw_arguments: Callable[..., tuple[Any, ...]] | None = None
+    finish: Callable[..., Tensor] | None = None
+    save: Callable[..., tuple[Tensors, tuple[Any, ...]]] = save_all
+    overwrite: Callable[..., Tensors | None] | None = None
+
+    # What the commands call it with: to check it, and to time it at the sizes of real models. `audit` yields what
+    # `fastops audit` compiles for a target; one record of each kernel file has it.
+    examples: Sequence[Example] = ()
+    timed: Sequence[Example] = ()
+    audit: Callable[..., Iterator[Any]] | None = None
+
+    raw: Callable[..., Any] = field(init=False, repr=False)
+    raw_backward: Callable[..., Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+        self.raw = _register(self.name, self.schema, self.compute_raw, self.fake, functools.partial(_autograd, self))
+        name = f"{self.name}_backward"
+        without = functools.partial(_without_derivatives, name)
+        self.raw_backward = _register(name, self.backward_schema, self._compute_raw_backward, self.fake_backward, without)
+
+    @functools.cached_property
+    def _launchers(self) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+        return self.load()
+
+    def run(self, way: str, call: tuple[Any, ...]) -> Tensor:
+        """The result of a call that kernels or oneDNN take."""
+        arguments = call if self.raw_arguments is None else self.raw_arguments(*call)
+        if not _nobody_looks_on(arguments):
+            results = self.raw(*arguments, way)
+        elif _is_grad_enabled() and _any_requires_grad(*arguments):
+            results = _apply(self, way, True, *arguments)
+        else:
+            results = self.compute(way, arguments)
+        output: Tensor = results[0] if isinstance(results, tuple) else results
+        return output if self.finish is None else self.finish(output, *call)
+
+    def compute(self, way: str, arguments: tuple[Any, ...]) -> Any:
+        """The results of the raw op."""
+        if way == "onednn":
+            return self.plain(*arguments)
+        try:
+            return self._launchers[0](*arguments)
+        except Exception as error:
+            _warn_of(error, self.name, arguments)  # or raise it
+            return self.plain(*arguments)
+
+    def compute_raw(self, *arguments: Any) -> Any:
+        """`compute` as the dispatcher calls it."""
+        return self.compute(arguments[-1], arguments[:-1])
+
+    def compute_backward(self, way: str, arguments: tuple[Any, ...]) -> Tensors:
+        """The gradients, None where nobody needs one."""
+        plain = self.plain_backward or self.gradients
+        if way == "onednn":
+            return plain(*arguments)
+        try:
+            launch = self._launchers[1]
+            return launch(*arguments, vendor=True) if way == "vendor" else launch(*arguments)
+        except Exception as error:
+            _warn_of(error, f"{self.name}_backward", arguments)
+            return plain(*arguments)
+
+    def _compute_raw_backward(self, *arguments: Any) -> Any:
+        """A schema has no optional results: an empty tensor stands for a gradient that nobody asked for."""
+        found = self.compute_backward(arguments[-1], arguments[:-1])
+        results = tuple(arguments[0].new_empty(0) if gradient is None else gradient for gradient in found)
+        return results if len(results) > 1 else results[0]
+
+
+OPS: Final[dict[str, Op]] = {}  # by name, in the order in which their files are imported
+
+# torch's dispatcher ---------------------------------------------------------------------------------------------------
+
+_library: Final = torch.library.Library("fastops", "DEF")
+# The dispatcher's state outside of all modes, transforms and tracers; the second is inference mode's.
+_BACKEND_SELECT: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_IDLE: Final = (
+    (_BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
+    _BACKEND_SELECT.raw_repr(),
+)
+_VMAP_MODE: Final = torch._C._dispatch_key_parse("VmapMode")
+# By name: a lookup through modules at each call adds up.
+_include_set: Final = torch._C._dispatch_tls_local_include_set
+_profiler_enabled: Final = torch._C._autograd._profiler_enabled
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_is_grad_enabled: Final = torch.is_grad_enabled
+_any_requires_grad: Final = torch._C._any_requires_grad
+_transforms_active: Final = torch._C._are_functorch_transforms_active
+
+
+def _register(
+    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define ``fastops::<name>``, whose last argument is the way."""
+    arguments, results = schema.split(" -> ")
+    _library.define(f"{name}({arguments}, str way) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastops::{name}", fake, lib=_library)
+    _library.impl(name, autograd, "Autograd")
+    raw: Callable[..., Any] = getattr(torch.ops.fastops, name).default
+    return raw
+
+
+def _autograd(op: Op, *arguments: Any) -> Any:
+    """A raw op for the dispatcher's autograd."""
+    if _recorded(arguments):
+        _refuse_transforms(op.name, arguments)
+        return _apply(op, arguments[-1], False, *arguments[:-1])
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.raw(*arguments)
+
+
+def _without_derivatives(name: str, *arguments: Any) -> Any:
+    """As `_autograd`, of gradients, which are not differentiated a second time here: `KernelFunction.backward`."""
+    if _recorded(arguments):
+        raise RuntimeError(_NO_DERIVATIVES.format(name))
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.fastops, name).default(*arguments)
+
+
+_NO_DERIVATIVES: Final = (
+    "fastops::{} is a raw op without such derivatives: differentiate the functions of fastops.functional instead"
+)
+
+
+def _recorded(arguments: tuple[Any, ...]) -> bool:
+    """Whether a derivative of the result may be asked for: gradients, or tangents along with the arguments."""
+    return (_is_grad_enabled() and _any_requires_grad(*arguments)) or _have_tangents(arguments)
+
+
+def _have_tangents(arguments: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return False
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _refuse_transforms(name: str, arguments: tuple[Any, ...]) -> None:
+    if _transforms_active() or _have_tangents(arguments):
+        raise RuntimeError(_NO_DERIVATIVES.format(name))
+
+
+def _nobody_looks_on(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing but call the implementation: then it can be left out."""
+    if _is_dynamo_compiling() or _include_set().raw_repr() not in _IDLE or _profiler_enabled():
+        return False
+    for argument in arguments:
+        if isinstance(argument, Tensor) and type(argument) not in PLAIN:
+            return False
+    return True
+
+
+def leaves_it_to_torch() -> bool:
+    """Whether a transform of `torch.func`, forward-mode AD or `torch.jit.trace` acts on what is called now."""
+    if _is_dynamo_compiling():
+        return _transforms_active()
+    if forward_ad._current_level >= 0:
+        return True
+    return _include_set().raw_repr() not in _IDLE and (
+        _transforms_active() or torch._C._get_tracing_state() is not None
+    )
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------
+
+
+class KernelFunction(torch.autograd.Function):
+    """Every op's: forward and first backward pass of a raw op."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, way: str, nobody_looks_on: bool, *arguments: Any) -> Any:
+        if nobody_looks_on:
+            results = op.compute(way, arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = op.raw(*arguments, way)
+        ctx.op, ctx.way = op, way
+        saved, ctx.options = op.save(ctx.needs_input_grad[3:], op, arguments, results)
+        ctx.save_for_backward(*saved)
+        if isinstance(results, tuple):
+            ctx.mark_non_differentiable(*results[1:])
+            ctx.set_materialize_grads(False)  # no zeros for the gradients of what has none
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+        op, way, all_needs = ctx.op, ctx.way, ctx.needs_input_grad
+        if grad_output is None:
+            return (None,) * len(all_needs)
+        needs = all_needs[3 : 3 + op.variables]
+        arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs)
+        compiling = _is_dynamo_compiling()
+        if _is_grad_enabled() or (
+            not compiling
+            and (forward_ad._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
+        ):
+            found = op.gradients(*arguments)
+        elif compiling or not _nobody_looks_on(arguments):
+            found = op.raw_backward(*arguments, way)
+            found = found if isinstance(found, tuple) else (found,)
+        elif op.overwrite is None or torch._C._autograd._get_current_graph_task_keep_graph():
+            found = op.compute_backward(way, arguments)
+        else:  # the graph goes with this pass: what the forward pass made for it is nobody else's
+            found = op.overwrite(*arguments) or op.compute_backward(way, arguments)
+        each = found * len(needs) if len(found) == 1 else found  # one gradient alone is that of every argument
+        gradients = [gradient if needed else None for gradient, needed in zip(each, needs, strict=True)]
+        return (None, None, None, *gradients, *(None,) * (len(all_needs) - 3 - len(needs)))
+
+
+# torch's own `apply` binds a signature at each call and looks for transforms, which never come here.
+_apply: Final[Callable[..., Any]] = super(torch.autograd.Function, KernelFunction).apply  # type: ignore[misc]
+
+# Kernels that fail ----------------------------------------------------------------------------------------------------
+
+
+class FallbackWarning(RuntimeWarning):
+    """A kernel failed to compile or launch on a device that should run it; the torch expression ran instead."""
+
+
+_warned: set[tuple[str, torch.device]] = set()
+
+
+@contextlib.contextmanager
+def failures_raised() -> Iterator[None]:
+    """A kernel that fails raises its `FallbackWarning` inside, whether it was given before or not."""
+    before = _warned.copy()
+    _warned.clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FallbackWarning)
+            yield
+    finally:
+        _warned.update(before)
+
+
+def _warn_of(error: Exception, name: str, arguments: tuple[Any, ...]) -> None:
+    """Warn, once for each op and device, that Triton could not compile or launch a kernel; raise any other error.
+
+    An exhausted memory or a stopped device is no failure of the kernel.
+    """
+    from triton.errors import TritonError
+
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or not isinstance(
+        error, (RuntimeError, TritonError)
+    ):
+        raise error
+    if any(words in str(error) for words in ("out of memory", "device-side assert", "illegal memory access")):
+        raise error
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    device = tensors[0].device
+    if (name, device) not in _warned:
+        _warned.add((name, device))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        warnings.warn(
+            f"the Triton kernel of {name} failed for shapes {shapes} on {device}; torch runs instead: {error}",
+            FallbackWarning,
+            stacklevel=4,
+        )
+
+
+# What gradients share -------------------------------------------------------------------------------------------------
+
+
+def masked(grad_output: Tensor, output: Tensor | None) -> Tensor:
+    """The gradient before a ReLU: ``grad_output`` where not ``output <= 0``. Without a ReLU ``output`` is None."""
+    if output is None:
+        return grad_output
+    grad: Tensor = torch.ops.aten.threshold_backward(grad_output, output.detach(), 0)
+    return grad
+
+
+def wanted(*gradients: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+    """The gradients that are needed."""
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -1,0 +1,118 @@
+"""What the losses of a pair have in common: ``loss(input - target)``, element by element, then a reduction.
+
+With d = input - target, f the loss of an element, n elements, and the gradient g of the loss::
+
+    gi = g f'(d) / n for 'mean', else g f'(d);    gt = -gi
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
+
+
+def pair_loss(
+    function: Callable[..., Tensor],
+    module: type[torch.nn.Module],
+    slope: Callable[..., Tensor],
+    load: Callable[[], tuple[Callable[..., Any], Callable[..., Tensors]]],
+    plain: Callable[..., Tensor],
+    number: str = "",
+    number_accepted: Callable[[Any], bool] = lambda number: True,
+) -> Op:
+    """The record of such a loss.
+
+    Args:
+        function: torch's, which has the name of the op.
+        module: torch's.
+        slope: f'(d), of d and the ``number``, as a differentiable torch expression.
+        load: imports the launchers; forward ``(input, target, reduction, number)``, backward ``(grad_output, input,
+            target, reduction, number, need_input, need_target)``, without the number if there is none.
+        plain: the same as the forward launcher, by ATen, for tensors of one shape.
+        number: the name of the loss's own option, if it has one.
+        number_accepted: whether kernels take that.
+    """
+
+    def accepts(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *numbers: Any) -> str | None:
+        if weight is not None:
+            return "no kernel for element weights"
+        if (unfit := loss_options(reduction) or mismatch(input, target)) is not None:
+            return unfit
+        if input.shape != target.shape:
+            return "input and target shapes differ"
+        return None if all(map(number_accepted, numbers)) else f"{number} is not valid"
+
+    def expression(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *numbers: Any) -> Tensor:
+        options = {number: value for value in numbers} | ({} if weight is None else {"weight": weight})
+        return function(input, target, reduction=reduction, **options)
+
+    def gradients(grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, *rest: Any) -> Tensors:
+        grad = grad_output * slope(input - target, *rest[:-2])
+        grad = grad / input.numel() if reduction == "mean" else grad
+        return wanted(grad, -grad, needs=rest[-2:])
+
+    float_number = f", float {number}" if number else ""
+    return Op(
+        name=function.__name__,
+        replaces=(function,),
+        module=module,
+        accepts=accepts,
+        autocast="float32",
+        expression=expression,
+        gradients=gradients,
+        load=load,
+        plain=plain,
+        raw_arguments=lambda input, target, weight, *options: (input, target, *options),
+        schema=f"Tensor input, Tensor target, str reduction{float_number} -> Tensor",
+        backward_schema=f"Tensor grad_output, Tensor input, Tensor target, str reduction{float_number},"
+        " bool need_input, bool need_target -> (Tensor, Tensor)",
+        fake=fake_loss,
+        fake_backward=lambda grad_output, input, target, *rest: fake_gradients(input, input + target, rest[-3:-1]),
+        tensors=2,
+        variables=2,
+        examples=tuple(_examples()),
+        timed=timed_pairs(torch.randn),
+    )
+
+
+def fake_loss(input: Tensor, target: Tensor, reduction: str, *_: Any) -> Tensor:
+    """The result without values, in the layout of an elementwise one."""
+    return input + target if reduction == "none" else input.new_empty(())
+
+
+def fake_gradients(input: Tensor, like: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients in the layout of ``like``, empty where nobody needs one."""
+    return [torch.empty_like(like) if need else input.new_empty(0) for need in needs]
+
+
+def _examples() -> Iterator[Example]:
+    def example(name: str, reduction: str, other_order: bool = False, weight: bool = False) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            shape = sizes.rows, sizes.features
+            input, target, factors = (torch.randn(shape, generator=generator) for _ in range(3))
+            variables = {"input": input, "target": transposed(target) if other_order else target}
+            return variables, {"weight": factors.abs()} if weight else {}
+
+        return Example(f"{reduction}{name}", draw, {"reduction": reduction})
+
+    for reduction in ("none", "mean", "sum"):
+        yield example("", reduction)
+        yield example(", transposed target", reduction, other_order=True)
+
+
+def timed_pairs(draw_target: Callable[..., Tensor], *shapes: tuple[int, int]) -> list[Example]:
+    """Matrices of small and of large sizes."""
+
+    def timed(shape: tuple[int, int]) -> Example:
+        def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+            target = draw_target(shape, generator=generator)
+            return {"input": torch.randn(shape, generator=generator)}, {"target": target}
+
+        return Example("x".join(map(str, shape)), draw)
+
+    return [timed(shape) for shape in shapes or ((64, 10), (512, 2048))]

@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar, Token
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import tuning_cache
-from .ops.op import OPS, PLAIN, Explanation, Op, leaves_it_to_torch
+from .ops.op import OPS, PLAIN, Explanation, Op
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 ONEDNN_DTYPES = (torch.float32,)
@@ -27,19 +28,23 @@ ONEDNN_DTYPES = (torch.float32,)
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
 triton_installed = importlib.util.find_spec("triton") is not None
+# By name: a lookup through modules at each call adds up.
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_transforms_active: Final = torch._C._are_functorch_transforms_active
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 # Backends -------------------------------------------------------------------------------------------------------------
 
 
 class _Selection(NamedTuple):
-    """What a thread, or a task of asyncio, has chosen for its calls.
+    """What a thread has chosen for its calls.
 
     ``explaining``: a call returns its `Explanation` instead of computing. ``asked``: what was measured does not count,
-    and what a call would have looked for is noted in the list.
+    and what a call would have looked for is noted in the list. ``outer``: what is selected again behind a ``with``.
     """
 
     backend: str
+    outer: _Selection | None = None
     explaining: bool = False
     asked: list[tuning_cache.Key] | None = None
 
@@ -54,7 +59,15 @@ try:
     _default = _Selection(_checked(os.environ.get("FASTOPS_BACKEND", "auto")))
 except ValueError as error:
     raise ValueError(f"environment variable FASTOPS_BACKEND: {error}") from None
-_selection: ContextVar[_Selection] = ContextVar("_selection", default=_default)
+
+
+class _Thread(threading.local):
+    """Where each thread has its selection: a class attribute until it makes one."""
+
+    selection = _default
+
+
+_thread = _Thread()
 
 
 class backend:
@@ -62,8 +75,8 @@ class backend:
 
     ``"auto"`` (the default, or what the environment variable ``FASTOPS_BACKEND`` says) takes the fastest way known for
     device and shape; ``"triton"`` the kernels wherever one exists for the arguments, forward and backward; ``"onednn"``
-    the same Functions with oneDNN products on the CPU; ``"torch"`` the torch expression. It holds for the thread (or
-    the task of asyncio) that enters it, like `torch.no_grad`. A backward pass runs on the backend of its forward.
+    the same Functions with oneDNN products on the CPU; ``"torch"`` the torch expression. It holds for the thread
+    that enters it, like `torch.no_grad`. A backward pass runs on the backend of its forward.
 
     Raises:
         ValueError: if ``name`` is no backend.
@@ -71,18 +84,19 @@ class backend:
 
     def __init__(self, name: str) -> None:
         self._name = _checked(name)
-        self._outer: list[Token[_Selection]] = []
 
     def __enter__(self) -> None:
-        self._outer.append(_selection.set(_Selection(self._name)))
+        _thread.selection = _Selection(self._name, _thread.selection)
 
     def __exit__(self, *_: object) -> None:
-        _selection.reset(self._outer.pop())
+        outer = _thread.selection.outer
+        assert outer is not None
+        _thread.selection = outer
 
 
 def selected_backend() -> str:
     """The backend that `backend` or ``FASTOPS_BACKEND`` selected."""
-    return _selection.get().backend
+    return _thread.selection.backend
 
 
 # The way of a call ----------------------------------------------------------------------------------------------------
@@ -94,7 +108,7 @@ def call(op: Op, *arguments: Any) -> Any:
         # Casting here, once, keeps the gradients of the originals in their own dtype.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return call(op, *(autocast_to(dtype, argument) for argument in arguments))
-    selection = _selection.get()
+    selection = _thread.selection
     explanation = _way(op, arguments, selection)
     if selection.explaining:
         return explanation
@@ -121,11 +135,12 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
 
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(map(repr, OPS))}")
-    token = _selection.set(_selection.get()._replace(explaining=True))
+    outer = _thread.selection
+    _thread.selection = outer._replace(explaining=True)
     try:
         explanation: Explanation = getattr(functional, op)(*arguments, **keywords)
     finally:
-        _selection.reset(token)
+        _thread.selection = outer
     return explanation
 
 
@@ -155,36 +170,40 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     found = None
     if selected == "auto" and (tuned or selection.asked is not None):
         found = _measured(op, arguments, selection)
-    kernels = input.is_cuda or input.is_xpu or (input.is_cpu and _INTERPRETER)  # each cheaper than `device.type`
+    device = input.device.type
+    on_cpu = device == "cpu"
     if found is not None:
         pass
     elif selected == "onednn":
         found = _SELECTED_ONEDNN if op.onednn else _NO_PRODUCT
-    elif kernels:
+    elif device in ("cuda", "xpu") or (on_cpu and _INTERPRETER):
         if triton_installed:
-            found = _SELECTED_TRITON if selected == "triton" or input.is_cpu else None  # None: the op decides
+            found = _SELECTED_TRITON if selected == "triton" or on_cpu else None  # None: the op decides
         elif selected == "triton":
             raise RuntimeError(
                 "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
             )
         else:
             found = _NO_TRITON
-    elif selected == "triton" and not input.is_meta:
-        hint = ": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if input.is_cpu else ""
-        device = input.device.type
+    elif selected == "triton" and device != "meta":
+        hint = ": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if on_cpu else ""
         raise RuntimeError(f"backend 'triton' is selected but Triton cannot run on {device!r} tensors{hint}")
     else:
-        found = op.cpu(*arguments) if input.is_cpu else Explanation("torch", f"no kernel for {input.device.type!r}")
+        found = op.cpu(*arguments) if on_cpu else Explanation("torch", f"no kernel for device {device!r}")
     if found is not None and found.backend == "torch":
         return found
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
     found = found or op.gpu(*arguments)
-    if found.backend == "onednn" and not (input.is_cpu and input.dtype in ONEDNN_DTYPES):
+    if found.backend == "onednn" and not (on_cpu and input.dtype in ONEDNN_DTYPES):
         return _NOT_FOR_ONEDNN
-    if input.is_cpu and input.dtype is torch.bfloat16 and found.backend == "triton" and not interpreter_has_bfloat16:
+    if on_cpu and input.dtype is torch.bfloat16 and found.backend == "triton" and not interpreter_has_bfloat16:
         return _WRONG_IN_INTERPRETER
-    return _TRANSFORMED if leaves_it_to_torch() else found
+    if _transforms_active() or (
+        not _is_dynamo_compiling() and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
+    ):
+        return _TRANSFORMED
+    return found
 
 
 # Autocast -------------------------------------------------------------------------------------------------------------
@@ -215,11 +234,12 @@ tuned = tuning_cache.anything()  # or `fastops.tune` ran in this process
 def by_the_rule() -> Iterator[list[tuning_cache.Key]]:
     """Inside, calls of this thread go by the rule, whatever was measured. What they would have looked for is listed."""
     asked: list[tuning_cache.Key] = []
-    token = _selection.set(_selection.get()._replace(asked=asked))
+    outer = _thread.selection
+    _thread.selection = outer._replace(asked=asked)
     try:
         yield asked
     finally:
-        _selection.reset(token)
+        _thread.selection = outer
 
 
 def _measured(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanation | None:

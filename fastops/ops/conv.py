@@ -153,17 +153,19 @@ def _finish(output: Tensor, input: Tensor, *_: Any) -> Tensor:
     return output if input.dim() == output.dim() else output.squeeze(0)
 
 
-def _memory_format(dimensions: int, channels_last: bool) -> torch.memory_format:
-    if not channels_last:
-        return torch.contiguous_format
-    return torch.channels_last if dimensions == 2 else torch.channels_last_3d
+# By the number of dimensions and whether channels are last.
+_MEMORY_FORMATS: Final = {
+    **{(dimensions, False): torch.contiguous_format for dimensions in (1, 2, 3)},
+    (2, True): torch.channels_last,
+    (3, True): torch.channels_last_3d,
+}
 
 
 def _forward(conv: Callable[..., Tensor], relu: bool) -> Callable[..., Tensor]:
     """A twin of `kernels.conv.conv` as a function of the raw op's arguments."""
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        memory_format = _memory_format(len(options[0]), options[-1])
+        memory_format = _MEMORY_FORMATS[len(options[0]), options[-1]]
         return conv(input, weight, bias, *options[:-1], relu, memory_format)
 
     return call
@@ -174,7 +176,7 @@ def _backward(conv_backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
 
     def call(*arguments: Any, **vendor: bool) -> Tensors:
         *common, channels_last, _, _, need_bias = arguments
-        memory_format = _memory_format(len(common[6]), channels_last)
+        memory_format = _MEMORY_FORMATS[len(common[6]), channels_last]
         return conv_backward(*common, need_bias, memory_format, **vendor)
 
     return call
@@ -201,12 +203,12 @@ def _empty(like: Tensor, shape: Sequence[int], memory_format: torch.memory_forma
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     stride, padding, dilation, _, channels_last, _ = rest
     size = conv_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return _empty(input, (input.shape[0], weight.shape[0], *size), _memory_format(len(stride), channels_last))
+    return _empty(input, (input.shape[0], weight.shape[0], *size), _MEMORY_FORMATS[len(stride), channels_last])
 
 
 def _fake_backward(grad_output: Tensor, input: Tensor | None, weight: Tensor | None, *rest: Any) -> list[Tensor]:
     _, input_shape, weight_shape, stride, _, _, _, channels_last, _, _, need_bias, _ = rest
-    memory_format = _memory_format(len(stride), channels_last)
+    memory_format = _MEMORY_FORMATS[len(stride), channels_last]
     return [
         grad_output.new_empty(0) if weight is None else _empty(grad_output, input_shape, memory_format),
         grad_output.new_empty(0) if input is None else _empty(grad_output, weight_shape, memory_format),

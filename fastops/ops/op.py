@@ -46,16 +46,13 @@ class Explanation:
     reason: str
     backward: str = ""
     backward_reason: str = ""
+    way: str = field(init=False, repr=False)  # what a raw op is told, and its backward pass runs by
 
     def __post_init__(self) -> None:
         if not self.backward:
             object.__setattr__(self, "backward", self.backend)
             object.__setattr__(self, "backward_reason", self.reason)
-
-    @property
-    def way(self) -> str:
-        """What a raw op is told: its backward pass runs the same way, whatever is selected by then."""
-        return self.backward if self.backward == "vendor" else self.backend
+        object.__setattr__(self, "way", self.backward if self.backward == "vendor" else self.backend)
 
     def __str__(self) -> str:
         backward = "" if self.backward == self.backend else f"; backward {self.backward}: {self.backward_reason}"
@@ -245,7 +242,7 @@ class Op:
     def run(self, way: str, call: tuple[Any, ...]) -> Tensor:
         """The result of a call that kernels or oneDNN take."""
         arguments = call if self.raw_arguments is None else self.raw_arguments(way, *call)
-        if not _nobody_looks_on(arguments):
+        if _is_dynamo_compiling() or not _nobody_looks_on(arguments):
             results = self.raw(*arguments, way)
         elif _is_grad_enabled() and _any_requires_grad(*arguments):
             results = _apply(self, way, True, *arguments)
@@ -362,7 +359,7 @@ def _refuse_transforms(name: str, arguments: tuple[Any, ...]) -> None:
 
 def _nobody_looks_on(arguments: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would do nothing but call the implementation: then it can be left out."""
-    if _is_dynamo_compiling() or _include_set().raw_repr() not in _IDLE or _profiler_enabled():
+    if _include_set().raw_repr() not in _IDLE or _profiler_enabled():
         return False
     for argument in arguments:
         if isinstance(argument, Tensor) and (
@@ -370,17 +367,6 @@ def _nobody_looks_on(arguments: tuple[Any, ...]) -> bool:
         ):
             return False
     return True
-
-
-def leaves_it_to_torch() -> bool:
-    """Whether a transform of `torch.func`, forward-mode AD or `torch.jit.trace` acts on what is called now."""
-    if _is_dynamo_compiling():
-        return _transforms_active()
-    if forward_ad._current_level >= 0:
-        return True
-    return _include_set().raw_repr() not in _IDLE and (
-        _transforms_active() or torch._C._get_tracing_state() is not None
-    )
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------

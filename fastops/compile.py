@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import dispatch, functional
-from .kernels import head
+from .kernels import chunked_logits
 from .swap import Report, Row
 
 # What Dynamo calls them in its graphs, as functions and as methods.
@@ -60,7 +60,7 @@ def _head(first: fx.Node, second: fx.Node) -> _Call | None:
     The call takes the place of the loss: views apart, nothing may happen between, such as a change of the target.
     """
     logits = first.meta["example_value"]
-    if logits.numel() * logits.element_size() <= head.BUDGET:
+    if logits.numel() * logits.element_size() <= chunked_logits.BUDGET:
         return None
     node = second.prev
     while node is not first:

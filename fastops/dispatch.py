@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from . import fit, winners
-from .kernels import head, onednn
+from .kernels import chunked_logits, onednn
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 
@@ -345,9 +345,9 @@ def binary_cross_entropy_with_logits(
 
 
 def logits_budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
-    """How many bytes of logits may exist at a time: what ``options`` say, else `head.BUDGET`."""
+    """How many bytes of logits may exist at a time: what ``options`` say, else `chunked_logits.BUDGET`."""
     if options is None:
-        return head.BUDGET
+        return chunked_logits.BUDGET
     if (budget := getattr(options, "memory_budget", None)) is not None:
         return int(budget)
     rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()

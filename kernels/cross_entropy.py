@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked_logits import check_targets
 from .configs import planned
-from .head import check_targets
 from .launch import Plan, accumulator_dtype, launch
 from .reduce import covering_tile, sum_of_partials, tile_alignment
 

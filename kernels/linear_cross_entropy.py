@@ -1,8 +1,8 @@
 """Linear + cross-entropy: the logits ``z = x w^T + b`` live in the tiles of a matrix product and nowhere else.
 
-Forward, a program takes a block of rows and a share of the classes, goes through the tiles of their product and keeps
-the `head.Statistics` of each row: online, a new maximum scales the sums down. The shares are merged afterwards. A block
-of rows whose targets are all ignored has no tiles to go through.
+Forward, a program takes a block of rows and a share of the classes, loops over the tiles of their product and keeps the
+`chunked_logits.Statistics` of each row; as in an online softmax, a new maximum scales down the sums so far. The shares
+are merged afterwards. For a block of rows whose targets are all ignored no product is computed.
 
 Backward, with maximum m and sum e of the logits, l = m + log e, the sum T of the target distribution t and the
 gradient g of each row's loss::
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked_logits import Statistics, Target, accumulated_gradients
 from .configs import MatmulConfig, class_splits, matmul_config, planned, register_limit
-from .head import Statistics, Target, accumulated_gradients
 from .launch import Plan, accumulator_dtype, input_precision, launch
 from .linear import alignment, at_multiples_of_16, matmul, product_tile, tile_lanes, tile_of_program, tile_start
 
@@ -449,9 +449,9 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for input, weight, bias and class probabilities, those that are needed.
 
-    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [M], contiguous, in the
-    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. ``budget``: bytes
-    of logits' gradients at a time.
+    ``scale``, and ``maximum``, ``exponentials`` and ``mass`` from `chunked_logits.losses`, are [M], contiguous, in the
+    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 for an ignored row. ``budget``: how many bytes
+    of gradients of logits exist at a time.
     """
     exact = scale.dtype
     grad_target = torch.empty_like(target.target) if needs[3] else None

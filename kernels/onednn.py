@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .head import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
+from .chunked_logits import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
 from .launch import accumulator_dtype, reshaped
 
 
@@ -112,8 +112,9 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for input, weight, bias and class probabilities, those that are needed.
 
-    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [N], in the accumulators'
-    dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. Formulas: see ``cross_entropy.py``.
+    ``scale``, and ``maximum``, ``exponentials`` and ``mass`` from `chunked_logits.losses`, are [N], in the
+    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 for an ignored row. Formulas: see
+    ``linear_cross_entropy.py``.
     """
     exact = scale.dtype
     grad_target = torch.empty_like(target.target) if needs[3] else None
@@ -144,7 +145,7 @@ def linear_cross_entropy_with_gradients(
     needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """`head.losses` [N], and gradients of their sum weighted by ``scale`` [N] for input, weight and bias.
+    """`chunked_logits.losses` [N], and gradients of their sum weighted by ``scale`` [N] for input, weight and bias.
 
     All classes of a block of rows exist at a time, in one buffer: each logit is computed once, not twice. float32 or
     float64.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import head, onednn
-from ..kernels.head import Target
+from ..kernels import chunked_logits, onednn
+from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
 from .registry import loop_over_batch, or_empty, register, run_kernel
 
@@ -35,7 +35,7 @@ def _positions(
 
 
 def _forward(
-    statistics: Callable[..., head.Statistics],
+    statistics: Callable[..., chunked_logits.Statistics],
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -52,8 +52,8 @@ def _forward(
     results, denominator = [], torch.zeros((), dtype=exact, device=input.device)
     for w, b, goal in _positions(linear_weight, linear_bias, target, weight, ignore_index, label_smoothing):
         if indices:
-            head.check_targets(goal.target, goal.classes, ignore_index)
-        results.append(head.losses(statistics(input, w, b, goal, budget), goal))
+            chunked_logits.check_targets(goal.target, goal.classes, ignore_index)
+        results.append(chunked_logits.losses(statistics(input, w, b, goal, budget), goal))
         if reduction == "mean":
             denominator += goal.own_weight(exact).sum() if indices else len(input)
     loss, maximum, exponentials, mass = (torch.stack(parts, 1) for parts in zip(*results, strict=True))
@@ -84,7 +84,7 @@ def _forward_with_gradients(
     goal = Target(target[..., 0], weight, ignore_index, label_smoothing, len(linear_weight))
     scale = torch.ones_like(input[:, 0])
     if not goal.probabilities:
-        head.check_targets(goal.target, goal.classes, ignore_index)
+        chunked_logits.check_targets(goal.target, goal.classes, ignore_index)
         scale = goal.kept().to(input.dtype)
     denominator = scale.new_ones(())
     if reduction == "mean":

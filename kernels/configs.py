@@ -159,6 +159,7 @@ def persistent_candidates(architecture_name: str, dtype: torch.dtype, precision:
 
 
 Tile: TypeAlias = MatmulConfig | PersistentConfig
+Kind: TypeAlias = tuple[torch.device, torch.dtype, str]  # of a product's operands; how float32 may be rounded
 Product = tuple[torch.device, torch.dtype, str, int, int]  # all that the choices below look at, of aligned operands
 measured: dict[Product, Tile] = {}  # what `fastops.tune` found faster
 met: set[Product] | None = None  # it looks for products here
@@ -207,8 +208,9 @@ def set_tiles(tiles: Mapping[Product, Tile | None]) -> None:
 
 
 def _measured(*product: Any) -> Tile | None:
-    if met is not None:
-        met.add(product)
+    wanted = met  # read once: another thread may set it to None at any time
+    if wanted is not None:
+        wanted.add(product)
     return measured.get(product)
 
 
@@ -270,22 +272,13 @@ def _channel_block(channels: int, block: int) -> tuple[int, bool]:
     return (divisor, False) if divisor >= min(32, block) else (block, True)
 
 
-def conv_config(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    positions: int,
-    columns: int,
-    products: int,
-    channels: int,
-    aligned: bool,
-) -> ConvConfig:
+def conv_config(kind: Kind, positions: int, columns: int, products: int, channels: int, aligned: bool) -> ConvConfig:
     """Tile of ``products`` products [positions, taps x channels] x [taps x channels, columns].
 
     The tile of `matmul_config`, no wider than the ``columns`` and with steps that divide the ``channels``.
     """
-    tile = matmul_config(device, dtype, precision, positions, columns * products, aligned)
-    if device.type == "cpu":
+    tile = matmul_config(*kind, positions, columns * products, aligned)
+    if kind[0].type == "cpu":
         tile = tile._replace(BLOCK_M=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
     elif not aligned:  # addresses one by one, for a whole tile, take too many registers
         tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32))
@@ -295,16 +288,10 @@ def conv_config(
 
 
 def conv_grad_weight_config(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    positions: int,
-    rows: int,
-    channels: int,
-    taps: int,
-    aligned: bool,
+    kind: Kind, positions: int, rows: int, channels: int, taps: int, aligned: bool
 ) -> ConvConfig:
     """Tile of a product [rows, positions] x [positions, taps x channels]: few tiles, as the positions are split."""
+    device, dtype, precision = kind
     candidates = matmul_candidates(architecture(device), dtype, precision)
     tile = candidates[0] if aligned else candidates[-1]._replace(num_warps=8)
     # The second operand is gathered, at a dozen instructions for each address: the narrow side.

@@ -264,21 +264,34 @@ def conv_backward(
 
     ``output`` is the forward's result if it had a ReLU, else None. Formulas: see the Triton twin in ``conv.py``.
     """
-    grad = grad_output
-    if output is not None:
-        grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    grad = grad_output if output is None else torch.ops.aten.threshold_backward(grad_output, output, 0)
+    shapes, options = (input_shape, weight_shape), (stride, padding, dilation, groups)
+    return convolution_backward(grad, input, weight, shapes, options, need_bias, memory_format)
+
+
+def convolution_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    options: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    need_bias: bool,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv_backward` without ReLU, by torch on any device.
+
+    ``shapes`` are those of input and weight, ``options`` stride, padding, dilation and groups.
+    """
+    operands = (  # of an operand that is not needed, torch reads shape and strides alone
+        torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        if operand is None
+        else operand
+        for operand, shape in zip((input, weight), shapes, strict=True)
+    )
+    *each, groups = options
+    no_padding, needs = (0,) * len(each[0]), (weight is not None, input is not None, need_bias)
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        grad.new_empty(input_shape) if input is None else input,  # of what is not needed the shape alone is read
-        grad.new_empty(weight_shape) if weight is None else weight,
-        weight_shape[:1],
-        stride,
-        padding,
-        dilation,
-        False,
-        (0,) * len(stride),
-        groups,
-        (weight is not None, input is not None, need_bias),
+        grad, *operands, shapes[1][:1], *each, False, no_padding, groups, needs
     )
     grad_input, grad_weight = (
         None if gradient is None else gradient.contiguous(memory_format=memory_format)

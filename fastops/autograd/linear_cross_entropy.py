@@ -105,7 +105,7 @@ class LinearCrossEntropyBackward(Function):
 
 @torch.compiler.allow_in_graph
 class LinearCrossEntropy(Function):
-    """``(loss, m, e, sum of t, denominator)`` of `chunked_logits.losses`, and the loss's ``(gx, gw, gb)``, or empty ones.
+    """``(loss, m, e, T, denominator)`` of `chunked_logits.losses`, and the loss's ``(gx, gw, gb)``, or empty ones.
 
     Only the loss is differentiable. Where the forward pass made the gradients, the backward pass has but to scale them.
 

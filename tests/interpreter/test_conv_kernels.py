@@ -21,7 +21,7 @@ import fastops
 import fastops.functional as FF
 from fastops.kernels import configs, conv, linear
 from fastops.kernels.configs import ConvConfig
-from fastops.kernels.geometry import Geometry, conv_output_size
+from fastops.kernels.geometry import conv_output_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCHS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -34,8 +34,8 @@ def small_config(channels: int) -> ConvConfig:
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[6]))
-    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[5]))
+    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[4]))
+    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[3]))
 
 
 @pytest.fixture
@@ -293,13 +293,13 @@ def test_positions_take_64_bits_where_they_must(stride: int, missing: int, large
     positions = 2**31 - 2**12 - missing
     size = positions if stride == 2 else positions - 2
     shapes = (1, 8, size), (8, 8, 3)
-    options = (stride,), (1 if stride == 2 else 2,), (1,)
-    common = torch.device("cpu"), torch.float32, *shapes
-    plan, shape = conv.conv_plan(*common, False, *options, 1, False, "ieee")
-    assert plan is not None and max(size, shape[2]) == positions
-    geometry = Geometry.of((3,), *options)
-    words = *common, shape[2:], geometry, 1, "ieee"
-    plans = plan, conv.grad_input_plan(*words), conv.grad_weight_plan(*words, torch.contiguous_format)[0]
+    options = (stride,), (1 if stride == 2 else 2,), (1,), 1
+    kind = torch.device("cpu"), torch.float32, "ieee"
+    forward = conv.conv_plan(kind, shapes, options, False, False)
+    assert max(size, forward.shape[2]) == positions
+    backward = conv.conv_backward_plan(kind, shapes, options, False, (True, True, False), torch.contiguous_format)
+    assert backward.for_weight is not None
+    plans = [plan for plan in (forward.launch, backward.for_input, backward.for_weight.product) if plan is not None]
     assert [plan.constants["LARGE"] for plan in plans] == [large] * 3
 
 

@@ -25,7 +25,7 @@ last multiple of 16 bytes before: all but the tensor's end is read 16 bytes at a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -426,18 +426,21 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """Of [N, C, D] or [N, D], the positions that lie side by side last: the first dimension if D is 1."""
-        shape, strides = tuple(tensor.shape), tensor.stride()
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+        """Of [N, C, D] or [N, D]. Where D is 1, the N positions become the inner dimension."""
         if shape[-1] == 1:
             shape, strides = (1, *shape[1:-1], shape[0]), (0, *strides[1:-1], strides[0])
-        return cls(shape, strides)
+        return cls(tuple(shape), strides)
 
     @property
     def kernel_strides(self) -> tuple[int, int, int]:
-        """Outer, of classes, inner; 0 in a dimension of one: Triton sees that it divides by 16."""
+        """Outer, of classes, inner; 0 in a dimension of size 1, which Triton knows to be a multiple of 16."""
         strides = [0 if size == 1 else stride for size, stride in zip(self.shape, self.strides, strict=True)]
         return strides[0], 0 if len(strides) == 2 else strides[1], strides[-1]
+
+
+ShapeAndStrides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+Kind: TypeAlias = tuple[torch.device, torch.dtype]
 
 
 def cross_entropy(
@@ -458,47 +461,37 @@ def cross_entropy(
     N, classes, D = input.shape
     if not target.is_floating_point():
         check_targets(target, classes, ignore_index)
-    accumulator = accumulator_dtype(input.dtype)
-    log_sum_exp = input.new_empty((N, D), dtype=accumulator)
-    plan, total = forward_plans(
-        input.device,
-        input.dtype,
-        Layout.of(input),
-        Layout.of(target),
-        weight is not None,
-        reduction,
-        ignore_index,
-        float(label_smoothing),
-    )
+    layouts = (input.shape, input.stride()), (target.shape, target.stride())
+    options = reduction, ignore_index, float(label_smoothing)
+    plan, total, exact = forward_plans((input.device, input.dtype), layouts, weight is not None, options)
+    log_sum_exp = input.new_empty((N, D), dtype=exact)
     programs = plan.grid[0]
     if reduction == "none":
-        loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
+        loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=exact, device=input.device)
     elif programs == 1:
-        loss, denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+        loss, denominator = input.new_empty(()), input.new_empty((), dtype=exact)
     else:
-        loss, denominator = input.new_empty((2, programs), dtype=accumulator)
+        loss, denominator = input.new_empty((2, programs), dtype=exact)
     launch(plan, input, target, input if weight is None else weight.contiguous(), loss, denominator, log_sum_exp)
     if total is None:
         return loss, log_sum_exp, denominator
-    total_loss, total_denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+    total_loss, total_denominator = input.new_empty(()), input.new_empty((), dtype=exact)
     launch(total, loss, denominator, total_loss, total_denominator)
     return total_loss, log_sum_exp, total_denominator
 
 
 @planned
 def forward_plans(
-    device: torch.device,
-    dtype: torch.dtype,
-    input: Layout,
-    target: Layout,
-    has_weight: bool,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Plan, Plan | None]:
-    """`cross_entropy`, and the sum of its programs' losses if there are several."""
+    kind: Kind, layouts: tuple[ShapeAndStrides, ShapeAndStrides], has_weight: bool, options: tuple[str, int, float]
+) -> tuple[Plan, Plan | None, torch.dtype]:
+    """`cross_entropy`, the sum of its programs' losses if there are several, and the accumulators' dtype.
+
+    ``layouts``: of input and target; ``options``: reduction, ignore_index and label_smoothing.
+    """
+    input, target = (Layout.of(*each) for each in layouts)
+    reduction, ignore_index, label_smoothing = options
     outer, classes, inner = input.shape
-    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing)
+    constants, config = shared_constants(kind, has_weight, label_smoothing, input, target)
     programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
     mean, alone = reduction == "mean", programs == 1
     plan = Plan(
@@ -512,13 +505,13 @@ def forward_plans(
         SUM=reduction != "none",
         MEAN=mean,
         ONE_PROGRAM=alone,
-        debug=not constants["PROBABILITIES"],  # arms the assertion on the targets
-        sanitize_overflow=False,  # and no other
+        debug=not constants["PROBABILITIES"],  # compiles `device_assert` on the targets
+        sanitize_overflow=False,  # and none of the overflow checks that `debug` would add
         **constants,
     )
-    if reduction == "none" or alone:
-        return plan, None
-    return plan, Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024)
+    several = reduction != "none" and not alone
+    total = Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024) if several else None
+    return plan, total, accumulator_dtype(kind[1])
 
 
 def cross_entropy_backward(
@@ -538,62 +531,45 @@ def cross_entropy_backward(
 
     ``grad_output`` is 0-d for 'mean' and 'sum', else [N, D] with any strides.
     """
-    weight_sum = None
-    if weight is not None and label_smoothing > 0 and not target.is_floating_point():
-        weight_sum = weight.sum(dtype=accumulator_dtype(input.dtype))
+    weight_sum = class_weight = input  # where there are no weights the kernel does not read them
+    if weight is not None:
+        class_weight = weight.contiguous()
+        if label_smoothing > 0 and not target.is_floating_point():
+            weight_sum = weight.sum(dtype=accumulator_dtype(input.dtype))
     if reduction != "none":
         grad_output = grad_output.expand(input.shape[::2])
     grad_input = torch.empty_like(input) if need_input else None
     grad_target = torch.empty_like(target) if need_target else None
-    outputs = [input if grad is None else grad for grad in (grad_input, grad_target)]
-    plan = backward_plan(
-        input.device,
-        input.dtype,
-        Layout.of(grad_output),
-        Layout.of(input),
-        Layout.of(target),
-        (Layout.of(outputs[0]), Layout.of(outputs[1])),
-        weight is not None,
-        ignore_index,
-        float(label_smoothing),
-        need_input,
-        need_target,
-    )
-    launch(
-        plan,
-        grad_output,
-        input,
-        target,
-        input if weight is None else weight.contiguous(),
-        input if weight_sum is None else weight_sum,
-        log_sum_exp,
-        denominator,
-        *outputs,
-    )
+    results = input if grad_input is None else grad_input, input if grad_target is None else grad_target
+    tensors, layouts = (grad_output, input, target, *results), []
+    for tensor in tensors:
+        layouts.append((tensor.shape, tensor.stride()))
+    options = ignore_index, float(label_smoothing), need_input, need_target
+    plan = backward_plan((input.device, input.dtype), tuple(layouts), weight is not None, options)
+    launch(plan, *tensors[:3], class_weight, weight_sum, log_sum_exp, denominator, *results)
     return grad_input, grad_target
 
 
 @planned
 def backward_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    grad_output: Layout,
-    input: Layout,
-    target: Layout,
-    outputs: tuple[Layout, Layout],
+    kind: Kind,
+    layouts: tuple[ShapeAndStrides, ...],
     has_weight: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_target: bool,
+    options: tuple[int, float, bool, bool],
 ) -> Plan:
-    """`cross_entropy_backward`. The layout of a gradient that is not needed is the input's."""
+    """`cross_entropy_backward`.
+
+    ``layouts``: of the gradient of the loss, input, target, and the gradients of both, the input's if not needed.
+    ``options``: ignore_index, label_smoothing, and whether input and target need a gradient.
+    """
+    grad_output, input, target, *gradients = (Layout.of(*each) for each in layouts)
+    ignore_index, label_smoothing, need_input, need_target = options
     outer, classes, inner = input.shape
-    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing, *outputs)
+    constants, config = shared_constants(kind, has_weight, label_smoothing, input, target, *gradients)
     class_tiles = triton.cdiv(classes + int(constants["UNIT"]) - 1, config.BLOCK_CLASSES)
     return Plan(
         cross_entropy_backward_kernel,
-        # Class probabilities are added up over all classes first: one program then also does all their tiles.
+        # With class probabilities, one program does all tiles of classes, as it needs the sum over all of them first.
         # CUDA's grids are at most 65535 wide along their second axis.
         (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if constants["PROBABILITIES"] else min(class_tiles, 65535)),
         classes,
@@ -601,8 +577,8 @@ def backward_plan(
         *grad_output.kernel_strides[::2],
         *input.kernel_strides,
         *target.kernel_strides,
-        *outputs[0].kernel_strides,
-        *outputs[1].kernel_strides,
+        *gradients[0].kernel_strides,
+        *gradients[1].kernel_strides,
         ignore_index,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
@@ -611,29 +587,24 @@ def backward_plan(
 
 
 def unit_of(dtype: torch.dtype, input: Layout, *others: Layout) -> int:
-    """Elements of 16 bytes if rows of classes start at no multiple of them, packed in all tensors; else 1."""
+    """How many elements are 16 bytes, if rows of classes are packed in all tensors but their length is no multiple of
+    16 bytes; else 1.
+    """
     outer, classes, inner = input.shape
     unit = 16 // dtype.itemsize
     packed = (0 if outer == 1 else inner * classes, 1, 0 if inner == 1 else classes)
-    layouts = [input, *(layout for layout in others if len(layout.shape) == 3)]
-    return unit if classes % unit and all(layout.kernel_strides == packed for layout in layouts) else 1
+    return unit if classes % unit and all(layout.kernel_strides == packed for layout in (input, *others)) else 1
 
 
 def shared_constants(
-    device: torch.device,
-    dtype: torch.dtype,
-    input: Layout,
-    target: Layout,
-    has_weight: bool,
-    label_smoothing: float,
-    *gradients: Layout,
+    kind: Kind, has_weight: bool, label_smoothing: float, input: Layout, target: Layout, *gradients: Layout
 ) -> tuple[dict[str, bool | int | float], CrossEntropyConfig]:
     """The constants that both kernels take, and their tile."""
-    _, classes, inner = input.shape
-    probabilities, unit = len(target.shape) == 3, unit_of(dtype, input, target, *gradients)
+    (device, dtype), (_, classes, inner) = kind, input.shape
+    rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
+    probabilities, unit = len(target.shape) == 3, unit_of(dtype, *rows_of_classes)
     dense = probabilities or label_smoothing > 0 or unit > 1
     config = cross_entropy_config(classes + unit - 1, inner, input.strides[1] == 1, dense, device)
-    rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
     row_strides = [stride for layout in rows_of_classes for stride in layout.kernel_strides[::2]]
     constants: dict[str, bool | int | float] = {
         "PROBABILITIES": probabilities,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -282,19 +282,17 @@ def convolution_backward(
 
     ``shapes`` are those of input and weight, ``options`` stride, padding, dilation and groups.
     """
-    operands = (  # of an operand that is not needed, torch reads shape and strides alone
-        torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        if operand is None
-        else operand
-        for operand, shape in zip((input, weight), shapes, strict=True)
-    )
+    new: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    needs = weight is not None, input is not None, need_bias
+    # In the place of an operand that is not needed: torch reads its shape and strides alone.
+    input = torch.empty(tuple(shapes[0]), **new) if input is None else input
+    weight = torch.empty(tuple(shapes[1]), **new) if weight is None else weight
     *each, groups = options
-    no_padding, needs = (0,) * len(each[0]), (weight is not None, input is not None, need_bias)
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad, *operands, shapes[1][:1], *each, False, no_padding, groups, needs
+        grad, input, weight, shapes[1][:1], *each, False, (0,) * len(each[0]), groups, needs
     )
-    grad_input, grad_weight = (
-        None if gradient is None else gradient.contiguous(memory_format=memory_format)
-        for gradient in (grad_input, grad_weight)
-    )
+    if grad_input is not None:
+        grad_input = grad_input.contiguous(memory_format=memory_format)
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=memory_format)
     return grad_input, grad_weight, grad_bias

@@ -291,8 +291,9 @@ def convolution_backward(
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad, input, weight, shapes[1][:1], *each, False, (0,) * len(each[0]), groups, needs
     )
-    if grad_input is not None:
-        grad_input = grad_input.contiguous(memory_format=memory_format)
-    if grad_weight is not None:
-        grad_weight = grad_weight.contiguous(memory_format=memory_format)
-    return grad_input, grad_weight, grad_bias
+    # Some of torch's ways compute the weight's gradient with the bias's.
+    return (
+        grad_input.contiguous(memory_format=memory_format) if needs[0] else None,
+        grad_weight.contiguous(memory_format=memory_format) if needs[1] else None,
+        grad_bias,
+    )

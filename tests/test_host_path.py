@@ -1,4 +1,4 @@
-"""How many of our own Python functions a repeated call enters: a small kernel is done before the host gets to the next."""
+"""How many of our own Python functions a repeated call enters: the host must be faster than small kernels are."""
 
 from __future__ import annotations
 

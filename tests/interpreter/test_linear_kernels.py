@@ -235,7 +235,7 @@ def test_linear_backward(relu: bool, dtype: torch.dtype) -> None:
     assert same_bits(results, linear.linear_backward(*tensors, True)), "not deterministic"
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded columns"])  # all have one sum
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu", [True, False])
 def test_linear_backward_with_the_vendors_products(relu: bool, dtype: torch.dtype, layout: str) -> None:
@@ -244,6 +244,8 @@ def test_linear_backward_with_the_vendors_products(relu: bool, dtype: torch.dtyp
     runs = []
     for call in (run_guarded, *[call_plainly] * 15):
         *tensors, output = (LAYOUTS[layout](*shape).to(dtype) for shape in shapes)
+        if layout.startswith("expanded"):
+            tensors[0] = LAYOUTS["strided"](*shapes[0]).to(dtype)  # the error of a sum of equal numbers is luck
         tensors.append(output if relu else None)
         runs.append((call(vendor, *tensors, True), tensors))
         expected = linear.linear_backward(*tensors, True)

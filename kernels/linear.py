@@ -74,35 +74,32 @@ def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 def product_tile(
     a_ptrs,  # [BLOCK_M, BLOCK_K]: the first step of the rows
     b_ptrs,  # [BLOCK_K, BLOCK_N]: the first step of the columns
+    k_strides,  # of A and B, from one element of the inner dimension to the next
     first_step,
     last_step,
     K,
-    stride_ak,
-    stride_bk,
     INPUT_PRECISION: tl.constexpr,
     ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Tile [BLOCK_M, BLOCK_N] of A B from some of its steps of BLOCK_K, in the accumulators' dtype."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptrs.dtype.element_ty == tl.float64 else tl.float32
+    BLOCK_K: tl.constexpr = a_ptrs.shape[1]
 
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    accumulator = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[1]), ACCUMULATOR)
     for step in range(first_step, last_step):
         start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
         if EVEN_K:
-            a = tl.load(a_ptrs + start * stride_ak)
-            b = tl.load(b_ptrs + start * stride_bk)
+            a = tl.load(a_ptrs + start * k_strides[0])
+            b = tl.load(b_ptrs + start * k_strides[1])
         else:
             # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
             if ALIGNMENT_K == 0:
                 fresh = tl.arange(0, BLOCK_K) < K
             else:
                 fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
-            a = tl.load(a_ptrs + start * stride_ak, mask=fresh[None, :], other=0.0)
-            b = tl.load(b_ptrs + start * stride_bk, mask=fresh[:, None], other=0.0)
+            a = tl.load(a_ptrs + start * k_strides[0], mask=fresh[None, :], other=0.0)
+            b = tl.load(b_ptrs + start * k_strides[1], mask=fresh[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     return accumulator
 
@@ -158,22 +155,8 @@ def matmul_kernel(
         steps = tl.cdiv(last_step, tl.num_programs(1))
         first_step, last_step = split * steps, tl.minimum((split + 1) * steps, last_step)
         c_ptr += split.to(tl.int64) * M * N
-    accumulator = product_tile(
-        a_ptrs,
-        b_ptrs,
-        first_step,
-        last_step,
-        K,
-        stride_ak,
-        stride_bk,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-
+    strides = stride_ak, stride_bk
+    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
     accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, None, HAS_BIAS, RELU)
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
     own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N

@@ -31,41 +31,24 @@ from .linear import alignment, matmul, product_tile, tile_lanes, tile_of_program
 
 @triton.jit
 def logit_tile(
-    input_ptr,
-    weight_ptr,
+    input,  # [M, K]: pointer and strides
+    weight,  # [N, K]: likewise
     bias_ptr,
     rows,
     columns,
     K,
-    stride_input_row,
-    stride_input_k,
-    stride_weight_class,
-    stride_weight_k,
     HAS_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Logits of ``rows`` and ``columns``: [BLOCK_M, BLOCK_N]."""
     inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
-    z = product_tile(
-        input_ptr + rows[:, None] * stride_input_row + inner[None, :] * stride_input_k,
-        weight_ptr + inner[:, None] * stride_weight_k + columns[None, :] * stride_weight_class,
-        0,
-        tl.cdiv(K, BLOCK_K),
-        K,
-        stride_input_k,
-        stride_weight_k,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    x_ptrs = input[0] + rows[:, None] * input[1] + inner[None, :] * input[2]
+    w_ptrs = weight[0] + inner[:, None] * weight[2] + columns[None, :] * weight[1]
+    strides, steps = (input[2], weight[2]), tl.cdiv(K, BLOCK_K)
+    z = product_tile(x_ptrs, w_ptrs, strides, 0, steps, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
     return z
@@ -73,27 +56,22 @@ def logit_tile(
 
 @triton.jit
 def dense_target(
-    target_ptr,
+    target,  # [M, N] probabilities: pointer and strides
     class_weight_ptr,
     rows,
     columns,
-    all_classes,
-    stride_target_row,
-    stride_target_class,
+    uniform,  # LABEL_SMOOTHING / all classes, of the dtype to compute in
     PROBABILITIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
 ):
     """The dense part of t: [BLOCK_M, BLOCK_N]."""
-    t = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR) + tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
+    t = tl.zeros((rows.shape[0], columns.shape[0]), uniform.dtype) + uniform
     if PROBABILITIES:
-        q = tl.load(target_ptr + rows[:, None] * stride_target_row + columns[None, :] * stride_target_class)
-        t += q.to(ACCUMULATOR) * (1.0 - LABEL_SMOOTHING)
+        q = tl.load(target[0] + rows[:, None] * target[1] + columns[None, :] * target[2])
+        t += q.to(uniform.dtype) * (1.0 - LABEL_SMOOTHING)
     if HAS_WEIGHT:
-        t *= tl.load(class_weight_ptr + columns).to(ACCUMULATOR)[None, :]
+        t *= tl.load(class_weight_ptr + columns).to(uniform.dtype)[None, :]
     return t
 
 
@@ -142,6 +120,10 @@ def linear_cross_entropy_kernel(
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
     NOTHING: tl.constexpr = float("-inf")
 
+    input = input_ptr, stride_input_row, stride_input_k
+    weight = weight_ptr, stride_weight_class, stride_weight_k
+    probabilities = target_ptr, stride_target_row, stride_target_class
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, split = tl.program_id(0), tl.program_id(1)
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
@@ -161,23 +143,7 @@ def linear_cross_entropy_kernel(
         columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
         own = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
         z = logit_tile(
-            input_ptr,
-            weight_ptr,
-            bias_ptr,
-            rows,
-            columns,
-            K,
-            stride_input_row,
-            stride_input_k,
-            stride_weight_class,
-            stride_weight_k,
-            HAS_BIAS,
-            INPUT_PRECISION,
-            ALIGNMENT_K,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+            input, weight, bias_ptr, rows, columns, K, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
         )
         if not PROBABILITIES:
             is_target = at_target(target, tile_start(tile, N, BLOCK_N, ALIGNMENT_N), own, BLOCK_N)
@@ -191,19 +157,7 @@ def linear_cross_entropy_kernel(
         exponentials = exponentials * tl.exp(maximum - new_reference) + tl.sum(tl.exp(z), 1)
         if PROBABILITIES or LABEL_SMOOTHING > 0:
             t = dense_target(
-                target_ptr,
-                class_weight_ptr,
-                rows,
-                columns,
-                all_classes,
-                stride_target_row,
-                stride_target_class,
-                PROBABILITIES,
-                HAS_WEIGHT,
-                LABEL_SMOOTHING,
-                BLOCK_M,
-                BLOCK_N,
-                ACCUMULATOR,
+                probabilities, class_weight_ptr, rows, columns, uniform, PROBABILITIES, HAS_WEIGHT, LABEL_SMOOTHING
             )
             products += (reference - new_reference) * mass + tl.sum(tl.where(own[None, :], t * z, 0.0), 1)
             mass += tl.sum(tl.where(own[None, :], t, 0.0), 1)
@@ -267,6 +221,10 @@ def logit_gradient_kernel(
     """One program per tile of the gradient of a chunk of logits, whose class 0 is ``first_class`` to the targets."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
+    input = input_ptr, stride_input_row, stride_input_k
+    weight = weight_ptr, stride_weight_class, stride_weight_k
+    probabilities = target_ptr, stride_target_row, stride_target_class
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
     columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
@@ -280,23 +238,7 @@ def logit_gradient_kernel(
         target = tl.load(target_ptr + rows * stride_target_row)
         steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, K, 0)  # no product where none counts
     z = logit_tile(
-        input_ptr,
-        weight_ptr,
-        bias_ptr,
-        rows,
-        columns,
-        steps,
-        stride_input_row,
-        stride_input_k,
-        stride_weight_class,
-        stride_weight_k,
-        HAS_BIAS,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
+        input, weight, bias_ptr, rows, columns, steps, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
     )
     z -= tl.load(maximum_ptr + rows)[:, None]
     exponentials = tl.load(exponentials_ptr + rows)
@@ -305,19 +247,7 @@ def logit_gradient_kernel(
     grad = tl.exp(tl.where(z > 0, 0.0, z)) * (tl.load(mass_ptr + rows) / exponentials)[:, None]
     if PROBABILITIES or LABEL_SMOOTHING > 0:
         grad -= dense_target(
-            target_ptr,
-            class_weight_ptr,
-            rows,
-            columns,
-            all_classes,
-            stride_target_row,
-            stride_target_class,
-            PROBABILITIES,
-            HAS_WEIGHT,
-            LABEL_SMOOTHING,
-            BLOCK_M,
-            BLOCK_N,
-            ACCUMULATOR,
+            probabilities, class_weight_ptr, rows, columns, uniform, PROBABILITIES, HAS_WEIGHT, LABEL_SMOOTHING
         )
     if not PROBABILITIES:
         start = first_class + tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N)

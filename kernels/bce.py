@@ -9,8 +9,8 @@ With ``x`` the input, ``y`` the target, ``w`` the weight and ``v`` the weight of
 
 All of them come from ``z = exp(-|x|)``, which cannot overflow: ``log s(x) = min(x, 0) - log(1 + z)``.
 
-The weights may repeat along dimensions. One whose own dimensions lie side by side in memory order is read as it is, by
-a division of the position; any other is first written out in full.
+The weights broadcast. If the dimensions along which a weight varies are adjacent in the memory order of the elements,
+its element is found by a division of the position; else the weight is expanded to a tensor of full size first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_factor(factor_ptr, start, size, inner, period, DENSE: tl.constexpr, EVE
 
 @triton.jit
 def log_of_1_plus(z):
-    """log(1 + z) for z from 0 to 1, with its digits where z is small: what 1 + z was rounded by comes back."""
+    """log(1 + z) for z from 0 to 1, exact where z is small too: corrected for the rounding of 1 + z."""
     u = 1.0 + z
     return tl.log(u) - ((u - 1.0) - z) / u
 
@@ -138,7 +138,7 @@ def bce_backward_kernel(
     z = tl.exp(-tl.abs(x))
     if NEED_INPUT:
         y = load_tile(target_ptr, start, size, EVEN, BLOCK)
-        # s(-|x|) keeps its digits, s(|x|) does not: write 1 - s(-x) for s(x) where x > 0.
+        # s(-|x|) has a small relative error, 1 - s(|x|) has not: where x > 0, s(x) is written as 1 - s(-x).
         small = (1.0 + (v - 1.0) * y) * z / (1.0 + z)
         grad = scale * tl.where(x < 0, small - v * y, (1.0 - y) - small) / divisor
         store_tile(grad_input_ptr, grad, start, size, EVEN, BLOCK)

@@ -11,15 +11,17 @@ gradient of the position's loss::
     gx_c = g (exp(x_c - lse) sum_k t_k - t_c)
     gq_c = g w_c (1 - s) (lse - x_c)
 
-Forward, every lane of a tile keeps the maximum ``m`` of the logits it has seen and sums relative to it: ``exp(x - m)``
-and, where t is dense, ``t (x - m)`` and ``t``. All lanes meet after the last tile. Relative to the maximum no sum
-cancels. -inf never meets -inf in a difference, unless all logits of a position are -inf: that is NaN, as in torch.
+Forward is an online softmax per lane: each lane of a tile keeps the maximum ``m`` of the logits it has seen and the
+sums of ``exp(x - m)`` and, where t has a value for every class, of ``t (x - m)`` and ``t``. After the last tile the
+lanes are reduced. Sums relative to the maximum do not cancel. The code avoids -inf minus -inf, which is NaN, unless all
+logits of a position are -inf: there torch's loss is NaN too.
 
 A program takes BLOCK_ROWS positions that lie side by side. Logits are seen as [outer, C, inner]: [N, C, D] as it
 is, [N, C, 1] as [1, C, N].
 
-Rows of classes that are no multiple of 16 bytes, packed one behind the other, start anywhere. Their tiles begin at the
-last multiple of 16 bytes before: all but the tensor's end is read 16 bytes at a time, all but rows' ends written so.
+Packed rows of classes whose length is no multiple of 16 bytes do not start at multiples of 16 bytes. Their tiles begin
+at the last multiple before the row, so that loads and stores have 16 bytes each, except for stores at both ends of a
+row and loads at the end of the tensor.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ def row_offsets(outer, rows, outer_stride, inner_stride, ALIGNMENT: tl.constexpr
 
 @triton.jit
 def class_tile(step, starts, classes, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UNIT: tl.constexpr):
-    """Classes in tile number ``step`` of rows at ``starts``, which are met for the first time, and their unit's first.
+    """Tile number ``step`` of rows at ``starts``: classes, whether a lane is the first with its class, and units.
 
-    A unit are the UNIT elements of 16 bytes in memory, which the tile then consists of: it may reach out of its row.
+    A unit is UNIT elements, 16 bytes that start at a multiple of 16, and is known by its first class. With UNIT > 1 a
+    tile consists of whole units, the first and last of which may reach out of the row.
     """
     if UNIT > 1:
         lanes = step * BLOCK + tl.arange(0, BLOCK)
@@ -75,10 +78,10 @@ def class_pointers(pointer, starts, columns, class_stride, UNIT: tl.constexpr):
 
 @triton.jit
 def load_classes(pointers, fresh, units, classes, UNIT: tl.constexpr):
-    """What is there in the ``fresh`` lanes of a `class_tile`, anything in the others."""
+    """The values in the ``fresh`` lanes of a `class_tile`; in the others any value."""
     if UNIT > 1:
         last = tl.program_id(0) == tl.num_programs(0) - 1
-        readable = units < (classes - (UNIT - 1) if last else classes)  # nothing of the tensor follows its last row
+        readable = units < (classes - (UNIT - 1) if last else classes)  # no memory may be read behind the last row
         values = tl.load(pointers, mask=readable)
         if last:
             values = tl.where(readable, values, tl.load(pointers, mask=fresh & ~readable))
@@ -89,7 +92,7 @@ def load_classes(pointers, fresh, units, classes, UNIT: tl.constexpr):
 
 @triton.jit
 def store_classes(pointers, values, own_rows, fresh, units, classes, UNIT: tl.constexpr):
-    """Write the ``fresh`` lanes of a `class_tile`, no others: they are another program's."""
+    """Store the ``fresh`` lanes of a `class_tile` alone: another program writes the others."""
     values = values.to(pointers.dtype.element_ty)
     own = own_rows[:, None] & fresh
     if UNIT > 1:
@@ -182,7 +185,9 @@ def cross_entropy_kernel(
     TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
     target_starts = row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
-    if not PROBABILITIES:  # first of all: a call, as which the assertion is compiled, saves what is in registers
+    # Here, before the tiles are loaded: the assertion compiles to a function call, before which the compiler saves all
+    # registers that are in use.
+    if not PROBABILITIES:
         target = tl.load(target_ptr + target_starts)
         counts = target != ignore_index
         valid = (target >= 0) & (target < classes)
@@ -313,7 +318,7 @@ def cross_entropy_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """One program per BLOCK_ROWS positions and every ``num_programs(1)``-th tile of BLOCK_CLASSES."""
+    """One program per BLOCK_ROWS positions (axis 0); along axis 1, programs take turns with the tiles of classes."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
@@ -348,7 +353,7 @@ def cross_entropy_backward_kernel(
             target_sum = target_share
             if LABEL_SMOOTHING > 0:
                 target_sum += uniform * tl.load(weight_sum_ptr)
-        scale = tl.where(target == ignore_index, 0.0, scale)  # and not 0 * scale: the mean of no target has scale inf
+        scale = tl.where(target == ignore_index, 0.0, scale)  # not 0 * scale: if all are ignored, scale is infinite
 
     for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
         columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
@@ -356,7 +361,7 @@ def cross_entropy_backward_kernel(
         x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
         log_probability = x - log_sum_exp[:, None]
         if ONE_TILE:
-            # The whole row is here: what rounding to log_sum_exp has lost of a large logit comes back.
+            # The whole row is in the tile: correct the rounding error of log_sum_exp, which a large logit makes large.
             row_sum = tl.sum(tl.where(fresh, tl.exp(log_probability), 0.0), 1)
             log_probability -= tl.log(row_sum)[:, None]
         if NEED_INPUT:
@@ -399,11 +404,12 @@ def cross_entropy_config(
 ) -> CrossEntropyConfig:
     """The tile for ``inner`` positions side by side, each with up to ``width`` classes and what pads them.
 
-    ``dense``: t is nowhere 0, or rows start anywhere, so that more is kept per lane.
+    ``dense``: the kernel needs more registers per lane, as the target distribution has a value for every class (class
+    probabilities or label smoothing), or as rows do not start at multiples of 16 bytes.
 
-    Logits whose classes lie side by side in memory get tiles that are long in classes: all of them up to 4096, then a
-    loop. Other layouts, images for instance, get tiles that are long in positions. A warp has 512 elements or more: 16
-    bytes in 16 bits for each of AMD's 64 lanes.
+    Where classes are adjacent in memory, a tile has few positions and many classes: all of them up to 4096, in a loop
+    beyond that. In other layouts, images for instance, a tile has many positions and few classes. Each warp gets at
+    least 512 elements, so that each of AMD's 64 lanes loads 16 bytes of a 16-bit dtype.
     """
     all_classes = triton.next_power_of_2(width)
     all_rows = triton.next_power_of_2(inner)

@@ -22,8 +22,8 @@ from .reduce import sum_of_partials
 def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements from ``start`` in the dtype to compute in, and 0 from ``size`` on, where nothing is read.
 
-    Triton widens an access only if its mask is the same over 16 bytes: it is where ``size`` is a multiple of 16
-    elements (``EVEN``). Else the one tile that needs a mask takes a way of its own.
+    Triton vectorizes a masked access only if the mask is constant over each 16 bytes, as it is where ``size`` is a
+    multiple of 16 elements (``EVEN``). Else only the last tile is masked, in a branch of its own.
     """
     positions = start + tl.arange(0, BLOCK)
     pointers, inside = pointer + positions, positions < size
@@ -38,7 +38,7 @@ def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(pointer, values, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Store what `load_tile` would load, rounded to the dtype there."""
+    """Store a tile where `load_tile` would load it, rounded to the tensor's dtype."""
     positions = start + tl.arange(0, BLOCK)
     pointers, inside = pointer + positions, positions < size
     values = values.to(pointer.dtype.element_ty)

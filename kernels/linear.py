@@ -93,7 +93,8 @@ def product_tile(
             a = tl.load(a_ptrs + start * k_strides[0])
             b = tl.load(b_ptrs + start * k_strides[1])
         else:
-            # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
+            # The last step starts early, so that it ends at the edge: elements of the step before, and those that
+            # `tile_lanes` repeats, are loaded as zeros.
             if ALIGNMENT_K == 0:
                 fresh = tl.arange(0, BLOCK_K) < K
             else:
@@ -106,7 +107,7 @@ def product_tile(
 
 @triton.jit
 def with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """What follows a product, before it is rounded. Columns that are not ``inside`` have no meaning; None: all are."""
+    """The epilogue of a product, before it is rounded. The bias is loaded where ``inside``; None: everywhere."""
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns, mask=inside).to(accumulator.dtype)[None, :]
     if RELU:
@@ -209,8 +210,8 @@ def persistent_matmul_kernel(
 ):
     """C = relu(A B + bias), one tile after the other, as many at a time as there are programs.
 
-    The steps and the epilogue are `matmul_kernel`'s, and so are the bits, unless K is larger than BLOCK_K and no
-    multiple of it: there the last step of `matmul_kernel` starts early.
+    Its results equal those of `matmul_kernel` bit by bit, unless K is larger than BLOCK_K and no multiple of it: then
+    the last step of `matmul_kernel` starts early, and its elements are added up in another order.
     """
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N  # that are stored at once
@@ -260,7 +261,7 @@ def sum_of_splits_kernel(
     program = tl.program_id(0)
     elements = tile_start(program, size, BLOCK, ALIGNMENT) + tile_lanes(size, BLOCK, ALIGNMENT)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for split in range(0, splits):  # of few tiles: no offset needs 64 bits
+    for split in range(0, splits):  # only results of few tiles are split, so offsets fit 32 bits
         total += tl.load(partial_ptr + split * size + elements)
     if HAS_BIAS:
         total += tl.load(bias_ptr + elements % N).to(total.dtype)
@@ -271,16 +272,15 @@ def sum_of_splits_kernel(
 
 
 def alignment(size: int, block: int) -> int:
-    """The `tile_start` alignment of a dimension: up to 16, as Triton itself assumes of divisible arguments."""
+    """The ``ALIGNMENT`` of `tile_start`: 0, 16 where the size is a multiple (Triton specializes on that too), or 1."""
     if size < block:
         return 0
     return 16 if size % 16 == 0 else 1
 
 
 def is_aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a matrix has rows or columns that are contiguous, do not overlap, and begin at multiples of 16 bytes.
-
-    They do if the first one does.
+    """Whether a matrix has rows or columns that are contiguous and do not overlap, and that start at multiples of 16
+    bytes if the first one does.
     """
     if 1 not in strides:
         return False

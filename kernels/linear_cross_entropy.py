@@ -10,8 +10,9 @@ gradient g of each row's loss::
     gz_c = g (exp(z_c - m) T / e - t_c)
     gx = gz w,   gw = gz^T x,   gb = sum of gz over rows,   gq_c = g w_c (1 - s) (l - z_c)
 
-gz is made anew from the product, a chunk of rows and classes within the memory budget at a time; ``linear.py`` has the
-products behind it. Made inside both of them it would need no memory, but the product of the logits twice.
+gz is computed from the recomputed logits, for a chunk of rows and classes within the memory budget at a time;
+``linear.py`` computes the products with it. Computed inside of these two products gz would take no memory, but the
+logits would be computed twice.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def dense_target(
 
 @triton.jit
 def at_target(target, start, own, BLOCK_N: tl.constexpr):
-    """[rows, BLOCK_N]: whether a class of the tile from ``start`` is the row's target. 32 bits take few registers."""
+    """[rows, BLOCK_N]: whether a class of the tile from ``start`` is the row's target; compared in 32 bits, which take
+    half the registers."""
     place = tl.minimum(tl.maximum(target - start, -1), BLOCK_N).to(tl.int32)
     lanes = tl.where(own, tl.arange(0, BLOCK_N), -2)
     return lanes[None, :] == place[:, None]
@@ -150,7 +152,7 @@ def linear_cross_entropy_kernel(
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(own[None, :], z, NOTHING)
         new_maximum = tl.maximum(maximum, tl.max(z, 1))
-        # -inf never meets -inf in a difference.
+        # Where all logits so far are -inf, subtract 0: -inf - (-inf) would be NaN.
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
         new_reference = tl.where(new_maximum == NOTHING, 0.0, new_maximum)
         z -= new_reference[:, None]
@@ -163,7 +165,7 @@ def linear_cross_entropy_kernel(
             mass += tl.sum(tl.where(own[None, :], t, 0.0), 1)
         maximum = new_maximum
 
-    if not PROBABILITIES:  # rows that were not looked at: anything finite
+    if not PROBABILITIES:  # a block of ignored rows, whose logits were not computed: finite values
         maximum = tl.where(counts > 0, maximum, 0.0)
         exponentials = tl.where(counts > 0, exponentials, 1.0)
     part = statistics_ptr + split.to(tl.int64) * M + rows
@@ -243,7 +245,8 @@ def logit_gradient_kernel(
     z -= tl.load(maximum_ptr + rows)[:, None]
     exponentials = tl.load(exponentials_ptr + rows)
     scale = tl.load(scale_ptr + rows)[:, None]
-    # Rounded, z is at most 0. In rows that were not looked at it may be anything, and 0 * inf would be NaN.
+    # z <= 0 but for rounding. In ignored rows, whose maximum was not computed, it may be large, exp(z) inf, and the
+    # product with their scale of 0 NaN.
     grad = tl.exp(tl.where(z > 0, 0.0, z)) * (tl.load(mass_ptr + rows) / exponentials)[:, None]
     if PROBABILITIES or LABEL_SMOOTHING > 0:
         grad -= dense_target(
@@ -264,7 +267,7 @@ def logit_gradient_kernel(
 
 
 class Logits(NamedTuple):
-    """Input and weight of a product, its bias and target: all that plans depend on, but for the target's strides."""
+    """All that the plans of both kernels depend on, except the strides of the target."""
 
     device: torch.device
     dtype: torch.dtype
@@ -302,7 +305,7 @@ class Logits(NamedTuple):
             inner == 1 and row % 8 == 0 for row, inner in (strides[:2], strides[2:])
         )
         config = matmul_config(self.device, self.dtype, self.precision, M, N, aligned)
-        if self.device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
+        if self.device.type != "cpu":  # the epilogue takes registers, and so do the addresses of single elements
             config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
         most = (1024 if aligned else 512) * config.num_warps
         if config.BLOCK_M * config.BLOCK_N > most:

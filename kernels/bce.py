@@ -40,12 +40,12 @@ from .elementwise import (
 
 
 @triton.jit
-def load_factor(factor_ptr, start, size, inner, period, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """A weight for a tile: one for each element, or ``period`` of them in turn, each ``inner`` times."""
+def load_factor(factor_ptr, start, size, repeats, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A weight for a tile: one for each element, or number i // inner % period for element i; ``repeats``: these two."""
     if DENSE:
         factor = load_tile(factor_ptr, start, size, EVEN, BLOCK)
     else:
-        factor = tl.load(factor_ptr + (start + tl.arange(0, BLOCK)) // inner % period)
+        factor = tl.load(factor_ptr + (start + tl.arange(0, BLOCK)) // repeats[0] % repeats[1])
     return factor.to(tl.float64 if factor.dtype == tl.float64 else tl.float32)
 
 
@@ -84,11 +84,12 @@ def bce_kernel(
     y = load_tile(target_ptr, start, size, EVEN, BLOCK)
     log_sigmoid = tl.where(x < 0, x, 0.0) - log_of_1_plus(tl.exp(-tl.abs(x)))
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
+        repeats = pos_weight_inner, pos_weight_period
+        v = load_factor(pos_weight_ptr, start, size, repeats, POS_WEIGHT_DENSE, EVEN, BLOCK)
         log_sigmoid *= 1.0 + (v - 1.0) * y
     loss = (1.0 - y) * x - log_sigmoid
     if HAS_WEIGHT:
-        loss *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
+        loss *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
     if SUM:
         part = tl.sum(tl.where(start + tl.arange(0, BLOCK) < size, loss, 0.0), 0) / divisor
         tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
@@ -130,10 +131,11 @@ def bce_backward_kernel(
     else:
         scale = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
     if HAS_WEIGHT:
-        scale *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
+        scale *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
     v = 1.0
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
+        repeats = pos_weight_inner, pos_weight_period
+        v = load_factor(pos_weight_ptr, start, size, repeats, POS_WEIGHT_DENSE, EVEN, BLOCK)
     x = load_tile(input_ptr, start, size, EVEN, BLOCK)
     z = tl.exp(-tl.abs(x))
     if NEED_INPUT:

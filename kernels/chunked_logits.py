@@ -128,18 +128,17 @@ def accumulated_gradients(
     weight: Tensor,
     logit_gradients: Callable[[slice, slice], Tensor],
     product: Callable[[Tensor, Tensor], Tensor],
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input [N, K], weight [C, K] and bias [C] from those of the logits, a tile at a time.
+    """Gradients of input [N, K], weight [C, K] and bias [C], if they are needed, from those of the logits, a tile at a time.
 
     ``logit_gradients(rows, classes)`` computes the gradient of a tile of logits. ``product`` multiplies [M, K] x [K, N]
     and returns the accumulators' dtype; sums are rounded once, at the end. Classes are the outer loop, so that only one
     block of the weight's gradient has an accumulator at a time.
     """
     rows, classes = input.shape[0], weight.shape[0]
+    need_input, need_weight, need_bias = needs
     exact = accumulator_dtype(input.dtype)
     grad_input = torch.zeros_like(input, dtype=exact, memory_format=torch.contiguous_format) if need_input else None
     grad_weight = input.new_empty(weight.shape) if need_weight else None

@@ -415,7 +415,7 @@ def linear_cross_entropy_backward(
     def product(a: Tensor, b: Tensor) -> Tensor:
         return matmul(a, b, out=a.new_empty((a.shape[0], b.shape[1]), dtype=exact))
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, product, *needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, product, needs[:3], budget)
     return (*gradients, grad_target)
 
 

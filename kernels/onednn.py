@@ -132,7 +132,7 @@ def linear_cross_entropy_backward(
     def into_accumulators(a: Tensor, b: Tensor) -> Tensor:
         return product(a, b.t()).to(exact)
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, *needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, needs[:3], budget)
     return (*gradients, grad_target)
 
 

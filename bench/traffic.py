@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastops.ops.registry import RawOp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -34,7 +35,6 @@ from fastops import ops
 from fastops.cli.table import MarkdownTable
 from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.models import FashionMLP, LeNet
-from fastops.ops.registry import RawOp
 
 SECTOR = 32  # bytes
 _FILES = (ops.add_relu, ops.bce, ops.conv, ops.cross_entropy, ops.linear, ops.mse)

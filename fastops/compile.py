@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from . import dispatch, functional
 from .fusions import CALLS, FUSIONS, SUMS_IN_PLACE
-from .kernels import head
+from .kernels import chunked_logits
 from .ops import OPS, Explanation
 from .swap import Report, Row
 
@@ -39,7 +39,7 @@ def _head(first: fx.Node, second: fx.Node) -> _Call | None:
     The call takes the place of the loss: views apart, nothing may happen between, such as a change of the target.
     """
     logits = first.meta["example_value"]
-    if logits.numel() * logits.element_size() <= head.BUDGET:
+    if logits.numel() * logits.element_size() <= chunked_logits.BUDGET:
         return None
     node = second.prev
     while node is not first:

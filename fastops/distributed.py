@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import explain
-from .kernels import head, onednn
-from .kernels.head import Statistics, Target
+from .kernels import chunked_logits, onednn
+from .kernels.chunked_logits import Statistics, Target
 
 _IGNORED: Final = -(2**63)  # what no class index becomes, whatever shard it is relative to
 
@@ -36,7 +36,7 @@ class _Losses(torch.autograd.Function):
         part = torch.stack(kernels.linear_cross_entropy(input, linear_weight, linear_bias, shard, budget))
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, part, group)
-        loss, *saved = head.losses(Statistics(*torch.stack(parts, 1)).merged(), target)
+        loss, *saved = chunked_logits.losses(Statistics(*torch.stack(parts, 1)).merged(), target)
         ctx.save_for_backward(input, linear_weight, linear_bias, shard.target, *saved)
         ctx.options, ctx.group, ctx.budget, ctx.kernels = shard[1:], group, budget, kernels
         return loss
@@ -63,7 +63,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    memory_budget: int = head.BUDGET,
+    memory_budget: int = chunked_logits.BUDGET,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`fastops.functional.linear_cross_entropy` with the classes sharded across ``group``: vocabulary-parallel.
@@ -96,7 +96,7 @@ def linear_cross_entropy(
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
         raise ValueError(f"expected a bias [C], got {tuple(linear_bias.shape)}")
     classes = dist.get_world_size(group) * len(linear_weight)
-    head.check_targets(target, classes, ignore_index)
+    chunked_logits.check_targets(target, classes, ignore_index)
     kept = target != ignore_index
     goal = Target(target.where(kept, _IGNORED), None, _IGNORED, label_smoothing, classes)
     kernels: ModuleType = onednn

@@ -10,12 +10,15 @@ The kernels run over memory in one dense layout, as all elementwise ones do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import elementwise_plan, elementwise_strides, in_layout, load_tile, store_tile
-from .launch import launch
+from .configs import planned
+from .elementwise import Elements, elementwise_plan, in_layout, load_tile, store_tile
+from .launch import Plan, launch
 
 
 @triton.jit
@@ -51,18 +54,27 @@ def add_relu_backward_kernel(
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
     """``relu(input + other)`` of two tensors of one shape and dtype, not empty, any strides."""
-    return _elementwise(add_relu_kernel, input, other)
+    elements = Elements(input.device, input.dtype, input.shape, input.stride(), other.stride())
+    return _elementwise(*add_relu_plan(add_relu_kernel, elements), input, other)
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
-    """The gradient of `add_relu` for both inputs alike, in the layout of ``output``."""
-    return _elementwise(add_relu_backward_kernel, grad_output, output, output.stride())
+    """The gradient of `add_relu` for both inputs alike, in the layout of ``output``, which is dense."""
+    elements = Elements(output.device, output.dtype, output.shape, output.stride(), output.stride())
+    return _elementwise(*add_relu_plan(add_relu_backward_kernel, elements), grad_output, output)
 
 
-def _elementwise(kernel: object, first: Tensor, second: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
-    """Run a kernel of two inputs over memory in the layout of ``strides``, or in that of torch's own result."""
-    strides = strides or elementwise_strides(first, second)
+@planned
+def add_relu_plan(kernel: Any, elements: Elements) -> tuple[Plan, tuple[int, ...]]:
+    """The launch of a kernel of two inputs, and the strides that all tensors get."""
+    return elementwise_plan(kernel, elements.device, elements.shape.numel()), elements.result_strides()
+
+
+def _elementwise(plan: Plan, strides: tuple[int, ...], first: Tensor, second: Tensor) -> Tensor:
+    if first.stride() != strides:
+        first = in_layout(first, strides)
+    if second.stride() != strides:
+        second = in_layout(second, strides)
     result = first.new_empty_strided(first.shape, strides)
-    plan = elementwise_plan(kernel, first.device, first.numel())
-    launch(plan, in_layout(first, strides), in_layout(second, strides), result)
+    launch(plan, first, second, result)
     return result

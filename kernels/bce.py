@@ -9,43 +9,49 @@ With ``x`` the input, ``y`` the target, ``w`` the weight and ``v`` the weight of
 
 All of them come from ``z = exp(-|x|)``, which cannot overflow: ``log s(x) = min(x, 0) - log(1 + z)``.
 
-The weights may repeat along dimensions. One whose own dimensions lie side by side in memory order is read as it is, by
-a division of the position; any other is first written out in full.
+The weights broadcast. If the dimensions along which a weight varies are adjacent in the memory order of the elements,
+its element is found by a division of the position; else the weight is expanded to a tensor of full size first.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import planned
 from .elementwise import (
+    Elements,
+    LossBackwardPlan,
+    LossPlan,
     elementwise_loss,
     elementwise_loss_backward,
-    elementwise_strides,
     in_layout,
     load_tile,
+    loss_backward_plan,
+    loss_plan,
     store_tile,
 )
 
 
 @triton.jit
-def load_factor(factor_ptr, start, size, inner, period, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """A weight for a tile: one for each element, or ``period`` of them in turn, each ``inner`` times."""
+def load_factor(factor_ptr, start, size, repeats, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A weight for a tile: one for each element, or number i // inner % period for element i; ``repeats``: these two."""
     if DENSE:
         factor = load_tile(factor_ptr, start, size, EVEN, BLOCK)
     else:
-        factor = tl.load(factor_ptr + (start + tl.arange(0, BLOCK)) // inner % period)
+        factor = tl.load(factor_ptr + (start + tl.arange(0, BLOCK)) // repeats[0] % repeats[1])
     return factor.to(tl.float64 if factor.dtype == tl.float64 else tl.float32)
 
 
 @triton.jit
 def log_of_1_plus(z):
-    """log(1 + z) for z from 0 to 1, with its digits where z is small: what 1 + z was rounded by comes back."""
+    """log(1 + z) for z from 0 to 1, exact where z is small too: corrected for the rounding of 1 + z."""
     u = 1.0 + z
     return tl.log(u) - ((u - 1.0) - z) / u
 
@@ -78,11 +84,12 @@ def bce_kernel(
     y = load_tile(target_ptr, start, size, EVEN, BLOCK)
     log_sigmoid = tl.where(x < 0, x, 0.0) - log_of_1_plus(tl.exp(-tl.abs(x)))
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
+        repeats = pos_weight_inner, pos_weight_period
+        v = load_factor(pos_weight_ptr, start, size, repeats, POS_WEIGHT_DENSE, EVEN, BLOCK)
         log_sigmoid *= 1.0 + (v - 1.0) * y
     loss = (1.0 - y) * x - log_sigmoid
     if HAS_WEIGHT:
-        loss *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
+        loss *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
     if SUM:
         part = tl.sum(tl.where(start + tl.arange(0, BLOCK) < size, loss, 0.0), 0) / divisor
         tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
@@ -124,15 +131,16 @@ def bce_backward_kernel(
     else:
         scale = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
     if HAS_WEIGHT:
-        scale *= load_factor(weight_ptr, start, size, weight_inner, weight_period, WEIGHT_DENSE, EVEN, BLOCK)
+        scale *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
     v = 1.0
     if HAS_POS_WEIGHT:
-        v = load_factor(pos_weight_ptr, start, size, pos_weight_inner, pos_weight_period, POS_WEIGHT_DENSE, EVEN, BLOCK)
+        repeats = pos_weight_inner, pos_weight_period
+        v = load_factor(pos_weight_ptr, start, size, repeats, POS_WEIGHT_DENSE, EVEN, BLOCK)
     x = load_tile(input_ptr, start, size, EVEN, BLOCK)
     z = tl.exp(-tl.abs(x))
     if NEED_INPUT:
         y = load_tile(target_ptr, start, size, EVEN, BLOCK)
-        # s(-|x|) keeps its digits, s(|x|) does not: write 1 - s(-x) for s(x) where x > 0.
+        # s(-|x|) has a small relative error, 1 - s(|x|) has not: where x > 0, s(x) is written as 1 - s(-x).
         small = (1.0 + (v - 1.0) * y) * z / (1.0 + z)
         grad = scale * tl.where(x < 0, small - v * y, (1.0 - y) - small) / divisor
         store_tile(grad_input_ptr, grad, start, size, EVEN, BLOCK)
@@ -146,40 +154,51 @@ def bce_backward_kernel(
 
 
 class Factor(NamedTuple):
-    """A weight as `load_factor` reads it."""
+    """How `load_factor` reads a weight: in which order its dimensions must lie, None if it is written out in full."""
 
-    values: Tensor | None
-    inner: int = 1
-    period: int = 1
+    order: tuple[int, ...] | None
+    inner: int
+    period: int
 
-    @staticmethod
-    def of(tensor: Tensor | None, shape: torch.Size, strides: tuple[int, ...]) -> Factor:
-        """``tensor``, which broadcasts to ``shape``, for elements with these dense strides."""
-        if tensor is None:
-            return Factor(None)
-        own = tensor.reshape((1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape))
-        order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
-        varying = [place for place, d in enumerate(order) if own.shape[d] > 1]
+    @classmethod
+    def of(cls, shape: tuple[int, ...] | None, full: tuple[int, ...], strides: tuple[int, ...]) -> Factor:
+        """Of a weight of ``shape``, which broadcasts to the ``full`` one, for elements with these dense strides."""
+        if shape is None:
+            return cls(None, 1, 1)
+        own = (1,) * (len(full) - len(shape)) + tuple(shape)
+        order = sorted((d for d in range(len(full)) if full[d] > 1), key=lambda d: -strides[d])
+        varying = [place for place, d in enumerate(order) if own[d] > 1]
         if len(varying) == len(order) or varying != list(range(varying[0], varying[-1] + 1) if varying else ()):
-            return Factor(in_layout(tensor.expand(shape), strides), 1, math.prod(shape))
-        inner = math.prod(shape[d] for d in order[varying[-1] + 1 :]) if varying else 1
-        values = own.permute(*order, *(d for d in range(len(shape)) if shape[d] == 1)).contiguous()
-        return Factor(values, inner, values.numel())
+            return cls(None, 1, math.prod(full))
+        inner = math.prod(full[d] for d in order[varying[-1] + 1 :]) if varying else 1
+        ones = (d for d in range(len(full)) if full[d] == 1)
+        return cls((*order, *ones), inner, math.prod(own))
+
+    def values(self, weight: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+        """The weight's elements in that order."""
+        if self.order is None:
+            return in_layout(weight.expand(shape), strides)
+        return weight.reshape((1,) * (len(shape) - weight.dim()) + tuple(weight.shape)).permute(self.order).contiguous()
 
 
-def factors(
-    input: Tensor, weight: Tensor | None, pos_weight: Tensor | None, strides: tuple[int, ...]
-) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any]]:
-    """Both weights for a kernel: tensors, numbers and constants."""
-    w, v = (Factor.of(tensor, input.shape, strides) for tensor in (weight, pos_weight))
+Plans = TypeVar("Plans", LossPlan, LossBackwardPlan)
+Shapes: TypeAlias = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # of the weights
+
+
+@planned
+def bce_plan(
+    choose: Callable[..., Plans], kernel: Any, elements: Elements, shapes: Shapes, *words: Any
+) -> tuple[Plans, Factor, Factor]:
+    """What ``choose`` returns, `loss_plan` or `loss_backward_plan` for a ``kernel`` and ``words``, and both weights."""
+    strides, size = elements.result_strides(), elements.shape.numel()
+    w, v = (Factor.of(shape, elements.shape, strides) for shape in shapes)
     constants = {
-        "HAS_WEIGHT": w.values is not None,
-        "WEIGHT_DENSE": w.period == input.numel(),
-        "HAS_POS_WEIGHT": v.values is not None,
-        "POS_WEIGHT_DENSE": v.period == input.numel(),
+        "HAS_WEIGHT": shapes[0] is not None,
+        "WEIGHT_DENSE": w.period == size,
+        "HAS_POS_WEIGHT": shapes[1] is not None,
+        "POS_WEIGHT_DENSE": v.period == size,
     }
-    tensors = (input if w.values is None else w.values, input if v.values is None else v.values)
-    return tensors, (*w[1:], *v[1:]), constants
+    return choose(kernel, elements, *words, *w[1:], *v[1:], **constants), w, v
 
 
 def bce(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
@@ -188,10 +207,12 @@ def bce(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor
     ``weight`` and ``pos_weight`` have the same dtype and broadcast to that shape. ``reduction`` 'none' gives a tensor
     of that shape, 'mean' and 'sum' a 0-d one. Accumulates in float32 (float64 for float64) and rounds once.
     """
-    strides = elementwise_strides(target, target)
-    weights, numbers, constants = factors(input, weight, pos_weight, strides)
-    tensors = in_layout(input, strides), in_layout(target, strides), *weights
-    return elementwise_loss(bce_kernel, tensors, strides, reduction, *numbers, **constants)
+    elements = Elements(input.device, input.dtype, input.shape, target.stride(), target.stride())
+    shapes = None if weight is None else weight.shape, None if pos_weight is None else pos_weight.shape
+    plan, w, v = bce_plan(loss_plan, bce_kernel, elements, shapes, reduction)
+    weight = input if weight is None else w.values(weight, input.shape, plan.strides)
+    pos_weight = input if pos_weight is None else v.values(pos_weight, input.shape, plan.strides)
+    return elementwise_loss(plan, input, target, weight, pos_weight)
 
 
 def bce_backward(
@@ -205,10 +226,10 @@ def bce_backward(
     need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`elementwise_loss_backward` of `bce`."""
-    strides = elementwise_strides(target, target)
-    weights, numbers, constants = factors(input, weight, pos_weight, strides)
-    tensors = in_layout(input, strides), in_layout(target, strides), *weights
-    needs = need_input, need_target
-    return elementwise_loss_backward(
-        bce_backward_kernel, grad_output, tensors, strides, reduction, *needs, *numbers, **constants
-    )
+    elements = Elements(input.device, input.dtype, input.shape, target.stride(), target.stride())
+    shapes = None if weight is None else weight.shape, None if pos_weight is None else pos_weight.shape
+    choices = not any(grad_output.stride()), need_input, need_target
+    plan, w, v = bce_plan(loss_backward_plan, bce_backward_kernel, elements, shapes, reduction, choices)
+    weight = input if weight is None else w.values(weight, input.shape, plan.strides)
+    pos_weight = input if pos_weight is None else v.values(pos_weight, input.shape, plan.strides)
+    return elementwise_loss_backward(plan, grad_output, input, target, weight, pos_weight)

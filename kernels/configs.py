@@ -25,10 +25,10 @@ class MatmulConfig(NamedTuple):
 
 
 class PersistentConfig(NamedTuple):
-    """Tile of a product whose programs go through many tiles, loaded and stored by tensor descriptors.
+    """Tile of a persistent kernel: each program computes many tiles, with tensor descriptors for loads and stores.
 
-    ``HALVES``: a tile of the result is stored in two steps, which takes half the shared memory. ``WARP_SPECIALIZE``:
-    warps of their own load and multiply, while ``num_warps`` others store the tile before.
+    ``HALVES``: the left and the right half of a result tile are stored one after the other, which takes half the shared
+    memory. ``WARP_SPECIALIZE``: some warps load and multiply while ``num_warps`` others store the previous tile.
     """
 
     BLOCK_M: int
@@ -40,7 +40,7 @@ class PersistentConfig(NamedTuple):
     WARP_SPECIALIZE: bool
 
 
-# Largest tile first: the first one that still gives every multiprocessor a program is taken, else the last.
+# Each row has its largest tile first. The first one that gives every multiprocessor a program is taken, else the last.
 _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
     "sm75": (MatmulConfig(32, 64, 32, 4, 2),),
     "sm80": (
@@ -64,9 +64,10 @@ _HALF_PRECISION: dict[str, tuple[MatmulConfig, ...]] = {
     "gfx1100": (MatmulConfig(128, 128, 32, 8, 2), MatmulConfig(64, 128, 32, 4, 2)),
 }
 _FLOAT32 = (MatmulConfig(64, 64, 16, 4, 3),)
-# float32 where torch's setting is "tf32": what the matrix units round operands to, and the tiles. bf16x3 is three
-# products of the sums of two bfloat16 numbers, more exact than tf32. An architecture that is not here has no tf32 and
-# either no bfloat16, or no gain from it (gfx1100) or flushed subnormal numbers (gfx90a): it computes in float32.
+# float32 where torch's setting is "tf32": Triton's name of the reduced precision, and the tiles. "bf16x3" writes each
+# operand as a sum of two bfloat16 numbers and multiplies three times; it is more exact than tf32. Architectures that
+# are not listed compute in float32: they have no tf32, and bfloat16 is missing (sm75), no faster (gfx1100), or flushes
+# subnormal numbers to zero (gfx90a).
 _TF32 = "tf32", (MatmulConfig(128, 128, 32, 8, 3), MatmulConfig(64, 64, 32, 4, 3))
 _AMD_REDUCED = (MatmulConfig(128, 128, 32, 8, 2), MatmulConfig(64, 64, 32, 4, 2))
 _REDUCED_FLOAT32: dict[str, tuple[str, tuple[MatmulConfig, ...]]] = {
@@ -80,7 +81,7 @@ _REDUCED_FLOAT32: dict[str, tuple[str, tuple[MatmulConfig, ...]]] = {
 }
 _FLOAT64 = (MatmulConfig(32, 32, 16, 4, 2),)
 _RDNA = {torch.float32: (MatmulConfig(64, 64, 16, 8, 3),), torch.float64: (MatmulConfig(32, 32, 16, 4, 1),)}
-# Products of 16-bit operands, and of float32 rounded to tf32, that GPUs with tensor descriptors compute persistently.
+# Tiles of the persistent kernel, for GPUs with tensor descriptors: of 16-bit operands, and of float32 rounded to tf32.
 _PERSISTENT: dict[str, tuple[PersistentConfig, ...]] = {
     "sm90": (PersistentConfig(128, 256, 64, 8, 3, True, False), PersistentConfig(128, 128, 64, 8, 3, False, False)),
     "sm100": (PersistentConfig(128, 256, 64, 8, 3, True, True), PersistentConfig(128, 128, 64, 8, 3, False, True)),
@@ -159,26 +160,27 @@ def persistent_candidates(architecture_name: str, dtype: torch.dtype, precision:
 
 
 Tile: TypeAlias = MatmulConfig | PersistentConfig
-Product = tuple[torch.device, torch.dtype, str, int, int]  # all that the choices below look at, of aligned operands
-measured: dict[Product, Tile] = {}  # what `fastops.tune` found faster
-met: set[Product] | None = None  # it looks for products here
-plans: dict[Any, Any] = {}  # what `planned` functions returned since a tile was measured
-_PLANS_AT_MOST = 1 << 14  # with shapes that never come again: all are forgotten, and found again in Triton's own cache
+Kind: TypeAlias = tuple[torch.device, torch.dtype, str]  # of a product's operands; how float32 may be rounded
+Product = tuple[torch.device, torch.dtype, str, int, int]  # device, dtype, precision, M, N of a product, rows aligned
+measured: dict[Product, Tile] = {}  # tiles that `fastops.tune` measured to be faster than the table's
+met: set[Product] | None = None  # while `fastops.tune` collects products: those that asked for a tile; else None
+plans: dict[Any, Any] = {}  # the results of `planned` functions; replaced by an empty one when `measured` changes
+_PLANS_AT_MOST = 1 << 14  # then all are dropped, so that ever new shapes do not fill the memory
 _UNKNOWN = object()
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def planned(choose: Callable[P, T]) -> Callable[P, T]:
-    """Keep what ``choose`` returns for its hashable arguments: choosing takes longer than a launch.
+    """Cache the results of ``choose``, whose arguments are hashable: to choose takes longer than to launch.
 
-    Equal arguments get the same plan: it must not matter whether they are 1, 1.0 or True.
+    Equal arguments get the same plan, so ``choose`` must not tell 1, 1.0 and True apart.
     """
 
     @functools.wraps(choose)
     def kept(*arguments: P.args, **options: P.kwargs) -> T:
         key = (choose, arguments, *options.items()) if options else (choose, arguments)
-        kept_now = plans  # another thread may have others at the end: this plan is then too old for them
+        kept_now = plans  # if another thread replaces `plans` meanwhile, an outdated plan goes into the old dictionary
         if met is None and (known := kept_now.get(key, _UNKNOWN)) is not _UNKNOWN:
             return known
         chosen = choose(*arguments, **options)
@@ -191,13 +193,13 @@ def planned(choose: Callable[P, T]) -> Callable[P, T]:
 
 
 def forget_plans() -> None:
-    """Choose anew from now on."""
+    """Drop all plans: the next calls choose anew."""
     global plans
     plans = {}
 
 
 def set_tiles(tiles: Mapping[Product, Tile | None]) -> None:
-    """Take these tiles from now on; None: what the table says."""
+    """Use these tiles from now on; None: the table's."""
     for product, tile in tiles.items():
         if tile is None:
             measured.pop(product, None)
@@ -207,8 +209,9 @@ def set_tiles(tiles: Mapping[Product, Tile | None]) -> None:
 
 
 def _measured(*product: Any) -> Tile | None:
-    if met is not None:
-        met.add(product)
+    wanted = met  # read once: another thread may set it to None at any time
+    if wanted is not None:
+        wanted.add(product)
     return measured.get(product)
 
 
@@ -217,9 +220,9 @@ def matmul_config(
 ) -> MatmulConfig:
     """The largest tile that gives every multiprocessor of ``device`` a tile of an ``M`` x ``N`` result.
 
-    Operands that are not ``aligned`` are loaded element by element, each with an address of its own: registers spill
-    but for the smallest tile shared by more warps.
-    The interpreter runs programs one by one: it gets the smallest tile if that holds the result, else the largest.
+    Operands that are not ``aligned`` are loaded element by element, and the addresses take registers: only the smallest
+    tile, spread over 8 warps, does not spill. The interpreter runs programs one after the other: it gets the smallest
+    tile if that holds the result, else the largest.
     """
     candidates = matmul_candidates(architecture(device), dtype, precision)
     if aligned and isinstance(tile := _measured(device, dtype, precision, M, N), MatmulConfig):
@@ -249,7 +252,7 @@ def persistent_config(
 
 
 class ConvConfig(NamedTuple):
-    """Tile of a convolution. ``FLAT``: its channels are no multiple of the block, which then runs over taps too."""
+    """Tile of a convolution. ``FLAT``: the channels are no multiple of the block, so one block spans several taps."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -265,29 +268,20 @@ def _power_of_2_within(size: int, limit: int) -> int:
 
 
 def _channel_block(channels: int, block: int) -> tuple[int, bool]:
-    """A large part of the block that divides the channels, and False; if there is none the whole block, and True."""
+    """``(block, FLAT)``: the greatest common divisor of both and False; if that is below 32, the block and True."""
     divisor = math.gcd(channels, block)
     return (divisor, False) if divisor >= min(32, block) else (block, True)
 
 
-def conv_config(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    positions: int,
-    columns: int,
-    products: int,
-    channels: int,
-    aligned: bool,
-) -> ConvConfig:
+def conv_config(kind: Kind, positions: int, columns: int, products: int, channels: int, aligned: bool) -> ConvConfig:
     """Tile of ``products`` products [positions, taps x channels] x [taps x channels, columns].
 
     The tile of `matmul_config`, no wider than the ``columns`` and with steps that divide the ``channels``.
     """
-    tile = matmul_config(device, dtype, precision, positions, columns * products, aligned)
-    if device.type == "cpu":
+    tile = matmul_config(*kind, positions, columns * products, aligned)
+    if kind[0].type == "cpu":
         tile = tile._replace(BLOCK_M=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
-    elif not aligned:  # addresses one by one, for a whole tile, take too many registers
+    elif not aligned:  # the addresses of single elements would take too many registers
         tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32))
     block_k, flat = _channel_block(channels, tile.BLOCK_K)
     block_n = _power_of_2_within(columns, tile.BLOCK_N)
@@ -295,19 +289,16 @@ def conv_config(
 
 
 def conv_grad_weight_config(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    positions: int,
-    rows: int,
-    channels: int,
-    taps: int,
-    aligned: bool,
+    kind: Kind, positions: int, rows: int, channels: int, taps: int, aligned: bool
 ) -> ConvConfig:
-    """Tile of a product [rows, positions] x [positions, taps x channels]: few tiles, as the positions are split."""
+    """Tile of a product [rows, positions] x [positions, taps x channels], whose sum over positions is split.
+
+    The split keeps all multiprocessors busy, so the largest tile is taken.
+    """
+    device, dtype, precision = kind
     candidates = matmul_candidates(architecture(device), dtype, precision)
     tile = candidates[0] if aligned else candidates[-1]._replace(num_warps=8)
-    # The second operand is gathered, at a dozen instructions for each address: the narrow side.
+    # The second operand is gathered, and each address takes a dozen instructions: it gets the shorter side of the tile.
     tile = tile._replace(BLOCK_M=max(tile[:2]), BLOCK_N=min(tile[:2]))
     if device.type == "cpu":
         tile = candidates[0]._replace(BLOCK_K=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
@@ -319,27 +310,27 @@ def conv_grad_weight_config(
 
 
 def _warps(tile: MatmulConfig, elements: int) -> int:
-    """Four warps hold the accumulators of 128 x 64 elements in registers."""
+    """How many warps: at most four where these hold the tile's accumulators in registers, 128 x 64 of them."""
     return tile.num_warps if elements > 128 * 64 else min(4, tile.num_warps)
 
 
 def register_limit(device: torch.device) -> dict[str, int]:
-    """Compiler options that let each thread have all registers: left alone, ptxas spills some early on these."""
+    """Compiler options for GPUs where ptxas spills before it has used all of a thread's 255 registers."""
     return {"maxnreg": 255} if architecture(device) in ("sm75", "sm100", "sm120") else {}
 
 
 def inner_splits(device: torch.device, tiles: int, steps: int, partial: int, operands: int) -> int:
-    """How many parts the sum over a product's inner dimension has: so many that every multiprocessor gets two programs.
+    """Into how many parts to split the sum over a product's inner dimension: two programs for every multiprocessor.
 
-    No more than four ``steps`` each allow, and not so many that the partial results, of ``partial`` bytes each and
-    written, then read, move more bytes than the ``operands`` have. The interpreter stands for one multiprocessor.
+    Fewer if a part would have less than four ``steps``, or if writing and reading the partial results, of ``partial``
+    bytes each, would move more bytes than the ``operands`` have. The interpreter counts as one multiprocessor.
     """
     wanted = 2 * (1 if device.type == "cpu" else multiprocessors(device)) // tiles
     return max(1, min(wanted, steps // 4, operands // (2 * partial)))
 
 
 def class_splits(device: torch.device, row_tiles: int, class_tiles: int) -> int:
-    """How many programs share the classes of a block of rows: so many that every multiprocessor gets two."""
-    if device.type == "cpu":  # the interpreter runs programs one by one: only so that there is something to merge
+    """How many programs share the classes of a block of rows: two programs for every multiprocessor."""
+    if device.type == "cpu":  # the interpreter gains nothing: two, so that tests merge results
         return min(2, class_tiles)
     return max(1, min(-(-2 * multiprocessors(device) // row_tiles), class_tiles))

@@ -22,17 +22,20 @@ A convolution of 1×1 with stride 1 is a linear layer over positions and runs as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
+from .add_relu import add_relu_backward
+from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import matmul, relu_mask_and_column_sum, tile_lanes, tile_start
+from .linear import MaskPlan, mask_and_sum, mask_plan, matmul, relu_mask_and_column_sum, tile_lanes, tile_start
+from .onednn import convolution_backward
 
 
 @triton.jit
@@ -359,12 +362,11 @@ def conv_sum_of_splits_kernel(
     tl.store(output_ptr + offsets, total.to(output_ptr.dtype.element_ty), mask=own_element)
 
 
-def channels_last(tensor: Tensor, pad: bool) -> Tensor:
-    """[N, C, ...] -> contiguous [N, ..., C]: a view of a dense channels-last tensor, else a copy.
+def channels_last(tensor: Tensor, channels: int) -> Tensor:
+    """[N, C, ...] -> contiguous [N, ..., channels]: a view of a dense channels-last tensor, else a copy.
 
-    With ``pad``, channels of zeros fill up each position to a multiple of 16 bytes: for 128-bit loads.
+    ``channels`` beyond C are zeros: they pad each position to a multiple of 16 bytes, for 128-bit loads.
     """
-    channels = padded_channels(tensor.shape[1], tensor.dtype) if pad else tensor.shape[1]
     tensor = tensor.movedim(1, -1)
     if channels == tensor.shape[-1]:
         return tensor.contiguous()
@@ -373,30 +375,21 @@ def channels_last(tensor: Tensor, pad: bool) -> Tensor:
     return padded
 
 
-def padded_channels(channels: int, dtype: torch.dtype) -> int:
-    """How many channels `channels_last` makes of them."""
-    return channels + -channels % (16 // dtype.itemsize)
-
-
 def rows_of_channels(tensor: Tensor) -> Tensor:
     """[N, C, ...] -> contiguous [positions, C]: a view of a dense channels-last tensor, else a copy."""
-    return channels_last(tensor, pad=False).view(-1, tensor.shape[1])
+    return tensor.movedim(1, -1).contiguous().view(-1, tensor.shape[1])
 
 
-def written(
-    like: Tensor, shape: Sequence[int], memory_format: torch.memory_format, write: Callable[[Tensor], None]
-) -> Tensor:
-    """A new tensor of ``shape`` [N, C, ...] in ``memory_format``, whose [positions, C] rows ``write`` has filled.
+Options: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
-    Not a view: autograd lets nobody change a view from a Function in place.
-    """
-    result = torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
-    if memory_format is not torch.contiguous_format:
-        write(rows_of_channels(result))
-        return result
-    rows = like.new_empty(result.numel() // shape[1], shape[1])
-    write(rows)
-    return result.copy_(rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
+
+class ConvPlan(NamedTuple):
+    """The launch of `conv`, None if it is a linear layer; how many channels its operands get; the result's shape."""
+
+    launch: Plan | None
+    channels: int
+    shape: tuple[int, ...]
+    channels_last_shape: tuple[int, ...]
 
 
 def conv(
@@ -414,76 +407,95 @@ def conv(
 
     One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``.
     """
-    plan, shape = conv_plan(
-        input.device,
-        input.dtype,
-        input.shape,
-        weight.shape,
-        bias is not None,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        relu,
-        input_precision(input, "conv"),
-    )
-
-    def write(rows: Tensor) -> None:
-        if plan is None:
-            matmul(rows_of_channels(input), weight.reshape(shape[1], -1).t(), bias, relu, out=rows)
-            return
-        x, w = (channels_last(tensor, pad=groups == 1) for tensor in (input, weight))
-        launch(plan, x, w, rows if bias is None else bias.contiguous(), rows)
-
-    return written(input, shape, memory_format, write)
+    kind = input.device, input.dtype, input_precision(input, "conv")
+    options = tuple(stride), tuple(padding), tuple(dilation), groups
+    plan = conv_plan(kind, (input.shape, weight.shape), options, bias is not None, relu)
+    # Not a view of `rows`: autograd lets nobody change a view from a Function in place.
+    result = torch.empty(plan.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+    contiguous = memory_format is torch.contiguous_format
+    rows = input.new_empty(plan.channels_last_shape) if contiguous else result
+    if plan.launch is None:
+        matmul(rows_of_channels(input), weight.reshape(plan.shape[1], -1).t(), bias, relu, out=rows)
+    else:
+        x = channels_last(input, plan.channels * groups)
+        w = channels_last(weight, plan.channels)
+        launch(plan.launch, x, w, rows if bias is None else bias.contiguous(), rows)
+    return result.copy_(rows.movedim(-1, 1)) if contiguous else result
 
 
 @planned
 def conv_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    input_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    has_bias: bool,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    relu: bool,
-    precision: str,
-) -> tuple[Plan | None, tuple[int, ...]]:
-    """`conv`, None if it is a linear layer, and the shape of its result."""
-    geometry = Geometry.of(weight_shape[2:], stride, padding, dilation)
-    input_size = three(input_shape[2:])
-    output_size = geometry.output_size(input_size)
-    out_channels, channels = weight_shape[:2]
-    shape = (input_shape[0], out_channels, *output_size[5 - len(input_shape) :])
-    if geometry == POINTWISE and groups == 1:
-        return None, shape
-    if groups == 1:
-        channels = padded_channels(channels, dtype)
-    positions, outputs = input_shape[0] * math.prod(output_size), out_channels // groups
-    aligned = channels * dtype.itemsize % 16 == 0
-    config = conv_config(device, dtype, precision, positions, outputs, groups, channels, aligned)
+    kind: Kind, shapes: tuple[tuple[int, ...], tuple[int, ...]], options: Options, has_bias: bool, relu: bool
+) -> ConvPlan:
+    """`conv` of input and weight with these ``shapes``."""
+    sizes = Sizes.of(kind, shapes, options)
+    input_shape, weight_shape = shapes
+    size = sizes.output[5 - len(input_shape) :]
+    shape, last = (input_shape[0], weight_shape[0], *size), (input_shape[0], *size, weight_shape[0])
+    if sizes.is_linear:
+        return ConvPlan(None, weight_shape[1], shape, last)
+    groups, channels, outputs = sizes.groups, sizes.padded_channels, sizes.outputs
+    positions = sizes.positions(sizes.output)
+    aligned = channels * kind[1].itemsize % 16 == 0
+    config = conv_config(kind, positions, outputs, groups, channels, aligned)
     plan = Plan(
         conv_kernel,
         (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
         positions,
-        input_size,
-        output_size,
-        GROUPS=groups,
+        sizes.input,
+        sizes.output,
         CHANNELS=channels,
-        OUT_CHANNELS=outputs,
-        **geometry._asdict(),
         HAS_BIAS=has_bias,
         RELU=relu,
-        INPUT_PRECISION=precision,
-        LARGE=is_large(positions, input_shape[0] * math.prod(input_size)),
         ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
+        **sizes.constants(kind),
         **config._asdict(),
-        **register_limit(device),
     )
-    return plan, shape
+    return ConvPlan(plan, channels, shape, last)
+
+
+class Sizes(NamedTuple):
+    """All sizes of a convolution, in three spatial dimensions."""
+
+    batch: int
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    geometry: Geometry
+    groups: int
+    channels: int  # of a group
+    padded_channels: int  # what they are padded to: if there is one group, to a multiple of 16 bytes
+    outputs: int  # output channels of a group
+
+    @classmethod
+    def of(cls, kind: Kind, shapes: tuple[tuple[int, ...], tuple[int, ...]], options: Options) -> Sizes:
+        """From the shapes of input and weight."""
+        (batch, _, *size), (out_channels, channels, *kernel) = shapes
+        *each, groups = options
+        geometry = Geometry.of(kernel, *each)
+        padding = -channels % (16 // kind[1].itemsize) if groups == 1 else 0
+        in_three = three(size)
+        output = geometry.output_size(in_three)
+        return cls(batch, in_three, output, geometry, groups, channels, channels + padding, out_channels // groups)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer over positions."""
+        return self.geometry == POINTWISE and self.groups == 1
+
+    def positions(self, size: tuple[int, ...]) -> int:
+        """Of the whole batch."""
+        return self.batch * math.prod(size)
+
+    def constants(self, kind: Kind) -> dict[str, Any]:
+        """Those that all three kernels take."""
+        return {
+            "GROUPS": self.groups,
+            "OUT_CHANNELS": self.outputs,
+            **self.geometry._asdict(),
+            "INPUT_PRECISION": kind[2],
+            "LARGE": is_large(self.positions(self.output), self.positions(self.input)),
+            **register_limit(kind[0]),
+        }
 
 
 def is_large(*positions: int) -> bool:
@@ -509,135 +521,161 @@ def conv_backward(
     groups: int,
     need_bias: bool,
     memory_format: torch.memory_format,
+    *,
+    vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `conv` for input (needs ``weight``), weight (needs ``input``) and bias.
 
     ``output`` is the forward's result if it had a ReLU, else None. The first two results have ``memory_format``.
+    ``vendor``: the gradients of input and weight are torch's, from cuDNN or MIOpen.
     """
-    geometry = Geometry.of(weight_shape[2:], stride, padding, dilation)
-    output_rows = None if output is None else rows_of_channels(output)
-    grad, grad_bias = relu_mask_and_column_sum(rows_of_channels(grad_output), output_rows, need_bias)
-    pointwise = geometry == POINTWISE and groups == 1
-    shapes = tuple(input_shape), tuple(weight_shape), tuple(grad_output.shape[2:])
-    words = grad.device, grad.dtype, *shapes, geometry, groups, input_precision(grad, "conv")
+    shapes = tuple(input_shape), tuple(weight_shape)
+    options = tuple(stride), tuple(padding), tuple(dilation), groups
+    contiguous = memory_format is torch.contiguous_format
+    if vendor:
+        grad, sums = grad_output, None
+        if contiguous:  # masked as it lies in memory; the bias gradient is torch's too
+            grad = grad if output is None else add_relu_backward(grad, output.contiguous())
+        elif output is not None or need_bias:
+            rows = None if output is None else rows_of_channels(output)
+            masked, sums = relu_mask_and_column_sum(rows_of_channels(grad), rows, need_bias)
+            grad = masked.view(grad.movedim(1, -1).shape).movedim(-1, 1)
+        grad_input, grad_weight, grad_bias = convolution_backward(
+            grad, input, weight, shapes, options, need_bias and sums is None, memory_format
+        )
+        return grad_input, grad_weight, grad_bias if sums is None else sums
+
+    kind = grad_output.device, grad_output.dtype, input_precision(grad_output, "conv")
+    needs = weight is not None, input is not None, need_bias
+    plan = conv_backward_plan(kind, shapes, options, output is not None, needs, memory_format)
+    grad = rows_of_channels(grad_output)
+    masked = grad if output is None else grad.new_empty(grad.shape)
+    grad_bias = mask_and_sum(plan.mask, grad, None if output is None else rows_of_channels(output), masked)
     grad_input = grad_weight = None
     if weight is not None:
-
-        def write(rows: Tensor) -> None:
-            if pointwise:
-                matmul(grad, weight.reshape(grad.shape[1], -1), out=rows)
-            else:
-                launch(grad_input_plan(*words), grad, channels_last(weight, pad=False), rows)
-
-        grad_input = written(grad, input_shape, memory_format, write)
+        grad_input = torch.empty(shapes[0], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        rows = grad.new_empty(plan.channels_last_shape) if contiguous else grad_input
+        if plan.for_input is None:
+            matmul(masked, weight.reshape(grad.shape[1], -1), out=rows)
+        else:
+            launch(plan.for_input, masked, channels_last(weight, weight.shape[1]), rows)
+        if contiguous:
+            grad_input.copy_(rows.movedim(-1, 1))
     if input is not None:
         grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        if pointwise:
-            grad_weight.copy_(matmul(grad.t(), rows_of_channels(input)).view(grad_weight.shape))
+        if plan.for_weight is None:
+            grad_weight.copy_(matmul(masked.t(), rows_of_channels(input)).view(shapes[1]))
         else:
-            plan, parts, addition = grad_weight_plan(*words, memory_format)
-            partial = grad.new_empty(parts, dtype=accumulator_dtype(grad.dtype))
-            launch(plan, grad, channels_last(input, pad=groups == 1), partial)
-            launch(addition, partial, grad_weight)
+            partial = grad.new_empty(plan.for_weight.parts, dtype=plan.for_weight.parts_dtype)
+            launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), partial)
+            launch(plan.for_weight.addition, partial, grad_weight)
     return grad_input, grad_weight, grad_bias
 
 
+class GradWeightPlan(NamedTuple):
+    """The launches for the weight's gradient: its ``parts`` [splits, O * taps * channels], and their ``addition``."""
+
+    product: Plan
+    channels: int  # of the input, with those that pad
+    parts: tuple[int, int]
+    parts_dtype: torch.dtype
+    addition: Plan
+
+
+class ConvBackwardPlan(NamedTuple):
+    """The launches of `conv_backward`. Those of a product are None if nobody needs it or a linear layer computes it."""
+
+    mask: MaskPlan
+    channels_last_shape: tuple[int, ...]  # of the input
+    for_input: Plan | None
+    for_weight: GradWeightPlan | None
+
+
 @planned
-def grad_input_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    input_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    output_size: tuple[int, ...],
-    geometry: Geometry,
-    groups: int,
-    precision: str,
-) -> Plan:
+def conv_backward_plan(
+    kind: Kind,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    options: Options,
+    relu: bool,
+    needs: tuple[bool, bool, bool],
+    memory_format: torch.memory_format,
+) -> ConvBackwardPlan:
+    """`conv_backward` for an input and a weight with these ``shapes``; what ``needs`` a gradient: they and the bias."""
+    sizes, out_channels = Sizes.of(kind, shapes, options), shapes[1][0]
+    rows = sizes.positions(sizes.output), out_channels
+    mask = mask_plan(kind[:2], rows, (out_channels, 1), relu, needs[2])
+    batch, channels, *size = shapes[0]
+    for_input = for_weight = None
+    if needs[0] and not sizes.is_linear:
+        for_input = grad_input_plan(kind, sizes)
+    if needs[1] and not sizes.is_linear:
+        result = torch.empty(shapes[1], device="meta", memory_format=memory_format)
+        for_weight = grad_weight_plan(kind, sizes, result.flatten(2).stride())
+    return ConvBackwardPlan(mask, (batch, *size, channels), for_input, for_weight)
+
+
+def grad_input_plan(kind: Kind, sizes: Sizes) -> Plan:
     """The gradient of the input from that of the output [positions, O] and the weight, channels last."""
-    batch, input_size, output_size = input_shape[0], three(input_shape[2:]), three(output_size)
-    channels, outputs = weight_shape[1], weight_shape[0] // groups
+    geometry, groups, channels, outputs = sizes.geometry, sizes.groups, sizes.channels, sizes.outputs
     classes = math.prod(geometry.STRIDE)
-    largest = batch * math.prod(-(-n // s) for n, s in zip(input_size, geometry.STRIDE, strict=True))
-    aligned = all(count * dtype.itemsize % 16 == 0 for count in (channels, outputs))
-    config = conv_config(device, dtype, precision, largest, channels, groups * classes, outputs, aligned)
+    largest = sizes.positions(tuple(-(-n // s) for n, s in zip(sizes.input, geometry.STRIDE, strict=True)))
+    aligned = all(count * kind[1].itemsize % 16 == 0 for count in (channels, outputs))
+    config = conv_config(kind, largest, channels, groups * classes, outputs, aligned)
     tiles_m = triton.cdiv(largest, config.BLOCK_M)
     return Plan(
         conv_grad_input_kernel,
         (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
-        batch,
+        sizes.batch,
         tiles_m,
-        input_size,
-        output_size,
-        GROUPS=groups,
+        sizes.input,
+        sizes.output,
         CHANNELS=channels,
-        OUT_CHANNELS=outputs,
-        **geometry._asdict(),
         STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
-        INPUT_PRECISION=precision,
-        LARGE=is_large(batch * math.prod(output_size), batch * math.prod(input_size)),
         ALIGNMENT_N=alignment(channels, config.BLOCK_N),
+        **sizes.constants(kind),
         **config._asdict(),
-        **register_limit(device),
     )
 
 
-@planned
-def grad_weight_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    input_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    output_size: tuple[int, ...],
-    geometry: Geometry,
-    groups: int,
-    precision: str,
-    memory_format: torch.memory_format,
-) -> tuple[Plan, tuple[int, int], Plan]:
-    """The gradient of the weight, in ``memory_format``, from that of the output [positions, O] and the input: its
-    parts, their shape [splits, O * taps * channels], and their sum.
+def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) -> GradWeightPlan:
+    """The gradient of the weight, [O, channels, taps] with these strides, from that of the output [positions, O] and
+    the input, channels last.
     """
-    input_size, output_size = three(input_shape[2:]), three(output_size)
-    out_channels, real_channels = weight_shape[:2]
-    channels = padded_channels(real_channels, dtype) if groups == 1 else real_channels
-    outputs, taps = out_channels // groups, math.prod(geometry.KERNEL)
-    positions, input_positions = (input_shape[0] * math.prod(size) for size in (output_size, input_size))
+    device, dtype, _ = kind
+    channels, outputs, taps = sizes.padded_channels, sizes.outputs, math.prod(sizes.geometry.KERNEL)
+    positions, out_channels = sizes.positions(sizes.output), outputs * sizes.groups
     aligned = all(count * dtype.itemsize % 16 == 0 for count in (channels, outputs))
-    config = conv_grad_weight_config(device, dtype, precision, positions, outputs, channels, taps, aligned)
-    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * groups
+    config = conv_grad_weight_config(kind, positions, outputs, channels, taps, aligned)
+    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(taps * channels, config.BLOCK_N) * sizes.groups
     size, exact = out_channels * taps * channels, accumulator_dtype(dtype)
-    operands = (positions * out_channels + input_positions * groups * channels) * dtype.itemsize
+    input_elements = sizes.positions(sizes.input) * sizes.groups * channels
+    operands = (positions * out_channels + input_elements) * dtype.itemsize
     splits = inner_splits(device, tiles, positions // config.BLOCK_K, size * exact.itemsize, operands)
     positions_per_split = triton.cdiv(triton.cdiv(positions, splits), config.BLOCK_K) * config.BLOCK_K
     splits = triton.cdiv(positions, positions_per_split)
-    parts = Plan(
+    product = Plan(
         conv_grad_weight_kernel,
         (tiles * splits,),
         positions,
         positions_per_split,
-        input_size,
-        OUTPUT_SIZE=output_size,
-        GROUPS=groups,
+        sizes.input,
+        OUTPUT_SIZE=sizes.output,
         CHANNELS=channels,
-        OUT_CHANNELS=outputs,
-        **geometry._asdict(),
-        INPUT_PRECISION=precision,
-        LARGE=is_large(positions, input_positions),
         ALIGNMENT_M=alignment(outputs, config.BLOCK_M),
+        **sizes.constants(kind),
         **config._asdict(),
-        **register_limit(device),
     )
-    result = torch.empty(weight_shape, device="meta", memory_format=memory_format)
     block = 1024
     addition = Plan(
         conv_sum_of_splits_kernel,
         (triton.cdiv(size, block),),
         splits,
         size,
-        real_channels,
-        result.flatten(2).stride(),
+        sizes.channels,
+        result_strides,
         TAPS=taps,
         CHANNELS=channels,
         BLOCK=block,
         **register_limit(device),
     )
-    return parts, (splits, size), addition
+    return GradWeightPlan(product, channels * sizes.groups, (splits, size), exact, addition)

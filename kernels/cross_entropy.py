@@ -11,29 +11,31 @@ gradient of the position's loss::
     gx_c = g (exp(x_c - lse) sum_k t_k - t_c)
     gq_c = g w_c (1 - s) (lse - x_c)
 
-Forward, every lane of a tile keeps the maximum ``m`` of the logits it has seen and sums relative to it: ``exp(x - m)``
-and, where t is dense, ``t (x - m)`` and ``t``. All lanes meet after the last tile. Relative to the maximum no sum
-cancels. -inf never meets -inf in a difference, unless all logits of a position are -inf: that is NaN, as in torch.
+Forward is an online softmax per lane: each lane of a tile keeps the maximum ``m`` of the logits it has seen and the
+sums of ``exp(x - m)`` and, where t has a value for every class, of ``t (x - m)`` and ``t``. After the last tile the
+lanes are reduced. Sums relative to the maximum do not cancel. The code avoids -inf minus -inf, which is NaN, unless all
+logits of a position are -inf: there torch's loss is NaN too.
 
 A program takes BLOCK_ROWS positions that lie side by side. Logits are seen as [outer, C, inner]: [N, C, D] as it
 is, [N, C, 1] as [1, C, N].
 
-Rows of classes that are no multiple of 16 bytes, packed one behind the other, start anywhere. Their tiles begin at the
-last multiple of 16 bytes before: all but the tensor's end is read 16 bytes at a time, all but rows' ends written so.
+Packed rows of classes whose length is no multiple of 16 bytes do not start at multiples of 16 bytes. Their tiles begin
+at the last multiple before the row, so that loads and stores have 16 bytes each, except for stores at both ends of a
+row and loads at the end of the tensor.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked_logits import check_targets
 from .configs import planned
-from .head import check_targets
 from .launch import Plan, accumulator_dtype, launch
 from .reduce import covering_tile, sum_of_partials, tile_alignment
 
@@ -49,9 +51,10 @@ def row_offsets(outer, rows, outer_stride, inner_stride, ALIGNMENT: tl.constexpr
 
 @triton.jit
 def class_tile(step, starts, classes, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UNIT: tl.constexpr):
-    """Classes in tile number ``step`` of rows at ``starts``, which are met for the first time, and their unit's first.
+    """Tile number ``step`` of rows at ``starts``: classes, whether a lane is the first with its class, and units.
 
-    A unit are the UNIT elements of 16 bytes in memory, which the tile then consists of: it may reach out of its row.
+    A unit is UNIT elements, 16 bytes that start at a multiple of 16, and is known by its first class. With UNIT > 1 a
+    tile consists of whole units, the first and last of which may reach out of the row.
     """
     if UNIT > 1:
         lanes = step * BLOCK + tl.arange(0, BLOCK)
@@ -75,10 +78,10 @@ def class_pointers(pointer, starts, columns, class_stride, UNIT: tl.constexpr):
 
 @triton.jit
 def load_classes(pointers, fresh, units, classes, UNIT: tl.constexpr):
-    """What is there in the ``fresh`` lanes of a `class_tile`, anything in the others."""
+    """The values in the ``fresh`` lanes of a `class_tile`; in the others any value."""
     if UNIT > 1:
         last = tl.program_id(0) == tl.num_programs(0) - 1
-        readable = units < (classes - (UNIT - 1) if last else classes)  # nothing of the tensor follows its last row
+        readable = units < (classes - (UNIT - 1) if last else classes)  # no memory may be read behind the last row
         values = tl.load(pointers, mask=readable)
         if last:
             values = tl.where(readable, values, tl.load(pointers, mask=fresh & ~readable))
@@ -89,7 +92,7 @@ def load_classes(pointers, fresh, units, classes, UNIT: tl.constexpr):
 
 @triton.jit
 def store_classes(pointers, values, own_rows, fresh, units, classes, UNIT: tl.constexpr):
-    """Write the ``fresh`` lanes of a `class_tile`, no others: they are another program's."""
+    """Store the ``fresh`` lanes of a `class_tile` alone: another program writes the others."""
     values = values.to(pointers.dtype.element_ty)
     own = own_rows[:, None] & fresh
     if UNIT > 1:
@@ -182,7 +185,9 @@ def cross_entropy_kernel(
     TARGET_ALIGNMENT: tl.constexpr = ROW_ALIGNMENT if PROBABILITIES else 1
     target_starts = row_offsets(outer, rows, target_outer_stride, target_inner_stride, TARGET_ALIGNMENT)
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
-    if not PROBABILITIES:  # first of all: a call, as which the assertion is compiled, saves what is in registers
+    # Here, before the tiles are loaded: the assertion compiles to a function call, before which the compiler saves all
+    # registers that are in use.
+    if not PROBABILITIES:
         target = tl.load(target_ptr + target_starts)
         counts = target != ignore_index
         valid = (target >= 0) & (target < classes)
@@ -313,7 +318,7 @@ def cross_entropy_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """One program per BLOCK_ROWS positions and every ``num_programs(1)``-th tile of BLOCK_CLASSES."""
+    """One program per BLOCK_ROWS positions (axis 0); along axis 1, programs take turns with the tiles of classes."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
     row_tiles = tl.cdiv(inner, BLOCK_ROWS)
@@ -348,7 +353,7 @@ def cross_entropy_backward_kernel(
             target_sum = target_share
             if LABEL_SMOOTHING > 0:
                 target_sum += uniform * tl.load(weight_sum_ptr)
-        scale = tl.where(target == ignore_index, 0.0, scale)  # and not 0 * scale: the mean of no target has scale inf
+        scale = tl.where(target == ignore_index, 0.0, scale)  # not 0 * scale: if all are ignored, scale is infinite
 
     for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
         columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
@@ -356,7 +361,7 @@ def cross_entropy_backward_kernel(
         x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
         log_probability = x - log_sum_exp[:, None]
         if ONE_TILE:
-            # The whole row is here: what rounding to log_sum_exp has lost of a large logit comes back.
+            # The whole row is in the tile: correct the rounding error of log_sum_exp, which a large logit makes large.
             row_sum = tl.sum(tl.where(fresh, tl.exp(log_probability), 0.0), 1)
             log_probability -= tl.log(row_sum)[:, None]
         if NEED_INPUT:
@@ -399,11 +404,12 @@ def cross_entropy_config(
 ) -> CrossEntropyConfig:
     """The tile for ``inner`` positions side by side, each with up to ``width`` classes and what pads them.
 
-    ``dense``: t is nowhere 0, or rows start anywhere, so that more is kept per lane.
+    ``dense``: the kernel needs more registers per lane, as the target distribution has a value for every class (class
+    probabilities or label smoothing), or as rows do not start at multiples of 16 bytes.
 
-    Logits whose classes lie side by side in memory get tiles that are long in classes: all of them up to 4096, then a
-    loop. Other layouts, images for instance, get tiles that are long in positions. A warp has 512 elements or more: 16
-    bytes in 16 bits for each of AMD's 64 lanes.
+    Where classes are adjacent in memory, a tile has few positions and many classes: all of them up to 4096, in a loop
+    beyond that. In other layouts, images for instance, a tile has many positions and few classes. Each warp gets at
+    least 512 elements, so that each of AMD's 64 lanes loads 16 bytes of a 16-bit dtype.
     """
     all_classes = triton.next_power_of_2(width)
     all_rows = triton.next_power_of_2(inner)
@@ -426,18 +432,21 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """Of [N, C, D] or [N, D], the positions that lie side by side last: the first dimension if D is 1."""
-        shape, strides = tuple(tensor.shape), tensor.stride()
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+        """Of [N, C, D] or [N, D]. Where D is 1, the N positions become the inner dimension."""
         if shape[-1] == 1:
             shape, strides = (1, *shape[1:-1], shape[0]), (0, *strides[1:-1], strides[0])
-        return cls(shape, strides)
+        return cls(tuple(shape), strides)
 
     @property
     def kernel_strides(self) -> tuple[int, int, int]:
-        """Outer, of classes, inner; 0 in a dimension of one: Triton sees that it divides by 16."""
+        """Outer, of classes, inner; 0 in a dimension of size 1, which Triton knows to be a multiple of 16."""
         strides = [0 if size == 1 else stride for size, stride in zip(self.shape, self.strides, strict=True)]
         return strides[0], 0 if len(strides) == 2 else strides[1], strides[-1]
+
+
+ShapeAndStrides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+Kind: TypeAlias = tuple[torch.device, torch.dtype]
 
 
 def cross_entropy(
@@ -458,47 +467,37 @@ def cross_entropy(
     N, classes, D = input.shape
     if not target.is_floating_point():
         check_targets(target, classes, ignore_index)
-    accumulator = accumulator_dtype(input.dtype)
-    log_sum_exp = input.new_empty((N, D), dtype=accumulator)
-    plan, total = forward_plans(
-        input.device,
-        input.dtype,
-        Layout.of(input),
-        Layout.of(target),
-        weight is not None,
-        reduction,
-        ignore_index,
-        float(label_smoothing),
-    )
+    layouts = (input.shape, input.stride()), (target.shape, target.stride())
+    options = reduction, ignore_index, float(label_smoothing)
+    plan, total, exact = forward_plans((input.device, input.dtype), layouts, weight is not None, options)
+    log_sum_exp = input.new_empty((N, D), dtype=exact)
     programs = plan.grid[0]
     if reduction == "none":
-        loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=accumulator, device=input.device)
+        loss, denominator = input.new_empty((N, D)), torch.ones((), dtype=exact, device=input.device)
     elif programs == 1:
-        loss, denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+        loss, denominator = input.new_empty(()), input.new_empty((), dtype=exact)
     else:
-        loss, denominator = input.new_empty((2, programs), dtype=accumulator)
+        loss, denominator = input.new_empty((2, programs), dtype=exact)
     launch(plan, input, target, input if weight is None else weight.contiguous(), loss, denominator, log_sum_exp)
     if total is None:
         return loss, log_sum_exp, denominator
-    total_loss, total_denominator = input.new_empty(()), input.new_empty((), dtype=accumulator)
+    total_loss, total_denominator = input.new_empty(()), input.new_empty((), dtype=exact)
     launch(total, loss, denominator, total_loss, total_denominator)
     return total_loss, log_sum_exp, total_denominator
 
 
 @planned
 def forward_plans(
-    device: torch.device,
-    dtype: torch.dtype,
-    input: Layout,
-    target: Layout,
-    has_weight: bool,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> tuple[Plan, Plan | None]:
-    """`cross_entropy`, and the sum of its programs' losses if there are several."""
+    kind: Kind, layouts: tuple[ShapeAndStrides, ShapeAndStrides], has_weight: bool, options: tuple[str, int, float]
+) -> tuple[Plan, Plan | None, torch.dtype]:
+    """`cross_entropy`, the sum of its programs' losses if there are several, and the accumulators' dtype.
+
+    ``layouts``: of input and target; ``options``: reduction, ignore_index and label_smoothing.
+    """
+    input, target = (Layout.of(*each) for each in layouts)
+    reduction, ignore_index, label_smoothing = options
     outer, classes, inner = input.shape
-    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing)
+    constants, config = shared_constants(kind, has_weight, label_smoothing, input, target)
     programs = outer * triton.cdiv(inner, config.BLOCK_ROWS)
     mean, alone = reduction == "mean", programs == 1
     plan = Plan(
@@ -512,13 +511,13 @@ def forward_plans(
         SUM=reduction != "none",
         MEAN=mean,
         ONE_PROGRAM=alone,
-        debug=not constants["PROBABILITIES"],  # arms the assertion on the targets
-        sanitize_overflow=False,  # and no other
+        debug=not constants["PROBABILITIES"],  # compiles `device_assert` on the targets
+        sanitize_overflow=False,  # and none of the overflow checks that `debug` would add
         **constants,
     )
-    if reduction == "none" or alone:
-        return plan, None
-    return plan, Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024)
+    several = reduction != "none" and not alone
+    total = Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024) if several else None
+    return plan, total, accumulator_dtype(kind[1])
 
 
 def cross_entropy_backward(
@@ -538,62 +537,45 @@ def cross_entropy_backward(
 
     ``grad_output`` is 0-d for 'mean' and 'sum', else [N, D] with any strides.
     """
-    weight_sum = None
-    if weight is not None and label_smoothing > 0 and not target.is_floating_point():
-        weight_sum = weight.sum(dtype=accumulator_dtype(input.dtype))
+    weight_sum = class_weight = input  # where there are no weights the kernel does not read them
+    if weight is not None:
+        class_weight = weight.contiguous()
+        if label_smoothing > 0 and not target.is_floating_point():
+            weight_sum = weight.sum(dtype=accumulator_dtype(input.dtype))
     if reduction != "none":
         grad_output = grad_output.expand(input.shape[::2])
     grad_input = torch.empty_like(input) if need_input else None
     grad_target = torch.empty_like(target) if need_target else None
-    outputs = [input if grad is None else grad for grad in (grad_input, grad_target)]
-    plan = backward_plan(
-        input.device,
-        input.dtype,
-        Layout.of(grad_output),
-        Layout.of(input),
-        Layout.of(target),
-        (Layout.of(outputs[0]), Layout.of(outputs[1])),
-        weight is not None,
-        ignore_index,
-        float(label_smoothing),
-        need_input,
-        need_target,
-    )
-    launch(
-        plan,
-        grad_output,
-        input,
-        target,
-        input if weight is None else weight.contiguous(),
-        input if weight_sum is None else weight_sum,
-        log_sum_exp,
-        denominator,
-        *outputs,
-    )
+    results = input if grad_input is None else grad_input, input if grad_target is None else grad_target
+    tensors, layouts = (grad_output, input, target, *results), []
+    for tensor in tensors:
+        layouts.append((tensor.shape, tensor.stride()))
+    options = ignore_index, float(label_smoothing), need_input, need_target
+    plan = backward_plan((input.device, input.dtype), tuple(layouts), weight is not None, options)
+    launch(plan, *tensors[:3], class_weight, weight_sum, log_sum_exp, denominator, *results)
     return grad_input, grad_target
 
 
 @planned
 def backward_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    grad_output: Layout,
-    input: Layout,
-    target: Layout,
-    outputs: tuple[Layout, Layout],
+    kind: Kind,
+    layouts: tuple[ShapeAndStrides, ...],
     has_weight: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_target: bool,
+    options: tuple[int, float, bool, bool],
 ) -> Plan:
-    """`cross_entropy_backward`. The layout of a gradient that is not needed is the input's."""
+    """`cross_entropy_backward`.
+
+    ``layouts``: of the gradient of the loss, input, target, and the gradients of both, the input's if not needed.
+    ``options``: ignore_index, label_smoothing, and whether input and target need a gradient.
+    """
+    grad_output, input, target, *gradients = (Layout.of(*each) for each in layouts)
+    ignore_index, label_smoothing, need_input, need_target = options
     outer, classes, inner = input.shape
-    constants, config = shared_constants(device, dtype, input, target, has_weight, label_smoothing, *outputs)
+    constants, config = shared_constants(kind, has_weight, label_smoothing, input, target, *gradients)
     class_tiles = triton.cdiv(classes + int(constants["UNIT"]) - 1, config.BLOCK_CLASSES)
     return Plan(
         cross_entropy_backward_kernel,
-        # Class probabilities are added up over all classes first: one program then also does all their tiles.
+        # With class probabilities, one program does all tiles of classes, as it needs the sum over all of them first.
         # CUDA's grids are at most 65535 wide along their second axis.
         (outer * triton.cdiv(inner, config.BLOCK_ROWS), 1 if constants["PROBABILITIES"] else min(class_tiles, 65535)),
         classes,
@@ -601,8 +583,8 @@ def backward_plan(
         *grad_output.kernel_strides[::2],
         *input.kernel_strides,
         *target.kernel_strides,
-        *outputs[0].kernel_strides,
-        *outputs[1].kernel_strides,
+        *gradients[0].kernel_strides,
+        *gradients[1].kernel_strides,
         ignore_index,
         NEED_INPUT=need_input,
         NEED_TARGET=need_target,
@@ -611,29 +593,24 @@ def backward_plan(
 
 
 def unit_of(dtype: torch.dtype, input: Layout, *others: Layout) -> int:
-    """Elements of 16 bytes if rows of classes start at no multiple of them, packed in all tensors; else 1."""
+    """How many elements are 16 bytes, if rows of classes are packed in all tensors but their length is no multiple of
+    16 bytes; else 1.
+    """
     outer, classes, inner = input.shape
     unit = 16 // dtype.itemsize
     packed = (0 if outer == 1 else inner * classes, 1, 0 if inner == 1 else classes)
-    layouts = [input, *(layout for layout in others if len(layout.shape) == 3)]
-    return unit if classes % unit and all(layout.kernel_strides == packed for layout in layouts) else 1
+    return unit if classes % unit and all(layout.kernel_strides == packed for layout in (input, *others)) else 1
 
 
 def shared_constants(
-    device: torch.device,
-    dtype: torch.dtype,
-    input: Layout,
-    target: Layout,
-    has_weight: bool,
-    label_smoothing: float,
-    *gradients: Layout,
+    kind: Kind, has_weight: bool, label_smoothing: float, input: Layout, target: Layout, *gradients: Layout
 ) -> tuple[dict[str, bool | int | float], CrossEntropyConfig]:
     """The constants that both kernels take, and their tile."""
-    _, classes, inner = input.shape
-    probabilities, unit = len(target.shape) == 3, unit_of(dtype, input, target, *gradients)
+    (device, dtype), (_, classes, inner) = kind, input.shape
+    rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
+    probabilities, unit = len(target.shape) == 3, unit_of(dtype, *rows_of_classes)
     dense = probabilities or label_smoothing > 0 or unit > 1
     config = cross_entropy_config(classes + unit - 1, inner, input.strides[1] == 1, dense, device)
-    rows_of_classes = [layout for layout in (input, target, *gradients) if len(layout.shape) == 3]
     row_strides = [stride for layout in rows_of_classes for stride in layout.kernel_strides[::2]]
     constants: dict[str, bool | int | float] = {
         "PROBABILITIES": probabilities,

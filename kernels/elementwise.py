@@ -6,7 +6,7 @@ dense layout (a copy only where layouts differ) and the kernels run over it as o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,8 +22,8 @@ from .reduce import sum_of_partials
 def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements from ``start`` in the dtype to compute in, and 0 from ``size`` on, where nothing is read.
 
-    Triton widens an access only if its mask is the same over 16 bytes: it is where ``size`` is a multiple of 16
-    elements (``EVEN``). Else the one tile that needs a mask takes a way of its own.
+    Triton vectorizes a masked access only if the mask is constant over each 16 bytes, as it is where ``size`` is a
+    multiple of 16 elements (``EVEN``). Else only the last tile is masked, in a branch of its own.
     """
     positions = start + tl.arange(0, BLOCK)
     pointers, inside = pointer + positions, positions < size
@@ -38,7 +38,7 @@ def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(pointer, values, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Store what `load_tile` would load, rounded to the dtype there."""
+    """Store a tile where `load_tile` would load it, rounded to the tensor's dtype."""
     positions = start + tl.arange(0, BLOCK)
     pointers, inside = pointer + positions, positions < size
     values = values.to(pointer.dtype.element_ty)
@@ -57,26 +57,12 @@ def total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr)
     tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
 
 
-def total(partials: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    """The 0-d sum of partial sums over ``divisor``."""
-    result = partials.new_empty((), dtype=dtype)
-    launch(total_plan(partials.numel(), divisor), partials, result)
-    return result
-
-
-@planned
-def total_plan(programs: int, divisor: int) -> Plan:
-    """`total`, on any device."""
-    return Plan(total_kernel, (1,), programs, divisor, BLOCK=1024)
-
-
 def elementwise_config(size: int, device: torch.device) -> tuple[int, int]:
     """Elements and warps of one program; the interpreter pays per operation, not per element."""
     block, num_warps = (1 << 20, 1) if device.type == "cpu" else (2048, 4)
     return min(block, triton.next_power_of_2(size)), num_warps
 
 
-@planned
 def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: bool) -> Plan:
     """A kernel over ``size`` elements, its first number."""
     block, num_warps = elementwise_config(size, device)
@@ -92,93 +78,116 @@ def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int
     )
 
 
-@planned
-def loss_plan(
-    kernel: Any, device: torch.device, size: int, reduction: str, *numbers: int, **constants: bool
-) -> tuple[Plan, int]:
-    """A kernel that writes each element's loss, or each program's sum, and the divisor that is left for their sum.
+class Elements(NamedTuple):
+    """Two tensors of one shape, as far as a plan depends on them."""
 
-    A program that is alone divides its sum itself.
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    first_strides: tuple[int, ...]
+    second_strides: tuple[int, ...]
+
+    def result_strides(self) -> tuple[int, ...]:
+        """The strides that torch gives to an elementwise result of the two, always dense."""
+        strides = self.first_strides, self.second_strides
+        both = [torch.empty_strided(self.shape, each, device="meta") for each in strides]
+        return strides[0] if all(each.is_contiguous() for each in both) else torch.add(*both).stride()
+
+
+class LossPlan(NamedTuple):
+    """The launches of a loss, and the dense strides that all tensors get.
+
+    The kernel writes each element's loss, or each program's sum. If there are several sums, a ``total`` of these
+    ``partials`` follows; a program that is alone divides its sum by itself.
     """
+
+    kernel: Plan
+    strides: tuple[int, ...]
+    reduced: bool
+    partials: torch.dtype
+    total: Plan | None
+
+
+@planned
+def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **constants: bool) -> LossPlan:
+    """`elementwise_loss`; ``numbers`` and ``constants`` are the kernel's own."""
+    size, reduced = elements.shape.numel(), reduction != "none"
     divisor = size if reduction == "mean" else 1
-    alone = elementwise_config(size, device)[0] >= size
-    words = (divisor, 1) if alone else (1, divisor)
-    return elementwise_plan(kernel, device, size, words[0], *numbers, SUM=reduction != "none", **constants), words[1]
+    alone = elementwise_config(size, elements.device)[0] >= size
+    first = elementwise_plan(kernel, elements.device, size, divisor if alone else 1, *numbers, SUM=reduced, **constants)
+    total = Plan(total_kernel, (1,), first.grid[0], divisor, BLOCK=1024) if reduced and not alone else None
+    return LossPlan(first, elements.result_strides(), reduced, accumulator_dtype(elements.dtype), total)
 
 
-def elementwise_loss(
-    kernel: Any,
-    tensors: tuple[Tensor, ...],
-    strides: tuple[int, ...],
-    reduction: str,
-    *numbers: int,
-    **constants: bool,
-) -> Tensor:
-    """The loss of elements with these strides: for 'none' in that layout, else 0-d. The first tensor is the input."""
-    input = tensors[0]
-    plan, divisor = loss_plan(kernel, input.device, input.numel(), reduction, *numbers, **constants)
-    programs = plan.grid[0]
-    if reduction == "none":
+def elementwise_loss(plan: LossPlan, input: Tensor, target: Tensor, *others: Tensor) -> Tensor:
+    """The loss: 0-d, or for reduction 'none' the loss of each element. ``others`` are in the plan's layout already."""
+    first, strides, reduced, partials, total = plan
+    if not reduced:
         result = input.new_empty_strided(input.shape, strides)
-    elif programs == 1:
+    elif total is None:
         result = input.new_empty(())
     else:
-        result = input.new_empty(programs, dtype=accumulator_dtype(input.dtype))
-    launch(plan, *tensors, result)
-    return result if reduction == "none" or programs == 1 else total(result, divisor, input.dtype)
+        result = input.new_empty(first.grid[0], dtype=partials)
+    if input.stride() != strides:
+        input = in_layout(input, strides)
+    if target.stride() != strides:
+        target = in_layout(target, strides)
+    launch(first, input, target, *others, result)
+    if total is None:
+        return result
+    loss = input.new_empty(())
+    launch(total, result, loss)
+    return loss
+
+
+class LossBackwardPlan(NamedTuple):
+    """The launch of a loss's gradients, the dense strides that all tensors get, and what the kernel does."""
+
+    kernel: Plan
+    strides: tuple[int, ...]
+    scalar_grad: bool
+    need_input: bool
+    need_target: bool
+
+
+@planned
+def loss_backward_plan(
+    kernel: Any,
+    elements: Elements,
+    reduction: str,
+    choices: tuple[bool, bool, bool],
+    *numbers: int,
+    **constants: bool,
+) -> LossBackwardPlan:
+    """`elementwise_loss_backward`; ``choices``: whether the loss has one gradient for all elements, and which of input
+    and target need one.
+    """
+    size = elements.shape.numel()
+    names = dict(zip(("SCALAR_GRAD", "NEED_INPUT", "NEED_TARGET"), choices, strict=True))
+    divisor = size if reduction == "mean" else 1
+    plan = elementwise_plan(kernel, elements.device, size, divisor, *numbers, **names, **constants)
+    return LossBackwardPlan(plan, elements.result_strides(), *choices)
 
 
 def elementwise_loss_backward(
-    kernel: Any,
-    grad_output: Tensor,
-    tensors: tuple[Tensor, ...],
-    strides: tuple[int, ...],
-    reduction: str,
-    need_input: bool,
-    need_target: bool,
-    *numbers: int,
-    **constants: bool,
+    plan: LossBackwardPlan, grad_output: Tensor, input: Tensor, target: Tensor, *others: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `elementwise_loss` for the first two tensors, those that are needed.
+    """Gradients of `elementwise_loss` for input and target, those that are needed.
 
     ``grad_output`` is 0-d for 'mean' and 'sum'; for 'none' it has the input's shape, any strides, expanded ones too.
     """
-    input, size = tensors[0], tensors[0].numel()
-    scalar_grad = not any(grad_output.stride())
-    grad_input, grad_target = (
-        input.new_empty_strided(input.shape, strides) if needed else None for needed in (need_input, need_target)
-    )
-    plan = elementwise_plan(
-        kernel,
-        input.device,
-        size,
-        size if reduction == "mean" else 1,
-        *numbers,
-        SCALAR_GRAD=scalar_grad,
-        NEED_INPUT=need_input,
-        NEED_TARGET=need_target,
-        **constants,
-    )
-    launch(
-        plan,
-        grad_output if scalar_grad else in_layout(grad_output, strides),
-        *tensors,
-        input if grad_input is None else grad_input,
-        input if grad_target is None else grad_target,
-    )
+    kernel, strides, scalar_grad, need_input, need_target = plan
+    if input.stride() != strides:
+        input = in_layout(input, strides)
+    if target.stride() != strides:
+        target = in_layout(target, strides)
+    if not scalar_grad and grad_output.stride() != strides:
+        grad_output = in_layout(grad_output, strides)
+    grad_input = input.new_empty_strided(input.shape, strides) if need_input else None
+    grad_target = input.new_empty_strided(input.shape, strides) if need_target else None
+    results = input if grad_input is None else grad_input, input if grad_target is None else grad_target
+    launch(kernel, grad_output, input, target, *others, *results)
     return grad_input, grad_target
-
-
-def elementwise_strides(input: Tensor, target: Tensor) -> tuple[int, ...]:
-    """The strides that torch gives to an elementwise result of the two, always dense."""
-    if input.is_contiguous() and target.is_contiguous():
-        return input.stride()
-    return result_strides(input.shape, input.stride(), target.stride())
-
-
-@planned
-def result_strides(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.add(*(torch.empty_strided(shape, each, device="meta") for each in strides)).stride()
 
 
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

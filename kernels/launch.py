@@ -17,10 +17,10 @@ _SMALL = 2**31 - 1  # bytes of storage that AMD's 32-bit offsets reach
 
 
 class Plan:
-    """A launch but for its tensors: a kernel over a grid, and all that their device, shapes, strides and dtypes decide.
+    """All of a launch except the tensors: a kernel, its grid, and its other arguments.
 
-    ``numbers`` are the kernel's parameters behind the tensors, ``constants`` all others and the compiler's options.
-    Launchers keep their plans (`configs.planned`), and a plan what Triton compiled for it.
+    ``numbers`` are the arguments that follow the tensors, ``constants`` the constexprs and the compiler's options.
+    Plans are cached (`configs.planned`). In ``starts`` a plan caches how to start what Triton compiled for it.
     """
 
     __slots__ = ("constants", "grid", "kernel", "numbers", "starts")
@@ -32,8 +32,8 @@ class Plan:
 
 @functools.cache
 def _triton() -> tuple[Any, Any, bool, bool]:
-    """The driver, the run-time knobs, whether this Triton's private launchers are known here, and whether it is AMD."""
-    import triton  # not above: the oneDNN twins use this module too and need no Triton
+    """Triton's driver and run-time knobs, whether `_start` knows this version's launcher, and whether it is for AMD."""
+    import triton  # not above: kernels/onednn.py imports this module where Triton may be missing
     from triton.runtime.driver import driver
 
     backend = driver.active.get_current_target().backend
@@ -48,9 +48,9 @@ def _triton() -> tuple[Any, Any, bool, bool]:
 def launch(plan: Plan, *tensors: Tensor) -> None:
     """Start a kernel on the device of its first tensor, in that device's current stream.
 
-    Triton inspects every argument of each launch anew, which takes longer than the launch. What it looks for is fixed
-    by the plan and the key of what it compiled before: dtypes, whether an address is a multiple of 16, and for AMD
-    whether 32-bit offsets reach all of a tensor's storage.
+    Triton inspects every argument of each launch, which takes longer than the launch itself. All that it looks for is
+    in the plan or in the key below: the current device, dtypes, whether addresses are multiples of 16, and for AMD
+    whether 32-bit offsets reach all of a tensor's storage. What was compiled for an equal key is started again.
     """
     kernel = plan.kernel
     if not hasattr(kernel, "device_caches"):  # interpreted
@@ -59,7 +59,7 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
     driver, runtime, known, amd = _triton()
     active = driver.active
     device, current = tensors[0].get_device(), active.get_current_device()
-    if device != current and device >= 0:  # Triton launches on the current device, which need not be the tensors' one
+    if device != current and device >= 0:  # Triton launches on the current device, whatever device the tensors are on
         with torch.accelerator.device_index(device):
             launch(plan, *tensors)
         return
@@ -84,7 +84,10 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
 
 
 def _start(compiled: Any, plan: Plan, tensors: int) -> Start:
-    """What starts a compiled kernel again, on other addresses: past its Python launcher, if that has nothing to do."""
+    """A function that starts a compiled kernel on other addresses.
+
+    It calls the native launcher directly where Triton's Python launcher around it would allocate no scratch memory.
+    """
     x, y, z = (*plan.grid, 1, 1)[:3]
     names = plan.kernel.arg_names[tensors + len(plan.numbers) :]
     rest = (*plan.numbers, *(plan.constants[name] for name in names))
@@ -102,12 +105,12 @@ def _start(compiled: Any, plan: Plan, tensors: int) -> Start:
         def start(stream: int, addresses: Sequence[int]) -> None:
             run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
 
-    start.compiled = compiled  # type: ignore[attr-defined]  # which unloads the function when nobody holds it
+    start.compiled = compiled  # type: ignore[attr-defined]  # keeps it alive: when it is freed, the function is unloaded
     return start
 
 
 def reshaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A fresh result in another shape, not as a view: autograd lets nobody change a view from a Function in place."""
+    """A new tensor in another shape, but no view: a view that a Function returns may not be changed in place."""
     return torch.ops.aten._unsafe_view(result, shape)
 
 
@@ -119,8 +122,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def input_precision(tensor: Tensor, op: str = "matmul") -> str:
     """How "matmul" or "conv" may round float32 operands: what torch's own setting says for this device.
 
-    torch allows a GPU "ieee" or "tf32", the latter also by `set_float32_matmul_precision` "high" (tf32, or sums of two
-    bfloat16 numbers) and "medium". AMD's convolutions are float32: torch's setting for them is cuDNN's, on by default.
+    torch's setting is "ieee" or "tf32"; `set_float32_matmul_precision` "high" and "medium" mean "tf32" too. AMD's
+    convolutions are always "ieee": torch's setting for convolutions is cuDNN's, "tf32" by default.
     """
     if tensor.dtype is not torch.float32 or not tensor.is_cuda or (op == "conv" and torch.version.hip is not None):
         return "ieee"

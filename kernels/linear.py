@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import (
-    MatmulConfig,
+    Kind,
     PersistentConfig,
+    Tile,
     inner_splits,
     matmul_config,
     multiprocessors,
@@ -73,42 +74,40 @@ def tile_of_program(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 def product_tile(
     a_ptrs,  # [BLOCK_M, BLOCK_K]: the first step of the rows
     b_ptrs,  # [BLOCK_K, BLOCK_N]: the first step of the columns
+    k_strides,  # of A and B, from one element of the inner dimension to the next
     first_step,
     last_step,
     K,
-    stride_ak,
-    stride_bk,
     INPUT_PRECISION: tl.constexpr,
     ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Tile [BLOCK_M, BLOCK_N] of A B from some of its steps of BLOCK_K, in the accumulators' dtype."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptrs.dtype.element_ty == tl.float64 else tl.float32
+    BLOCK_K: tl.constexpr = a_ptrs.shape[1]
 
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    accumulator = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[1]), ACCUMULATOR)
     for step in range(first_step, last_step):
         start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
         if EVEN_K:
-            a = tl.load(a_ptrs + start * stride_ak)
-            b = tl.load(b_ptrs + start * stride_bk)
+            a = tl.load(a_ptrs + start * k_strides[0])
+            b = tl.load(b_ptrs + start * k_strides[1])
         else:
-            # The last step starts early: what the step before has seen counts as zero, and so does a repeated element.
+            # The last step starts early, so that it ends at the edge: elements of the step before, and those that
+            # `tile_lanes` repeats, are loaded as zeros.
             if ALIGNMENT_K == 0:
                 fresh = tl.arange(0, BLOCK_K) < K
             else:
                 fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
-            a = tl.load(a_ptrs + start * stride_ak, mask=fresh[None, :], other=0.0)
-            b = tl.load(b_ptrs + start * stride_bk, mask=fresh[:, None], other=0.0)
+            a = tl.load(a_ptrs + start * k_strides[0], mask=fresh[None, :], other=0.0)
+            b = tl.load(b_ptrs + start * k_strides[1], mask=fresh[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     return accumulator
 
 
 @triton.jit
 def with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """What follows a product, before it is rounded. Columns that are not ``inside`` have no meaning; None: all are."""
+    """The epilogue of a product, before it is rounded. The bias is loaded where ``inside``; None: everywhere."""
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns, mask=inside).to(accumulator.dtype)[None, :]
     if RELU:
@@ -157,22 +156,8 @@ def matmul_kernel(
         steps = tl.cdiv(last_step, tl.num_programs(1))
         first_step, last_step = split * steps, tl.minimum((split + 1) * steps, last_step)
         c_ptr += split.to(tl.int64) * M * N
-    accumulator = product_tile(
-        a_ptrs,
-        b_ptrs,
-        first_step,
-        last_step,
-        K,
-        stride_ak,
-        stride_bk,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-
+    strides = stride_ak, stride_bk
+    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
     accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, None, HAS_BIAS, RELU)
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
     own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
@@ -225,8 +210,8 @@ def persistent_matmul_kernel(
 ):
     """C = relu(A B + bias), one tile after the other, as many at a time as there are programs.
 
-    The steps and the epilogue are `matmul_kernel`'s, and so are the bits, unless K is larger than BLOCK_K and no
-    multiple of it: there the last step of `matmul_kernel` starts early.
+    Its results equal those of `matmul_kernel` bit by bit, unless K is larger than BLOCK_K and no multiple of it: then
+    the last step of `matmul_kernel` starts early, and its elements are added up in another order.
     """
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N  # that are stored at once
@@ -276,7 +261,7 @@ def sum_of_splits_kernel(
     program = tl.program_id(0)
     elements = tile_start(program, size, BLOCK, ALIGNMENT) + tile_lanes(size, BLOCK, ALIGNMENT)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for split in range(0, splits):  # of few tiles: no offset needs 64 bits
+    for split in range(0, splits):  # only results of few tiles are split, so offsets fit 32 bits
         total += tl.load(partial_ptr + split * size + elements)
     if HAS_BIAS:
         total += tl.load(bias_ptr + elements % N).to(total.dtype)
@@ -287,16 +272,15 @@ def sum_of_splits_kernel(
 
 
 def alignment(size: int, block: int) -> int:
-    """The `tile_start` alignment of a dimension: up to 16, as Triton itself assumes of divisible arguments."""
+    """The ``ALIGNMENT`` of `tile_start`: 0, 16 where the size is a multiple (Triton specializes on that too), or 1."""
     if size < block:
         return 0
     return 16 if size % 16 == 0 else 1
 
 
 def is_aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a matrix has rows or columns that are contiguous, do not overlap, and begin at multiples of 16 bytes.
-
-    They do if the first one does.
+    """Whether a matrix has rows or columns that are contiguous and do not overlap, and that start at multiples of 16
+    bytes if the first one does.
     """
     if 1 not in strides:
         return False
@@ -305,80 +289,75 @@ def is_aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return stride % 8 == 0 and stride >= shape[inner]
 
 
-def at_multiples_of_16(*tensors: Tensor) -> bool:
-    """Whether all tensors' addresses are, in bytes."""
-    bits = 0
-    for tensor in tensors:
-        bits |= tensor.data_ptr()
-    return bits % 16 == 0
-
-
 def matmul(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None = None,
     relu: bool = False,
-    config: MatmulConfig | PersistentConfig | None = None,
+    config: Tile | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
 
-    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table; ``out``, contiguous,
-    is written to. Where there are few tiles and a long sum it goes in parts, which a second pass adds up in order.
+    Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table. The result is written
+    to ``out`` if given: contiguous, of M * N elements. Where there are few tiles and a long sum, the inner dimension is
+    split; a second kernel adds up the partial results in a fixed order.
     """
-    shape, columns, has_bias = a.shape, b.shape[1], bias is not None
-    c = a.new_empty((shape[0], columns)) if out is None else out
-    plan = product_plan(
-        a.device,
-        a.dtype,
-        (shape[0], columns, shape[1]),
-        a.stride(),
-        b.stride(),
-        at_multiples_of_16(a, b, c),
-        has_bias,
-        relu,
-        input_precision(a),
-        config,
-    )
-    bias = c if bias is None else bias.contiguous()
-    if plan.addition is not None:
-        partial = a.new_empty(plan.parts, dtype=accumulator_dtype(a.dtype))
-        launch(plan.product, a, b, c, partial)
-        launch(plan.addition, partial, bias, c)
-    elif plan.product.kernel is persistent_matmul_kernel:
-        launch_with_descriptors(plan.product, a, b, bias, c)
+    (M, K), N = a.shape, b.shape[1]
+    c = a.new_empty((M, N)) if out is None else out
+    aligned = (a.data_ptr() | b.data_ptr() | c.data_ptr()) % 16 == 0
+    kind = a.device, a.dtype, input_precision(a)
+    plan = product_plan(kind, (M, N, K), (a.stride(), b.stride()), aligned, bias is not None, relu, config)
+    if plan.single:
+        launch(plan.product, a, b, c if bias is None else bias.contiguous(), c)
     else:
-        launch(plan.product, a, b, bias, c)
+        multiply(plan, a, b, bias, c)
     return c
 
 
+Operands: TypeAlias = tuple[tuple[int, int, int], tuple[tuple[int, ...], tuple[int, ...]], bool]  # of `product_plan`
+
+
 class ProductPlan(NamedTuple):
-    """The launch of a product; if it goes in ``parts`` [splits, M, N] that of their ``addition`` too."""
+    """How a product is launched; if its sum is split, the shape [splits, M, N] of the ``parts``, and their addition."""
 
     product: Plan
+    single: bool = False  # one launch, without tensor descriptors
     parts: tuple[int, ...] = ()
+    parts_dtype: torch.dtype | None = None
     addition: Plan | None = None
+
+
+def multiply(plan: ProductPlan, a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor) -> None:
+    """Write the product of ``a`` and ``b`` into the memory of ``c``, which is contiguous."""
+    bias = c if bias is None else bias.contiguous()  # without a bias any tensor will do: the kernel does not read it
+    if plan.single:
+        launch(plan.product, a, b, bias, c)
+    elif plan.addition is not None:
+        partial = a.new_empty(plan.parts, dtype=plan.parts_dtype)
+        launch(plan.product, a, b, c, partial)
+        launch(plan.addition, partial, bias, c)
+    else:
+        contextvars.copy_context().run(launch_with_descriptors, plan.product, a, b, bias, c)
 
 
 @planned
 def product_plan(
-    device: torch.device,
-    dtype: torch.dtype,
+    kind: Kind,
     sizes: tuple[int, int, int],
-    a_strides: tuple[int, ...],
-    b_strides: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
     aligned_addresses: bool,
     has_bias: bool,
     relu: bool,
-    precision: str,
-    config: MatmulConfig | PersistentConfig | None,
+    config: Tile | None = None,
 ) -> ProductPlan:
-    """`matmul` of matrices with these strides and ``sizes`` M, N, K."""
-    M, N, K = sizes
+    """The product of two matrices of ``sizes`` M, N, K and these ``strides``, with bias and ReLU."""
+    device, dtype, precision = kind
+    (M, N, K), (a_strides, b_strides) = sizes, strides
     aligned = aligned_addresses and is_aligned((M, K), a_strides) and is_aligned((K, N), b_strides)
     if config is None and aligned and is_aligned((M, N), (N, 1)):
-        config = persistent_config(device, dtype, precision, M, N)
-    config = config or matmul_config(device, dtype, precision, M, N, aligned)
+        config = persistent_config(*kind, M, N)
+    config = config or matmul_config(*kind, M, N, aligned)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     constants = {"HAS_BIAS": has_bias, "RELU": relu}
     if isinstance(config, PersistentConfig):
@@ -402,7 +381,7 @@ def product_plan(
     steps, exact = triton.cdiv(K, config.BLOCK_K), accumulator_dtype(dtype)
     splits = inner_splits(device, tiles, steps, M * N * exact.itemsize, (M + N) * K * dtype.itemsize)
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
-    whole = splits == 1
+    single = splits == 1
     product = Plan(
         matmul_kernel,
         (tiles, splits),
@@ -411,19 +390,19 @@ def product_plan(
         K,
         *a_strides,
         *b_strides,
-        SPLIT=not whole,
+        SPLIT=not single,
         INPUT_PRECISION=precision,
         ALIGNMENT_M=alignment(M, config.BLOCK_M),
         ALIGNMENT_N=alignment(N, config.BLOCK_N),
         ALIGNMENT_K=alignment(K, config.BLOCK_K),
         EVEN_K=K % config.BLOCK_K == 0,
         GROUP_M=8,
-        **(constants if whole else dict.fromkeys(constants, False)),
+        **(constants if single else dict.fromkeys(constants, False)),
         **config._asdict(),
         **register_limit(device),
     )
-    if whole:
-        return ProductPlan(product)
+    if single:
+        return ProductPlan(product, single)
     block = 1024
     addition = Plan(
         sum_of_splits_kernel,
@@ -436,21 +415,18 @@ def product_plan(
         **constants,
         **register_limit(device),
     )
-    return ProductPlan(product, (splits, M, N), addition)
+    return ProductPlan(product, single, (splits, M, N), exact, addition)
 
 
 def launch_with_descriptors(plan: Plan, *tensors: Tensor) -> None:
-    """`launch` a kernel that makes tensor descriptors: Triton gets their memory from torch's caching allocator.
+    """`launch` a kernel that makes tensor descriptors, in a copy of the thread's context that nobody uses afterwards.
 
-    Triton keeps its allocator in a context variable. It is set in a copy of the context, so that the user's own stays.
-    Allocation and launch are in the same stream: the memory may go back at once, and a CUDA graph captures both.
+    Triton asks its allocator, a context variable, for the descriptors' memory. The user's own allocator stays set
+    outside of the copy; in the copy it is torch's caching allocator. Its memory may be freed at once, as allocation and
+    launch are in the same stream, and a CUDA graph captures both.
     """
-
-    def run() -> None:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-        launch(plan, *tensors)
-
-    contextvars.copy_context().run(run)
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    launch(plan, *tensors)
 
 
 @triton.jit
@@ -495,34 +471,62 @@ def relu_mask_and_column_sum_kernel(
         tl.store(sum_ptr + strip * N + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=own_columns)
 
 
+class MaskPlan(NamedTuple):
+    """The launches that mask a gradient and sum its columns: over strips of rows, then over the strips' sums, until one
+    row of sums is left."""
+
+    stages: tuple[Plan, ...]
+    needs_sum: bool
+    sum_dtype: torch.dtype
+
+
 def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool) -> tuple[Tensor, Tensor | None]:
     """``(gz, gb)`` of the module's formulas, [M, N] and [N]. Without ``output`` there is no ReLU: ``gz`` is ``grad``.
 
-    The sum over rows takes two stages, strips of rows and then the strips, in a fixed order: no atomics.
+    The stages of the sum are added up in a fixed order: no atomics.
     """
-    mask, shape = output is not None, grad.shape
+    mask = output is not None
     if not (mask or need_sum):
         return grad, None
-    plan = column_sum_plan(grad.device, shape, grad.stride(), mask, need_sum)
-    strips = plan.grid[1]
-    masked = grad.new_empty(shape) if mask else grad
-    sum_dtype = grad.dtype if strips == 1 else accumulator_dtype(grad.dtype)
-    sums = grad.new_empty((strips, shape[1]), dtype=sum_dtype) if need_sum else masked
-    launch(plan, grad, grad if output is None else output.contiguous(), masked, sums)
-    if not need_sum:
-        return masked, None
-    if strips == 1:
-        return masked, sums[0]
-    _, total = relu_mask_and_column_sum(sums, None, True)
-    assert total is not None
-    return masked, total.to(grad.dtype)
+    plan = mask_plan((grad.device, grad.dtype), grad.shape, grad.stride(), mask, need_sum)
+    masked = grad.new_empty(grad.shape) if mask else grad
+    return masked, mask_and_sum(plan, grad, output, masked)
+
+
+def mask_and_sum(plan: MaskPlan, grad: Tensor, output: Tensor | None, masked: Tensor) -> Tensor | None:
+    """`relu_mask_and_column_sum` into ``masked``, which is ``grad`` if there is no ReLU; the sum of the columns."""
+    dtype, sums = grad.dtype, masked
+    other = grad if output is None else output.contiguous()
+    for stage in plan.stages:
+        if plan.needs_sum:
+            sums = grad.new_empty((stage.grid[1], grad.shape[1]), dtype=plan.sum_dtype)
+        launch(stage, grad, other, masked, sums)
+        grad = other = masked = sums
+    return sums[0].to(dtype) if plan.needs_sum else None
 
 
 @planned
+def mask_plan(
+    kind: tuple[torch.device, torch.dtype],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    mask: bool,
+    need_sum: bool,
+) -> MaskPlan:
+    """`relu_mask_and_column_sum` of a gradient with this shape and these strides."""
+    device, dtype = kind
+    if not (mask or need_sum):
+        return MaskPlan((), False, dtype)
+    stages = [column_sum_plan(device, shape, strides, mask, need_sum)]
+    while need_sum and (strips := stages[-1].grid[1]) > 1:
+        stages.append(column_sum_plan(device, (strips, shape[1]), (shape[1], 1), False, True))
+    return MaskPlan(tuple(stages), need_sum, dtype if len(stages) == 1 else accumulator_dtype(dtype))
+
+
 def column_sum_plan(
     device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], mask: bool, need_sum: bool
 ) -> Plan:
-    """`relu_mask_and_column_sum`, as many programs along the second axis as there are strips."""
+    """One stage: the second axis of its grid are the strips."""
     M, N = shape
     block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
     if device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
@@ -547,8 +551,17 @@ def column_sum_plan(
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N], no dimension empty."""
-    output = matmul(input.reshape(-1, input.shape[-1]), weight.t(), bias, relu)
-    return reshaped(output, (*input.shape[:-1], weight.shape[0]))
+    N, K = weight.shape
+    output = input.new_empty((*input.shape[:-1], N))
+    matrix, columns = input.reshape(-1, K), weight.t()
+    aligned = (matrix.data_ptr() | weight.data_ptr() | output.data_ptr()) % 16 == 0
+    kind, strides = (input.device, input.dtype, input_precision(input)), (matrix.stride(), columns.stride())
+    plan = product_plan(kind, (matrix.shape[0], N, K), strides, aligned, bias is not None, relu)
+    if plan.single:
+        launch(plan.product, matrix, columns, output if bias is None else bias.contiguous(), output)
+    else:
+        multiply(plan, matrix, columns, bias, output)
+    return output
 
 
 def linear_backward(
@@ -557,18 +570,56 @@ def linear_backward(
     weight: Tensor | None,
     output: Tensor | None,
     need_bias: bool,
+    *,
+    vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear` for input (needs ``weight``), weight (needs ``input``) and bias.
 
-    ``output`` is the forward's result if it had a ReLU, else None.
+    ``output`` is the forward's result if it had a ReLU, else None. ``vendor``: the products are torch's, from the GPU
+    vendor's library, and only the mask and the sum are a kernel.
     """
-    N = grad_output.shape[-1]
-    grad, grad_bias = relu_mask_and_column_sum(
-        grad_output.reshape(-1, N), None if output is None else output.reshape(-1, N), need_bias
-    )
+    lead, N = grad_output.shape[:-1], grad_output.shape[-1]
+    grad = grad_output.reshape(-1, N)
+    output = None if output is None else output.reshape(-1, N)
+    matrix = None if input is None else input.reshape(-1, input.shape[-1])
     grad_input = grad_weight = None
+    if vendor:
+        masked, grad_bias = relu_mask_and_column_sum(grad, output, need_bias)
+        if weight is not None:
+            grad_input = reshaped(torch.mm(masked, weight), (*lead, weight.shape[1]))
+        if matrix is not None:
+            grad_weight = torch.mm(masked.t(), matrix)
+        return grad_input, grad_weight, grad_bias
+
+    masked = grad if output is None else grad.new_empty(grad.shape)
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
     if weight is not None:
-        grad_input = reshaped(matmul(grad, weight), (*grad_output.shape[:-1], weight.shape[1]))
-    if input is not None:
-        grad_weight = matmul(grad.t(), input.reshape(-1, input.shape[-1]))
+        grad_input = grad.new_empty((*lead, weight.shape[1]))
+        products.append((masked, weight, grad_input))
+    if matrix is not None:
+        grad_weight = grad.new_empty((N, matrix.shape[1]))
+        products.append((masked.t(), matrix, grad_weight))
+    operands: list[Operands] = []
+    for a, b, c in products:
+        aligned = (a.data_ptr() | b.data_ptr() | c.data_ptr()) % 16 == 0
+        operands.append(((a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride()), aligned))
+    kind = grad.device, grad.dtype, input_precision(grad)
+    mask, plans = backward_plan(kind, grad.shape, grad.stride(), output is not None, need_bias, tuple(operands))
+    grad_bias = mask_and_sum(mask, grad, output, masked)
+    for plan, (a, b, c) in zip(plans, products, strict=True):
+        multiply(plan, a, b, None, c)
     return grad_input, grad_weight, grad_bias
+
+
+@planned
+def backward_plan(
+    kind: Kind,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    relu: bool,
+    need_bias: bool,
+    operands: tuple[Operands, ...],
+) -> tuple[MaskPlan, list[ProductPlan]]:
+    """`linear_backward` of a gradient with this shape and these strides: the mask and sum, and each of the products."""
+    products = [product_plan(kind, *each, has_bias=False, relu=False) for each in operands]
+    return mask_plan(kind[:2], shape, strides, relu, need_bias), products

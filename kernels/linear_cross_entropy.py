@@ -1,8 +1,8 @@
 """Linear + cross-entropy: the logits ``z = x w^T + b`` live in the tiles of a matrix product and nowhere else.
 
-Forward, a program takes a block of rows and a share of the classes, goes through the tiles of their product and keeps
-the `head.Statistics` of each row: online, a new maximum scales the sums down. The shares are merged afterwards. A block
-of rows whose targets are all ignored has no tiles to go through.
+Forward, a program takes a block of rows and a share of the classes, loops over the tiles of their product and keeps the
+`chunked_logits.Statistics` of each row; as in an online softmax, a new maximum scales down the sums so far. The shares
+are merged afterwards. For a block of rows whose targets are all ignored no product is computed.
 
 Backward, with maximum m and sum e of the logits, l = m + log e, the sum T of the target distribution t and the
 gradient g of each row's loss::
@@ -10,8 +10,9 @@ gradient g of each row's loss::
     gz_c = g (exp(z_c - m) T / e - t_c)
     gx = gz w,   gw = gz^T x,   gb = sum of gz over rows,   gq_c = g w_c (1 - s) (l - z_c)
 
-gz is made anew from the product, a chunk of rows and classes within the memory budget at a time; ``linear.py`` has the
-products behind it. Made inside both of them it would need no memory, but the product of the logits twice.
+gz is computed from the recomputed logits, for a chunk of rows and classes within the memory budget at a time;
+``linear.py`` computes the products with it. Computed inside of these two products gz would take no memory, but the
+logits would be computed twice.
 """
 
 from __future__ import annotations
@@ -23,49 +24,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunked_logits import Statistics, Target, accumulated_gradients
 from .configs import MatmulConfig, class_splits, matmul_config, planned, register_limit
-from .head import Statistics, Target, accumulated_gradients
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import alignment, at_multiples_of_16, matmul, product_tile, tile_lanes, tile_of_program, tile_start
+from .linear import alignment, matmul, product_tile, tile_lanes, tile_of_program, tile_start
 
 
 @triton.jit
 def logit_tile(
-    input_ptr,
-    weight_ptr,
+    input,  # [M, K]: pointer and strides
+    weight,  # [N, K]: likewise
     bias_ptr,
     rows,
     columns,
     K,
-    stride_input_row,
-    stride_input_k,
-    stride_weight_class,
-    stride_weight_k,
     HAS_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Logits of ``rows`` and ``columns``: [BLOCK_M, BLOCK_N]."""
     inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
-    z = product_tile(
-        input_ptr + rows[:, None] * stride_input_row + inner[None, :] * stride_input_k,
-        weight_ptr + inner[:, None] * stride_weight_k + columns[None, :] * stride_weight_class,
-        0,
-        tl.cdiv(K, BLOCK_K),
-        K,
-        stride_input_k,
-        stride_weight_k,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    x_ptrs = input[0] + rows[:, None] * input[1] + inner[None, :] * input[2]
+    w_ptrs = weight[0] + inner[:, None] * weight[2] + columns[None, :] * weight[1]
+    strides, steps = (input[2], weight[2]), tl.cdiv(K, BLOCK_K)
+    z = product_tile(x_ptrs, w_ptrs, strides, 0, steps, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
     return z
@@ -73,33 +57,29 @@ def logit_tile(
 
 @triton.jit
 def dense_target(
-    target_ptr,
+    target,  # [M, N] probabilities: pointer and strides
     class_weight_ptr,
     rows,
     columns,
-    all_classes,
-    stride_target_row,
-    stride_target_class,
+    uniform,  # LABEL_SMOOTHING / all classes, of the dtype to compute in
     PROBABILITIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
 ):
     """The dense part of t: [BLOCK_M, BLOCK_N]."""
-    t = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR) + tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
+    t = tl.zeros((rows.shape[0], columns.shape[0]), uniform.dtype) + uniform
     if PROBABILITIES:
-        q = tl.load(target_ptr + rows[:, None] * stride_target_row + columns[None, :] * stride_target_class)
-        t += q.to(ACCUMULATOR) * (1.0 - LABEL_SMOOTHING)
+        q = tl.load(target[0] + rows[:, None] * target[1] + columns[None, :] * target[2])
+        t += q.to(uniform.dtype) * (1.0 - LABEL_SMOOTHING)
     if HAS_WEIGHT:
-        t *= tl.load(class_weight_ptr + columns).to(ACCUMULATOR)[None, :]
+        t *= tl.load(class_weight_ptr + columns).to(uniform.dtype)[None, :]
     return t
 
 
 @triton.jit
 def at_target(target, start, own, BLOCK_N: tl.constexpr):
-    """[rows, BLOCK_N]: whether a class of the tile from ``start`` is the row's target. 32 bits take few registers."""
+    """[rows, BLOCK_N]: whether a class of the tile from ``start`` is the row's target; compared in 32 bits, which take
+    half the registers."""
     place = tl.minimum(tl.maximum(target - start, -1), BLOCK_N).to(tl.int32)
     lanes = tl.where(own, tl.arange(0, BLOCK_N), -2)
     return lanes[None, :] == place[:, None]
@@ -142,6 +122,10 @@ def linear_cross_entropy_kernel(
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
     NOTHING: tl.constexpr = float("-inf")
 
+    input = input_ptr, stride_input_row, stride_input_k
+    weight = weight_ptr, stride_weight_class, stride_weight_k
+    probabilities = target_ptr, stride_target_row, stride_target_class
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, split = tl.program_id(0), tl.program_id(1)
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
     own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
@@ -161,55 +145,27 @@ def linear_cross_entropy_kernel(
         columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
         own = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
         z = logit_tile(
-            input_ptr,
-            weight_ptr,
-            bias_ptr,
-            rows,
-            columns,
-            K,
-            stride_input_row,
-            stride_input_k,
-            stride_weight_class,
-            stride_weight_k,
-            HAS_BIAS,
-            INPUT_PRECISION,
-            ALIGNMENT_K,
-            EVEN_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
+            input, weight, bias_ptr, rows, columns, K, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
         )
         if not PROBABILITIES:
             is_target = at_target(target, tile_start(tile, N, BLOCK_N, ALIGNMENT_N), own, BLOCK_N)
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(own[None, :], z, NOTHING)
         new_maximum = tl.maximum(maximum, tl.max(z, 1))
-        # -inf never meets -inf in a difference.
+        # Where all logits so far are -inf, subtract 0: -inf - (-inf) would be NaN.
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
         new_reference = tl.where(new_maximum == NOTHING, 0.0, new_maximum)
         z -= new_reference[:, None]
         exponentials = exponentials * tl.exp(maximum - new_reference) + tl.sum(tl.exp(z), 1)
         if PROBABILITIES or LABEL_SMOOTHING > 0:
             t = dense_target(
-                target_ptr,
-                class_weight_ptr,
-                rows,
-                columns,
-                all_classes,
-                stride_target_row,
-                stride_target_class,
-                PROBABILITIES,
-                HAS_WEIGHT,
-                LABEL_SMOOTHING,
-                BLOCK_M,
-                BLOCK_N,
-                ACCUMULATOR,
+                probabilities, class_weight_ptr, rows, columns, uniform, PROBABILITIES, HAS_WEIGHT, LABEL_SMOOTHING
             )
             products += (reference - new_reference) * mass + tl.sum(tl.where(own[None, :], t * z, 0.0), 1)
             mass += tl.sum(tl.where(own[None, :], t, 0.0), 1)
         maximum = new_maximum
 
-    if not PROBABILITIES:  # rows that were not looked at: anything finite
+    if not PROBABILITIES:  # a block of ignored rows, whose logits were not computed: finite values
         maximum = tl.where(counts > 0, maximum, 0.0)
         exponentials = tl.where(counts > 0, exponentials, 1.0)
     part = statistics_ptr + split.to(tl.int64) * M + rows
@@ -267,6 +223,10 @@ def logit_gradient_kernel(
     """One program per tile of the gradient of a chunk of logits, whose class 0 is ``first_class`` to the targets."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
+    input = input_ptr, stride_input_row, stride_input_k
+    weight = weight_ptr, stride_weight_class, stride_weight_k
+    probabilities = target_ptr, stride_target_row, stride_target_class
+    uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
     columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
@@ -280,44 +240,17 @@ def logit_gradient_kernel(
         target = tl.load(target_ptr + rows * stride_target_row)
         steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, K, 0)  # no product where none counts
     z = logit_tile(
-        input_ptr,
-        weight_ptr,
-        bias_ptr,
-        rows,
-        columns,
-        steps,
-        stride_input_row,
-        stride_input_k,
-        stride_weight_class,
-        stride_weight_k,
-        HAS_BIAS,
-        INPUT_PRECISION,
-        ALIGNMENT_K,
-        EVEN_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
+        input, weight, bias_ptr, rows, columns, steps, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
     )
     z -= tl.load(maximum_ptr + rows)[:, None]
     exponentials = tl.load(exponentials_ptr + rows)
     scale = tl.load(scale_ptr + rows)[:, None]
-    # Rounded, z is at most 0. In rows that were not looked at it may be anything, and 0 * inf would be NaN.
+    # z <= 0 but for rounding. In ignored rows, whose maximum was not computed, it may be large, exp(z) inf, and the
+    # product with their scale of 0 NaN.
     grad = tl.exp(tl.where(z > 0, 0.0, z)) * (tl.load(mass_ptr + rows) / exponentials)[:, None]
     if PROBABILITIES or LABEL_SMOOTHING > 0:
         grad -= dense_target(
-            target_ptr,
-            class_weight_ptr,
-            rows,
-            columns,
-            all_classes,
-            stride_target_row,
-            stride_target_class,
-            PROBABILITIES,
-            HAS_WEIGHT,
-            LABEL_SMOOTHING,
-            BLOCK_M,
-            BLOCK_N,
-            ACCUMULATOR,
+            probabilities, class_weight_ptr, rows, columns, uniform, PROBABILITIES, HAS_WEIGHT, LABEL_SMOOTHING
         )
     if not PROBABILITIES:
         start = first_class + tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N)
@@ -334,7 +267,7 @@ def logit_gradient_kernel(
 
 
 class Logits(NamedTuple):
-    """Input and weight of a product, its bias and target: all that plans depend on, but for the target's strides."""
+    """All that the plans of both kernels depend on, except the strides of the target."""
 
     device: torch.device
     dtype: torch.dtype
@@ -353,7 +286,7 @@ class Logits(NamedTuple):
             input.dtype,
             (input.shape[0], weight.shape[0], weight.shape[1]),
             (*input.stride(), *weight.stride()),
-            at_multiples_of_16(input, weight),
+            (input.data_ptr() | weight.data_ptr()) % 16 == 0,
             input_precision(input),
             target.classes,
             target.ignore_index,
@@ -372,7 +305,7 @@ class Logits(NamedTuple):
             inner == 1 and row % 8 == 0 for row, inner in (strides[:2], strides[2:])
         )
         config = matmul_config(self.device, self.dtype, self.precision, M, N, aligned)
-        if self.device.type != "cpu":  # what follows the product takes registers, addresses one by one more of them
+        if self.device.type != "cpu":  # the epilogue takes registers, and so do the addresses of single elements
             config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
         most = (1024 if aligned else 512) * config.num_warps
         if config.BLOCK_M * config.BLOCK_N > most:
@@ -449,9 +382,9 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for input, weight, bias and class probabilities, those that are needed.
 
-    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [M], contiguous, in the
-    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. ``budget``: bytes
-    of logits' gradients at a time.
+    ``scale``, and ``maximum``, ``exponentials`` and ``mass`` from `chunked_logits.losses`, are [M], contiguous, in the
+    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 for an ignored row. ``budget``: how many bytes
+    of gradients of logits exist at a time.
     """
     exact = scale.dtype
     grad_target = torch.empty_like(target.target) if needs[3] else None
@@ -482,7 +415,7 @@ def linear_cross_entropy_backward(
     def product(a: Tensor, b: Tensor) -> Tensor:
         return matmul(a, b, out=a.new_empty((a.shape[0], b.shape[1]), dtype=exact))
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, product, *needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, product, needs[:3], budget)
     return (*gradients, grad_target)
 
 

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementwise import (
+    Elements,
     elementwise_loss,
     elementwise_loss_backward,
-    elementwise_strides,
-    in_layout,
     load_tile,
+    loss_backward_plan,
+    loss_plan,
     store_tile,
 )
 
@@ -84,17 +85,15 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     ``reduction`` 'none' gives a tensor of that shape, 'mean' and 'sum' a 0-d one. Accumulates in float32 (float64 for
     float64) and rounds once.
     """
-    strides = elementwise_strides(input, target)
-    return elementwise_loss(
-        mse_loss_kernel, (in_layout(input, strides), in_layout(target, strides)), strides, reduction
-    )
+    elements = Elements(input.device, input.dtype, input.shape, input.stride(), target.stride())
+    return elementwise_loss(loss_plan(mse_loss_kernel, elements, reduction), input, target)
 
 
 def mse_loss_backward(
     grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, need_input: bool, need_target: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """`elementwise_loss_backward` of `mse_loss`."""
-    strides = elementwise_strides(input, target)
-    tensors = in_layout(input, strides), in_layout(target, strides)
-    needs = need_input, need_target
-    return elementwise_loss_backward(mse_loss_backward_kernel, grad_output, tensors, strides, reduction, *needs)
+    elements = Elements(input.device, input.dtype, input.shape, input.stride(), target.stride())
+    choices = not any(grad_output.stride()), need_input, need_target
+    plan = loss_backward_plan(mse_loss_backward_kernel, elements, reduction, choices)
+    return elementwise_loss_backward(plan, grad_output, input, target)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from .head import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
+from .chunked_logits import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
 from .launch import accumulator_dtype, reshaped
 
 
@@ -112,8 +112,9 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for input, weight, bias and class probabilities, those that are needed.
 
-    ``scale`` and what `head.losses` found, ``maximum``, ``exponentials`` and ``mass``, are [N], in the accumulators'
-    dtype. ``scale`` is the gradient of each row's loss, 0 of an ignored row. Formulas: see ``cross_entropy.py``.
+    ``scale``, and ``maximum``, ``exponentials`` and ``mass`` from `chunked_logits.losses`, are [N], in the
+    accumulators' dtype. ``scale`` is the gradient of each row's loss, 0 for an ignored row. Formulas: see
+    ``linear_cross_entropy.py``.
     """
     exact = scale.dtype
     grad_target = torch.empty_like(target.target) if needs[3] else None
@@ -131,7 +132,7 @@ def linear_cross_entropy_backward(
     def into_accumulators(a: Tensor, b: Tensor) -> Tensor:
         return product(a, b.t()).to(exact)
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, *needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, needs[:3], budget)
     return (*gradients, grad_target)
 
 
@@ -144,7 +145,7 @@ def linear_cross_entropy_with_gradients(
     needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """`head.losses` [N], and gradients of their sum weighted by ``scale`` [N] for input, weight and bias.
+    """`chunked_logits.losses` [N], and gradients of their sum weighted by ``scale`` [N] for input, weight and bias.
 
     All classes of a block of rows exist at a time, in one buffer: each logit is computed once, not twice. float32 or
     float64.
@@ -263,24 +264,36 @@ def conv_backward(
 
     ``output`` is the forward's result if it had a ReLU, else None. Formulas: see the Triton twin in ``conv.py``.
     """
-    grad = grad_output
-    if output is not None:
-        grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    grad = grad_output if output is None else torch.ops.aten.threshold_backward(grad_output, output, 0)
+    shapes, options = (input_shape, weight_shape), (stride, padding, dilation, groups)
+    return convolution_backward(grad, input, weight, shapes, options, need_bias, memory_format)
+
+
+def convolution_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    shapes: tuple[Sequence[int], Sequence[int]],
+    options: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    need_bias: bool,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`conv_backward` without ReLU, by torch on any device.
+
+    ``shapes`` are those of input and weight, ``options`` stride, padding, dilation and groups.
+    """
+    new: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    needs = weight is not None, input is not None, need_bias
+    # In the place of an operand that is not needed: torch reads its shape and strides alone.
+    input = torch.empty(tuple(shapes[0]), **new) if input is None else input
+    weight = torch.empty(tuple(shapes[1]), **new) if weight is None else weight
+    *each, groups = options
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        grad.new_empty(input_shape) if input is None else input,  # of what is not needed the shape alone is read
-        grad.new_empty(weight_shape) if weight is None else weight,
-        weight_shape[:1],
-        stride,
-        padding,
-        dilation,
-        False,
-        (0,) * len(stride),
-        groups,
-        (weight is not None, input is not None, need_bias),
+        grad, input, weight, shapes[1][:1], *each, False, (0,) * len(each[0]), groups, needs
     )
-    grad_input, grad_weight = (
-        None if gradient is None else gradient.contiguous(memory_format=memory_format)
-        for gradient in (grad_input, grad_weight)
+    # Some of torch's ways compute the weight's gradient with the bias's.
+    return (
+        grad_input.contiguous(memory_format=memory_format) if needs[0] else None,
+        grad_weight.contiguous(memory_format=memory_format) if needs[1] else None,
+        grad_bias,
     )
-    return grad_input, grad_weight, grad_bias

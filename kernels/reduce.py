@@ -10,15 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Positions of tile number ``index``, all inside the dimension, and which of them are met for the first time.
+    """Positions of tile number ``index``, all inside the dimension, and which lanes are the first with their position.
 
-    The last tile is moved back to end at the edge; the lanes of a tile that is larger than its dimension, less than
-    twice as large, start over. So no load needs a mask, and all vectorize up to the ``ALIGNMENT`` of `tile_alignment`.
+    No load needs a mask, and accesses are as wide as the ``ALIGNMENT`` of `tile_alignment` allows: the last tile is
+    moved back so that it ends at the edge, and in a tile larger than the dimension (less than twice) the lanes past the
+    edge repeat positions of the first half.
     """
     lanes = tl.arange(0, BLOCK)
     if ALIGNMENT < 0:
         UNIT: tl.constexpr = -ALIGNMENT
-        fresh = lanes < size // UNIT * UNIT  # the size, as a multiple that Triton can see
+        fresh = lanes < size // UNIT * UNIT  # equals size, but the compiler sees that UNIT divides it
         positions = tl.where(fresh, lanes, lanes - BLOCK // 2).to(tl.int64)
     else:
         start = tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64)
@@ -28,7 +29,7 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 def tile_alignment(size: int, block: int) -> int:
-    """What divides ``size`` and the start of every tile, up to 16; negative for a tile larger than the dimension."""
+    """The greatest divisor, up to 16, of ``size`` and the start of every tile; negated if one tile exceeds the size."""
     assert block < 2 * size
     alignment = math.gcd(size, block, 16)
     return alignment if size >= block else -alignment

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
-from fastops.ops import OPS
 from fastops import nn as fnn
+from fastops.ops import OPS
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 ROOT = Path(__file__).parents[1]

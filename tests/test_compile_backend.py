@@ -377,7 +377,7 @@ class Head(nn.Module):
 )
 def test_head_is_fused_with_its_loss(variant: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if variant != "small":
-        monkeypatch.setattr("fastops.kernels.head.BUDGET", 100)
+        monkeypatch.setattr("fastops.kernels.chunked_logits.BUDGET", 100)
     model, recorder = Head(variant), Recorder()
     x, target = torch.randn(5, 6, requires_grad=True), torch.tensor([0, 3, 8, 1, 3])
     expected = model(x, target)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fastops.autograd.linear import LinearReLU
 from torch import Tensor
 
-from fastops.autograd.linear import LinearReLU
 from fastops.cli import matrix, verify
 
 PAGE = (Path(__file__).parents[1] / "docs" / "matrix.md").read_text()

@@ -19,8 +19,8 @@ import fastops.functional as FF
 from fastops import dispatch
 from fastops import nn as fnn
 from fastops.accuracy import error_share
+from fastops.kernels import chunked_logits
 from fastops.kernels import cross_entropy as cross_entropy_kernels
-from fastops.kernels import head
 from fastops.kernels import linear as linear_kernels
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
@@ -108,7 +108,7 @@ def test_host_never_waits_for_a_value(case: Case, backend: str, monkeypatch: pyt
     """But for one: on the CPU, where nothing is waited for, class indices are checked. On a GPU the kernel does it."""
     onednn_in_float64(monkeypatch)
     monkeypatch.setattr(cross_entropy_kernels, "check_targets", lambda *_: None)
-    monkeypatch.setattr(head, "check_targets", lambda *_: None)
+    monkeypatch.setattr(chunked_logits, "check_targets", lambda *_: None)
     tensors = case.tensors()
     with NoHostSynchronisation():
         result = case.ours(*tensors)
@@ -117,7 +117,7 @@ def test_host_never_waits_for_a_value(case: Case, backend: str, monkeypatch: pyt
 
 def test_targets_of_a_gpu_are_not_read_by_the_host() -> None:
     target = torch.empty(4, dtype=torch.int64, device="meta")
-    head.check_targets(target, 3, -100)  # a read of a meta tensor's value would raise
+    chunked_logits.check_targets(target, 3, -100)  # a read of a meta tensor's value would raise
 
 
 # Cross-entropy --------------------------------------------------------------------------------------------------------

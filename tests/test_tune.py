@@ -84,7 +84,9 @@ def test_the_fastest_way_is_obeyed(folder: Path) -> None:
         with fastops.backend("torch"):
             assert fastops.explain("linear_relu", x, first.weight, first.bias).reason == "backend 'torch' is selected"
         model.eval()
-        assert "KernelFunction" in type(FF.linear_relu(x, first.weight, first.bias).grad_fn).__name__  # the hand-written one
+        assert (
+            "KernelFunction" in type(FF.linear_relu(x, first.weight, first.bias).grad_fn).__name__
+        )  # the hand-written one
         torch.testing.assert_close(model(x), F.linear(F.linear(x, first.weight, first.bias).relu(), *last.parameters()))
         again()
 

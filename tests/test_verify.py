@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from fastops.autograd.cross_entropy import CrossEntropyBackward
+from fastops.autograd.linear import LinearReLU
 from torch import Tensor
 
 import fastops
 from fastops import dispatch
 from fastops.accuracy import error_share
-from fastops.autograd.cross_entropy import CrossEntropyBackward
-from fastops.autograd.linear import LinearReLU
 from fastops.cli import main, verify
 from fastops.kernels import cross_entropy, linear, mse, onednn
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastops import kernels
 from fastops.kernels import add_relu, bce, configs, conv, cross_entropy, linear, linear_cross_entropy, mse
-from fastops.kernels.head import Target
+from fastops.kernels.chunked_logits import Target
 from fastops.kernels.launch import Plan
 
 from .machine_code import Request

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
-from ..kernels import head, onednn
-from ..kernels.head import Target
+from ..kernels import chunked_logits, onednn
+from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
 from .cross_entropy import is_index, row_scale, unscaled_gradients
 from .op import FUSES, Example, Explanation, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
@@ -74,9 +74,9 @@ def _accepts(
 
 
 def _budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOptions | None) -> int:
-    """How many bytes of logits may exist at a time: what ``options`` say, else `head.BUDGET`."""
+    """How many bytes of logits may exist at a time: what ``options`` say, else `chunked_logits.BUDGET`."""
     if options is None:
-        return head.BUDGET
+        return chunked_logits.BUDGET
     if (budget := getattr(options, "memory_budget", None)) is not None:
         return int(budget)
     rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
@@ -190,7 +190,7 @@ def _positions(
 
 
 def _forward(
-    statistics: Callable[..., head.Statistics],
+    statistics: Callable[..., chunked_logits.Statistics],
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -207,8 +207,8 @@ def _forward(
     results, denominator = [], torch.zeros((), dtype=exact, device=input.device)
     for w, b, goal in _positions(linear_weight, linear_bias, target, weight, ignore_index, label_smoothing):
         if indices:
-            head.check_targets(goal.target, goal.classes, ignore_index)
-        results.append(head.losses(statistics(input, w, b, goal, budget), goal))
+            chunked_logits.check_targets(goal.target, goal.classes, ignore_index)
+        results.append(chunked_logits.losses(statistics(input, w, b, goal, budget), goal))
         if reduction == "mean":
             denominator += goal.own_weight(exact).sum() if indices else len(input)
     loss, maximum, exponentials, mass = (torch.stack(parts, 1) for parts in zip(*results, strict=True))
@@ -239,7 +239,7 @@ def _forward_with_gradients(
     goal = Target(target[..., 0], weight, ignore_index, label_smoothing, len(linear_weight))
     scale = torch.ones_like(input[:, 0])
     if not goal.probabilities:
-        head.check_targets(goal.target, goal.classes, ignore_index)
+        chunked_logits.check_targets(goal.target, goal.classes, ignore_index)
         scale = goal.kept().to(input.dtype)
     denominator = scale.new_ones(())
     if reduction == "mean":

@@ -19,9 +19,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import fastops
 import fastops.functional as FF
-from fastops.kernels import configs, conv, linear
+from fastops.kernels import add_relu, configs, conv, linear
 from fastops.kernels.configs import ConvConfig
-from fastops.kernels.geometry import Geometry, conv_output_size
+from fastops.kernels.geometry import conv_output_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCHS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -34,8 +34,8 @@ def small_config(channels: int) -> ConvConfig:
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[6]))
-    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[5]))
+    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[4]))
+    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[3]))
 
 
 @pytest.fixture
@@ -293,14 +293,53 @@ def test_positions_take_64_bits_where_they_must(stride: int, missing: int, large
     positions = 2**31 - 2**12 - missing
     size = positions if stride == 2 else positions - 2
     shapes = (1, 8, size), (8, 8, 3)
-    options = (stride,), (1 if stride == 2 else 2,), (1,)
-    common = torch.device("cpu"), torch.float32, *shapes
-    plan, shape = conv.conv_plan(*common, False, *options, 1, False, "ieee")
-    assert plan is not None and max(size, shape[2]) == positions
-    geometry = Geometry.of((3,), *options)
-    words = *common, shape[2:], geometry, 1, "ieee"
-    plans = plan, conv.grad_input_plan(*words), conv.grad_weight_plan(*words, torch.contiguous_format)[0]
+    options = (stride,), (1 if stride == 2 else 2,), (1,), 1
+    kind = torch.device("cpu"), torch.float32, "ieee"
+    forward = conv.conv_plan(kind, shapes, options, False, False)
+    assert max(size, forward.shape[2]) == positions
+    backward = conv.conv_backward_plan(kind, shapes, options, False, (True, True, False), torch.contiguous_format)
+    assert backward.for_weight is not None
+    plans = [plan for plan in (forward.launch, backward.for_input, backward.for_weight.product) if plan is not None]
     assert [plan.constants["LARGE"] for plan in plans] == [large] * 3
+
+
+# The vendor's gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("name", ["24 to 13 channels", "pointwise", "groups", "depthwise", "1d", "3d"])
+def test_vendors_gradients(name: str, relu: bool, last: bool) -> None:
+    """Exact, and in the layouts that those of the kernels have, whatever the layouts of the operands are."""
+    *tensors, grad_output = whole_tensors(name)
+    _, *expected = torchs(GUARDED[name][2], relu, *tensors, grad_output)
+    layout, of_all = memory_format(tensors[0].dim() - 2, last), numbers(tensors[1].shape, GUARDED[name][2])
+    shapes = tuple(tensors[0].shape), tuple(tensors[1].shape)
+    output = conv.conv(*tensors, *of_all, relu, layout) if relu else None
+    for spread in (False, True):
+        given = [grad_output, *tensors[:2], output]
+        if spread:
+            given = [None if t is None else torch.stack((t, t), -1)[..., 0] for t in given]
+        words = *given, *shapes, *of_all, True, layout
+        found = run_guarded(functools.partial(conv.conv_backward, vendor=True), *words)
+        assert all(map(torch.equal, found, expected))
+        assert list(map(strides_that_count, found)) == list(map(strides_that_count, conv.conv_backward(*words)))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vendors_gradients_in_every_dtype(dtype: torch.dtype, last: bool) -> None:
+    def reference(input: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor, output: Tensor) -> Sequence[Tensor]:
+        masked = torch.where(output <= 0, 0, grad_output)
+        return torchs({"padding": 1}, False, input, weight, bias, masked)[1:]
+
+    shapes = (2, 8, 6, 5), (16, 8, 3, 3), (16,), (2, 16, 6, 5), (2, 16, 6, 5)
+    runs = []
+    for _ in range(8):
+        input, weight, _, grad_output, output = tensors = tuple(torch.randn(shape).to(dtype) for shape in shapes)
+        words = grad_output, input, weight, output, input.shape, weight.shape, *numbers(weight.shape, {"padding": 1})
+        runs.append((conv.conv_backward(*words, True, memory_format(2, last), vendor=True), tensors))
+    assert_as_accurate_as_torch(reference, *runs)
 
 
 # The sum over positions -----------------------------------------------------------------------------------------------
@@ -369,6 +408,28 @@ def test_only_what_is_needed_is_computed(
         products = ["conv_grad_input_kernel"], FOR_WEIGHT
     expected = [MASK_AND_SUM] * (relu or needs_bias) + products[0] * needs_input + products[1] * needs_weight
     assert launched == expected
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_vendors_gradients_leave_one_launch(
+    needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels last the mask and the sum, else the mask; no launch where there is neither."""
+    monkeypatch.setattr(add_relu, "launch", conv.launch)
+    layout = memory_format(2, last)
+    input, weight, _, grad_output = (tensor.contiguous() for tensor in whole_tensors("3 to 8 channels"))
+    words = input if needed[1] else None, weight if needed[0] else None, grad_output if relu else None
+    of_all = numbers(weight.shape, GUARDED["3 to 8 channels"][2])
+    shapes = tuple(input.shape), tuple(weight.shape)
+    results = conv.conv_backward(grad_output, *words, *shapes, *of_all, needed[2], layout, vendor=True)
+    assert tuple(result is not None for result in results) == needed
+    assert all(result._base is None for result in results[:2] if result is not None)  # autograd wants no views
+    if last:
+        assert launched == [MASK_AND_SUM] * (relu or needed[2])
+    else:
+        assert launched == ["add_relu_backward_kernel"] * relu
 
 
 @pytest.mark.parametrize("name", GUARDED)

@@ -13,9 +13,9 @@ from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import configs, head, onednn
+from fastops.kernels import chunked_logits, configs, onednn
 from fastops.kernels import linear_cross_entropy as kernels
-from fastops.kernels.head import Target, losses, tile_shape
+from fastops.kernels.chunked_logits import Target, losses, tile_shape
 
 INF = float("inf")
 ALL_NEEDED = (True, True, True, True)
@@ -254,7 +254,7 @@ def test_shards_of_classes_merge(way: Any) -> None:
     for own in (slice(0, 11), slice(11, 30)):
         shard = whole._replace(target=(target - own.start).where(whole.kept(), -100))
         parts.append(way.linear_cross_entropy(input, weight[own], bias[own], shard, 1 << 20))
-    merged = head.Statistics(*(torch.stack(part) for part in zip(*parts, strict=True))).merged()
+    merged = chunked_logits.Statistics(*(torch.stack(part) for part in zip(*parts, strict=True))).merged()
     expected = way.linear_cross_entropy(input, weight, bias, whole, 1 << 20)
     torch.testing.assert_close(losses(merged, whole), losses(expected, whole))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -214,21 +216,57 @@ def test_column_sum_of_many_rows_takes_two_stages() -> None:
     assert_as_accurate_as_torch(lambda grad: (grad.sum(0),), ((total,), (grad,)))
 
 
+def torchs_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    gz = grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+    gz = gz.flatten(0, -2)
+    return (gz @ weight).reshape(input.shape), gz.t() @ input.flatten(0, -2), gz.sum(0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu", [True, False])
 def test_linear_backward(relu: bool, dtype: torch.dtype) -> None:
     grad_output, input, weight = (torch.randn(shape).to(dtype) for shape in ((5, 8, 20), (5, 8, 33), (20, 33)))
     output = torch.randn(5, 8, 20).to(dtype) if relu else None
-
-    def torchs(grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None) -> tuple[Tensor, ...]:
-        gz = grad_output if output is None else torch.where(output <= 0, 0, grad_output)
-        gz = gz.reshape(-1, 20)
-        return (gz @ weight).reshape(5, 8, 33), gz.t() @ input.reshape(-1, 33), gz.sum(0)
-
     tensors = grad_output, input, weight, output
     results = run_guarded(linear.linear_backward, *tensors, True)
-    assert_as_accurate_as_torch(torchs, (results, tensors))
+    assert_as_accurate_as_torch(torchs_backward, (results, tensors))
     assert same_bits(results, linear.linear_backward(*tensors, True)), "not deterministic"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+def test_linear_backward_with_the_vendors_products(relu: bool, dtype: torch.dtype, layout: str) -> None:
+    shapes = (40, 20), (40, 33), (20, 33), (40, 20)
+    vendor = functools.partial(linear.linear_backward, vendor=True)
+    runs = []
+    for call in (run_guarded, *[call_plainly] * 15):
+        *tensors, output = (LAYOUTS[layout](*shape).to(dtype) for shape in shapes)
+        if layout.startswith("expanded"):
+            tensors[0] = LAYOUTS["strided"](*shapes[0]).to(dtype)  # the error of a sum of equal numbers is luck
+        tensors.append(output if relu else None)
+        runs.append((call(vendor, *tensors, True), tensors))
+        expected = linear.linear_backward(*tensors, True)
+        assert [result.stride() for result in runs[-1][0]] == [result.stride() for result in expected]
+    assert_as_accurate_as_torch(torchs_backward, *runs)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_vendors_products_leave_one_launch(
+    needed: tuple[bool, bool, bool], relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask and the sum, and none where there is neither."""
+    launched: list[str] = []
+    monkeypatch.setattr(linear, "launch", lambda plan, *_: launched.append(plan.kernel.__name__))
+    grad, input, weight = torch.randn(2, 4, 3), torch.randn(2, 4, 5), torch.randn(3, 5)
+    words = input if needed[1] else None, weight if needed[0] else None, grad if relu else None, needed[2]
+    results = linear.linear_backward(grad, *words, vendor=True)
+    assert tuple(result is not None for result in results) == needed
+    assert all(result._base is None for result in results[:2] if result is not None)  # autograd wants no views
+    assert launched == ["relu_mask_and_column_sum_kernel"] * (relu or needed[2])
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])

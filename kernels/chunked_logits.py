@@ -1,8 +1,8 @@
 """What both ways of linear + cross-entropy share: tiles of logits within a budget, and sums over tiles of classes.
 
-The logits ``z = x w^T + b`` [rows, classes] exist one tile at a time. Of a range of classes, a row needs only the
-`Statistics`; those of several ranges (tiles, splits of a launch, shards of a weight) merge into those of all classes.
-With ``t_c`` the target distribution of ``kernels/cross_entropy.py``, whose part at the true class is kept apart::
+Of the logits ``z = x w^T + b`` [rows, classes], only one tile exists at a time. A range of classes contributes to a
+row's loss through its `Statistics` alone; those of several ranges (tiles, splits of a launch, shards of a weight) are
+merged. ``t_c`` is the target distribution of ``kernels/cross_entropy.py`` without its part at the true class::
 
     m = max z_c,   e = sum exp(z_c - m),   d = sum t_c (z_c - m),   T = sum t_c,   y = z at the true class
     loss = T log e - d + w_y (1 - s) (log e - (y - m))
@@ -87,14 +87,15 @@ class Statistics(NamedTuple):
 
 
 def reference(maximum: Tensor) -> Tensor:
-    """What the sums are relative to: the maximum, or 0 where all logits are -inf."""
+    """What is subtracted from logits before exp: their maximum, or 0 where all of them are -inf."""
     return maximum.masked_fill(maximum == -math.inf, 0)
 
 
 def losses(statistics: Statistics, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(loss, m, e, sum of t)`` of each row, all [rows], from the statistics of all classes; m is 0 for -inf.
 
-    m and e, not one log-sum-exp: the backward pass divides ``exp(z - m)`` by e, and a large m costs no digits.
+    The backward pass divides ``exp(z - m)`` by e. With m and e in one number, the log-sum-exp, a large m would cost e
+    its digits.
     """
     shift, log_sum = reference(statistics.maximum), statistics.exponentials.log()
     mass, loss = statistics.mass, torch.zeros_like(log_sum)
@@ -127,18 +128,17 @@ def accumulated_gradients(
     weight: Tensor,
     logit_gradients: Callable[[slice, slice], Tensor],
     product: Callable[[Tensor, Tensor], Tensor],
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input [N, K], weight [C, K] and bias [C] from those of the logits, a tile at a time.
+    """Gradients of input [N, K], weight [C, K] and bias [C], if they are needed, from those of the logits, a tile at a time.
 
-    ``logit_gradients`` makes the gradient of a tile of logits. ``product`` multiplies [M, K] x [K, N] into the
-    accumulators' dtype: everything is added up in it and rounded once. The classes are the outer loop, so that only one
-    block of the weight's gradient is in the making.
+    ``logit_gradients(rows, classes)`` computes the gradient of a tile of logits. ``product`` multiplies [M, K] x [K, N]
+    and returns the accumulators' dtype; sums are rounded once, at the end. Classes are the outer loop, so that only one
+    block of the weight's gradient has an accumulator at a time.
     """
     rows, classes = input.shape[0], weight.shape[0]
+    need_input, need_weight, need_bias = needs
     exact = accumulator_dtype(input.dtype)
     grad_input = torch.zeros_like(input, dtype=exact, memory_format=torch.contiguous_format) if need_input else None
     grad_weight = input.new_empty(weight.shape) if need_weight else None

@@ -333,8 +333,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, as `torch.nn.functional.linear_cross_entropy`.
 
-    The logits are never all in memory, forward or backward, but for gradients of higher order, tangents and transforms of
-    `torch.func`: torch computes these, from all logits.
+    The logits are never all in memory, forward or backward, but for gradients of higher order, tangents and transforms
+    of `torch.func`: torch computes these, from all logits.
 
     Args:
         input: [K] or [N, K].

@@ -286,7 +286,7 @@ def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monk
 def test_explain_takes_keywords_and_refuses_unknown_ops() -> None:
     with fastops.backend("triton"):
         assert fastops.explain("linear", input=x, weight=w).backend == "triton"
-    with pytest.raises(ValueError, match="unknown op 'conv9d': expected one of 'add_relu', .*'linear', 'linear_relu'"):
+    with pytest.raises(ValueError, match=r"unknown op 'conv9d': expected one of 'add_relu', .*'linear', 'linear_relu'"):
         fastops.explain("conv9d", x)
 
 

@@ -236,13 +236,21 @@ class Op:
         )
 
     @functools.cached_property
-    def _launchers(self) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+    def launchers(self) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+        """Of the forward and the backward pass."""
         return self.load()
 
     def run(self, way: str, call: tuple[Any, ...]) -> Tensor:
         """The result of a call that kernels or oneDNN take."""
         arguments = call if self.raw_arguments is None else self.raw_arguments(way, *call)
-        if _is_dynamo_compiling() or not _nobody_looks_on(arguments):
+        direct = not _is_dynamo_compiling() and _include_set().raw_repr() in _IDLE and not _profiler_enabled()
+        if direct:  # and now the rest of `_nobody_looks_on`, without the cost of a function call
+            for argument in arguments:
+                if isinstance(argument, Tensor) and (
+                    type(argument) not in PLAIN or argument.is_neg() or argument._is_zerotensor()
+                ):
+                    direct = False
+        if not direct:
             results = self.raw(*arguments, way)
         elif _is_grad_enabled() and _any_requires_grad(*arguments):
             results = _apply(self, way, True, *arguments)
@@ -256,10 +264,14 @@ class Op:
         if way == "onednn":
             return self.plain(*arguments)
         try:
-            return self._launchers[0](*arguments)
+            return self.launchers[0](*arguments)
         except Exception as error:
-            _warn_of(error, self.name, arguments)  # or raise it
-            return self.plain(*arguments)
+            return self.recover(error, arguments)
+
+    def recover(self, error: Exception, arguments: tuple[Any, ...]) -> Any:
+        """The results without kernels if that was an error of theirs; else it is raised."""
+        _warn_of(error, self.name, arguments)
+        return self.plain(*arguments)
 
     def compute_raw(self, *arguments: Any) -> Any:
         """`compute` as the dispatcher calls it."""
@@ -271,7 +283,7 @@ class Op:
         if way == "onednn":
             return plain(*arguments)
         try:
-            launch = self._launchers[1]
+            launch = self.launchers[1]
             return launch(*arguments, vendor=True) if way == "vendor" else launch(*arguments)
         except Exception as error:
             _warn_of(error, f"{self.name}_backward", arguments)
@@ -377,8 +389,13 @@ class KernelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, way: str, nobody_looks_on: bool, *arguments: Any) -> Any:
-        if nobody_looks_on:
-            results = op.compute(way, arguments)
+        if nobody_looks_on and way != "onednn":
+            try:  # `Op.compute`, without the cost of a function call
+                results = op.launchers[0](*arguments)
+            except Exception as error:
+                results = op.recover(error, arguments)
+        elif nobody_looks_on:
+            results = op.plain(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 results = op.raw(*arguments, way)

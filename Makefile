@@ -5,7 +5,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint docs clean
+.PHONY: demo test test-oldest bench lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -13,6 +13,13 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
+
+# What numpy and torch multiply and sum up with on an older processor rounds otherwise than on a new one. Any x86-64
+# processor that they run on has the instructions of these; those of Haswell or Sandybridge would be too new for some.
+OLDEST := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+
+test-oldest: $(VENV)/.dev-installed
+	env $(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 tests/interpreter
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest bench

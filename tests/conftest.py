@@ -15,12 +15,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreter import bf16, overhead
+from interpreter import bf16, overhead, product
 
 import fastops
 from fastops import dispatch
 from fastops.kernels import configs
 
+product.install()
 bf16.install()
 overhead.install()
 

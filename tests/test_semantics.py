@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case, every_case, gradients, no_fallback, one_case_per_op, onednn_in_float64, torch_linear_relu
 from interpreter import guard
+from interpreter.accuracy import assert_as_accurate_as_torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,6 @@ import fastops
 import fastops.functional as FF
 from fastops import dispatch
 from fastops import nn as fnn
-from fastops.accuracy import error_share
 from fastops.kernels import chunked_logits
 from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.kernels import linear as linear_kernels
@@ -358,16 +359,13 @@ def test_nan_is_never_lost(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_accuracy_is_torchs(case: Case, dtype: torch.dtype, backend: str) -> None:
     """The error against float64 is at most twice that of torch in the same dtype, plus one rounding."""
-    runs = [], [], []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        tensors = [case.make(shape).to(dtype).requires_grad_() for shape in case.shapes]
-        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-        runs[0].append(gradients(case.ours, *tensors))
-        runs[1].append(gradients(case.torchs, *tensors))
-        runs[2].append(gradients(case.torchs, *exact))
-    for result, expected, truth in zip(*(zip(*run, strict=True) for run in runs), strict=True):
-        assert error_share(*(torch.stack(column).detach() for column in (result, expected, truth))) <= 1
+
+    def results(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        return gradients(function, *(tensor.detach().requires_grad_() for tensor in tensors))
+
+    drawn = [tuple(case.make(shape).to(dtype) for shape in case.shapes) for _ in range(8)]
+    runs = ((results(case.ours, *tensors), tensors) for tensors in drawn)
+    assert_as_accurate_as_torch(functools.partial(results, case.torchs), *runs)
 
 
 # Modules --------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ With d = input - target, f the loss of an element, n elements, and the gradient 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .op import Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
+from .op import Audit, Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
 
 
 def pair_loss(
@@ -77,6 +78,7 @@ def pair_loss(
         variables=2,
         examples=tuple(_examples()),
         timed=timed_pairs(torch.randn),
+        audit=partial(_audit, load, (1.0,) if number else ()),
     )
 
 
@@ -88,6 +90,19 @@ def fake_loss(input: Tensor, target: Tensor, reduction: str, *_: Any) -> Tensor:
 def fake_gradients(input: Tensor, like: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients in the layout of ``like``, empty where nobody needs one."""
     return [torch.empty_like(like) if need else input.new_empty(0) for need in needs]
+
+
+def _audit(load: Callable[[], tuple[Callable[..., Any], ...]], numbers: tuple[Any, ...], audit: Audit) -> Iterator[Any]:
+    """Each dtype with a mean, and one without reduction; aligned sizes and odd ones."""
+    forward, backward = load()
+    half, large, odd = audit.half_dtypes[0], 512 * 2048, 509 * 2047
+    others = ((half, "none", large), (half, "mean", odd), (torch.float32, "none", odd))
+    for dtype, reduction, size in [*((dtype, "mean", large) for dtype in audit.dtypes), *others]:
+        a, each, options = audit.empty(size, dtype=dtype), reduction == "none", (reduction, *numbers)
+        streams = partial(audit.streams, f"{size} {reduction}", size == odd)
+        loss, found = streams(2 + each, forward, a, a, *options)
+        yield from found
+        yield from streams(4 + each, backward, loss, a, a, *options, True, True)[1]
 
 
 def _examples() -> Iterator[Example]:

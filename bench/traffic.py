@@ -30,15 +30,15 @@ from triton.runtime import interpreter
 
 import fastops
 import fastops.functional as FF
-from fastops import ops
 from fastops.cli.table import MarkdownTable
 from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.models import FashionMLP, LeNet
-from fastops.ops.registry import RawOp
+from fastops.ops import OPS
 
 SECTOR = 32  # bytes
-_FILES = (ops.add_relu, ops.bce, ops.conv, ops.cross_entropy, ops.linear, ops.mse)
-IMPLEMENTATIONS = {raw.op: raw.implementation for file in _FILES for raw in vars(file).values() if type(raw) is RawOp}
+IMPLEMENTATIONS = {op.raw: op.compute_raw for op in OPS.values()} | {
+    op.raw_backward: op.compute_raw_backward for op in OPS.values()
+}
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastops":
             with self:  # which would see the operation itself again
-                return IMPLEMENTATIONS[func.overloadpacket](*args)
+                return IMPLEMENTATIONS[func](*args)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values()

@@ -142,8 +142,9 @@ class Audit:
 
     def __init__(self, op: str, target: str) -> None:
         self.op, self.target, self.listed = op, target, configs.listed(target)
-        self.half_dtypes = [torch.bfloat16, torch.float16] if TARGETS[target].bfloat16 else [torch.float16]
-        self.dtypes = [*self.half_dtypes, torch.float32, torch.float64]
+        bfloat16 = [torch.bfloat16] if TARGETS[target].bfloat16 else []
+        self.half_dtypes: Sequence[torch.dtype] = [*bfloat16, torch.float16]
+        self.dtypes: Sequence[torch.dtype] = [*self.half_dtypes, torch.float32, torch.float64]
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -6,11 +6,10 @@ within such pairs, and every second pair runs in the other order.
 
 import argparse
 import copy
-import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastops
@@ -27,10 +25,13 @@ import fastops.functional as FF
 from fastops.cli import CommandError
 from fastops.cli.doctor import _interpreting, _processor
 from fastops.cli.environment import backend_lines, check_backend, pick_device, positive_integer
+from fastops.cli.examples import draw_timed, torch_function
 from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
 from fastops.models.cifar_net import random_images
+from fastops.ops import OPS, Op
+from fastops.ops.op import Example
 
 Call = Callable[[], object]
 
@@ -67,113 +68,31 @@ def _synchronized(call: Call, device: torch.device) -> Call:
     return call_and_wait
 
 
-def _op_cases(
-    op: str,
-    shape: str,
-    reference: Callable[..., Tensor],
-    inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
-    options: dict[str, int] | None = None,
-) -> list[Case]:
-    """Forward without gradients, and forward and backward. ``inputs`` draws what gets a gradient and what gets none."""
+def _op_case(op: Op, example: Example, backward: bool) -> Case:
+    """The op without gradients, or forward and backward, beside torch's own function."""
 
-    def prepare(device: torch.device, backward: bool) -> Contest:
-        variables, constants = ([tensor.to(device) for tensor in tensors] for tensors in inputs())
-        arguments = [tensor.requires_grad_(backward) for tensor in variables] + constants
+    def prepare(device: torch.device) -> Contest:
+        variables, constants = draw_timed(example, device)
+        leaves = [tensor.requires_grad_(backward) for tensor in variables.values()]
+        arguments = {**variables, **constants, **example.options}
+        reference = torch_function(op)
         with torch.no_grad():
-            grad_output = torch.ones_like(reference(*arguments))
+            grad_output = torch.ones_like(reference(**arguments))
 
         def contestant(function: Callable[..., Tensor]) -> Call:
             def forward() -> Tensor:
                 with torch.no_grad():
-                    return function(*arguments)
+                    return function(**arguments)
 
             def forward_backward() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(function(*arguments), variables, grad_output)
+                return torch.autograd.grad(function(**arguments), leaves, grad_output)
 
             return _synchronized(forward_backward if backward else forward, device)
 
-        backend = fastops.explain(op, *arguments, **(options or {})).backend
-        ours = functools.partial(getattr(FF, op), **(options or {}))
-        return Contest(contestant(reference), contestant(ours), backend)
+        backend = fastops.explain(op.name, **arguments).backend
+        return Contest(contestant(reference), contestant(getattr(FF, op.name)), backend)
 
-    return [
-        Case(f"{op}/{shape}/forward", lambda device: prepare(device, backward=False)),
-        Case(f"{op}/{shape}/forward+backward", lambda device: prepare(device, backward=True)),
-    ]
-
-
-def _linear_cases(op: str, rows: int, features: int, outputs: int, bias: bool = True) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        layer = nn.Linear(features, outputs, bias=bias)
-        return [torch.randn(rows, features), *(parameter.detach() for parameter in layer.parameters())], []
-
-    def linear_relu(*arguments: Tensor) -> Tensor:
-        return F.relu(F.linear(*arguments))
-
-    reference = linear_relu if op == "linear_relu" else F.linear
-    return _op_cases(op, f"{rows}x{features}-{outputs}", reference, inputs)
-
-
-def _conv_cases(
-    op: str,
-    batch: int,
-    size: int,
-    channels: int,
-    outputs: int,
-    kernel: int,
-    channels_last: bool = False,
-    **options: int,
-) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        parameters = (parameter.detach() for parameter in nn.Conv2d(channels, outputs, kernel).parameters())
-        tensors = [torch.randn(batch, channels, size, size), *parameters]
-        if channels_last:
-            tensors[:2] = (tensor.to(memory_format=torch.channels_last) for tensor in tensors[:2])
-        return tensors, []
-
-    def reference(*arguments: Tensor) -> Tensor:
-        output: Tensor = F.conv2d(*arguments, **options)  # type: ignore[call-overload]
-        return F.relu(output) if "relu" in op else output
-
-    shown = "".join(f"-{name}{value}" for name, value in options.items()) + ("-channels_last" if channels_last else "")
-    return _op_cases(op, f"{batch}x{channels}x{size}x{size}-{outputs}k{kernel}{shown}", reference, inputs, options)
-
-
-def _add_relu_cases(*shape: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(shape), torch.randn(shape)], []
-
-    return _op_cases("add_relu", "x".join(map(str, shape)), lambda a, b: F.relu(a + b), inputs)
-
-
-def _mse_cases(rows: int, columns: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, columns)], [torch.randn(rows, columns)]
-
-    return _op_cases("mse_loss", f"{rows}x{columns}", F.mse_loss, inputs)
-
-
-def _cross_entropy_cases(rows: int, classes: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, classes)], [torch.randint(classes, (rows,))]
-
-    return _op_cases("cross_entropy", f"{rows}x{classes}", F.cross_entropy, inputs)
-
-
-def _head_cases(rows: int, features: int, classes: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        weight = torch.randn(classes, features) / features**0.5
-        return [torch.randn(rows, features), weight], [torch.randint(classes, (rows,))]
-
-    return _op_cases("linear_cross_entropy", f"{rows}x{features}-{classes}", F.linear_cross_entropy, inputs)
-
-
-def _bce_cases(rows: int, columns: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, columns)], [torch.rand(rows, columns)]
-
-    reference = F.binary_cross_entropy_with_logits
-    return _op_cases("binary_cross_entropy_with_logits", f"{rows}x{columns}", reference, inputs)
+    return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare)
 
 
 def _wide_mlp() -> nn.Module:
@@ -264,37 +183,9 @@ def _resnet_cases(batch: int, size: int) -> list[Case]:
     return [*cases(name), *cases(f"{name}-channels_last", memory_format=last), *inference]
 
 
-LINEAR_CASES = [
-    *_linear_cases("linear_relu", 64, 784, 512),  # FashionMLP
-    *_linear_cases("linear_relu", 64, 512, 512),
-    *_linear_cases("linear", 64, 512, 10),
-    *_linear_cases("linear_relu", 64, 1000, 100, bias=False),  # TwoLayerNet
-    *_linear_cases("linear", 64, 100, 10, bias=False),
-    *_linear_cases("linear_relu", 512, 784, 512),
-    *_linear_cases("linear_relu", 256, 1024, 4096),
-    *_linear_cases("linear", 256, 1024, 1000),
+OP_CASES = [
+    _op_case(op, example, backward) for op in OPS.values() for example in op.timed for backward in (False, True)
 ]
-CONV_CASES = [
-    *_conv_cases("conv_relu2d", 64, 32, 1, 6, 3),  # LeNet
-    *_conv_cases("conv_relu2d", 64, 15, 6, 16, 3),
-    *_conv_cases("conv2d", 8, 56, 64, 64, 3, padding=1),  # ResNet-18
-    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1),
-    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1, channels_last=True),
-    *_conv_cases("conv2d", 8, 56, 64, 128, 3, padding=1, stride=2),
-    *_conv_cases("conv2d", 8, 56, 64, 128, 1, stride=2),
-    *_conv_cases("conv_relu2d", 8, 56, 64, 256, 1),
-    *_add_relu_cases(8, 64, 56, 56),
-]
-LOSS_CASES = [
-    *_mse_cases(64, 10),
-    *_mse_cases(512, 2048),
-    *_cross_entropy_cases(64, 10),
-    *_cross_entropy_cases(8192, 10),
-    *_cross_entropy_cases(256, 1000),
-    *_cross_entropy_cases(512, 32000),
-    *_bce_cases(512, 2048),
-]
-HEAD_CASES = [*_head_cases(1024, 256, 16000), *_head_cases(4096, 512, 32000)]
 MODEL_CASES = [
     *_model_cases(
         "TwoLayerNet-64", TwoLayerNet, squared_error, lambda: (torch.randn(64, 1000), torch.randn(64, 10)), 1e-6
@@ -308,7 +199,7 @@ MODEL_CASES = [
     *_resnet_cases(4, 64),
     *_resnet_cases(8, 224),
 ]
-CASES = [*LINEAR_CASES, *CONV_CASES, *LOSS_CASES, *HEAD_CASES, *MODEL_CASES]
+CASES = [*OP_CASES, *MODEL_CASES]
 
 # Measurement ----------------------------------------------------------------------------------------------------------
 

@@ -152,17 +152,18 @@ def _audit(audit: Audit) -> Iterator[Any]:
     for dtype, precision, tiles, persistent in audit.tables():
         first = (tiles[0], *persistent[:1])
         others = [(None, odd), (None, deep)] if dtype is half else [(None, odd)]
-        for tile, (M, K, N) in [*((tile, aligned) for tile in (*tiles, *persistent)), *others]:
+        for tile, shape in [*((tile, aligned) for tile in (*tiles, *persistent)), *others]:
+            M, K, N = shape
             x, w, b, y = (audit.empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
             launches = partial(audit.launches, f"{M}x{K}x{N}", tile, precision)
             found = launches(linear.linear, x, w, b, True)[1]
-            if M != deep[0] and (dtype is half or tile in first):
+            if shape != deep and (dtype is half or tile in first):
                 found += launches(linear.linear_backward, y, x, w, y, True)[1]
             if dtype is half and tile in persistent[:1]:
                 exact = audit.empty(M, N, dtype=torch.float32)
                 found += launches(linear.matmul, x, w.t(), None, False, None, exact)[1]
             for launch in found:
-                yield launch._replace(wide=M != odd[0], leading=tile in first and dtype.itemsize == 2)
+                yield launch._replace(wide=shape != odd, leading=tile in first and dtype.itemsize == 2)
 
 
 def _make(relu: bool) -> Op:

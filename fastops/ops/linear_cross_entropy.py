@@ -416,8 +416,9 @@ def _audit(audit: Audit) -> Iterator[Any]:
     kernels, half = _kernels(), audit.half_dtypes[0]
     aligned, odd = (512, 768, 1024), (509, 783, 1021)
     for dtype, precision, *_ in audit.tables():
-        for (M, K, N), dense in [(aligned, True), *([(aligned, False), (odd, False)] if dtype is half else [])]:
-            x, w, b = (audit.empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,)))
+        for sizes, dense in [(aligned, True), *([(aligned, False), (odd, False)] if dtype is half else [])]:
+            M, K, N = sizes
+            x, w, b = (audit.empty(*shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
             truth = audit.empty(M, N, dtype=dtype) if dense else audit.empty(M, dtype=torch.int64)
             goal = Target(truth, b if dense else None, -100, 0.1 if dense else 0.0, N)
             vector = audit.empty(M, dtype=accumulator_dtype(dtype))
@@ -429,7 +430,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
             ):
                 for launch in audit.launches(shape, None, precision, launcher, *arguments)[1]:
                     if launch.request["kernel"].startswith(kernels.__name__):  # the products behind are linear's
-                        yield launch._replace(wide=M == aligned[0])
+                        yield launch._replace(wide=sizes == aligned)
 
 
 LINEAR_CROSS_ENTROPY: Final = Op(

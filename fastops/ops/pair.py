@@ -7,6 +7,7 @@ With d = input - target, f the loss of an element, n elements, and the gradient 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -76,7 +77,7 @@ def pair_loss(
         fake_backward=lambda grad_output, input, target, *rest: fake_gradients(input, input + target, rest[-3:-1]),
         tensors=2,
         variables=2,
-        examples=tuple(_examples()),
+        examples=tuple(_examples("weight" in inspect.signature(function).parameters)),
         timed=timed_pairs(torch.randn),
         audit=partial(_audit, load, (1.0,) if number else ()),
     )
@@ -105,7 +106,7 @@ def _audit(load: Callable[[], tuple[Callable[..., Any], ...]], numbers: tuple[An
         yield from streams(4 + each, backward, loss, a, a, *options, True, True)[1]
 
 
-def _examples() -> Iterator[Example]:
+def _examples(weights: bool) -> Iterator[Example]:
     def example(name: str, reduction: str, other_order: bool = False, weight: bool = False) -> Example:
         def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
             shape = sizes.rows, sizes.features
@@ -118,6 +119,8 @@ def _examples() -> Iterator[Example]:
     for reduction in ("none", "mean", "sum"):
         yield example("", reduction)
         yield example(", transposed target", reduction, other_order=True)
+    if weights:
+        yield example(", element weights", "mean", weight=True)
 
 
 def timed_pairs(draw_target: Callable[..., Tensor], *shapes: tuple[int, int]) -> list[Example]:

@@ -135,7 +135,10 @@ def test_earlier_results_survive_a_run_that_ends_early(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--case", "conv9d"], "no case contains 'conv9d': they begin with add_relu, binary_cross_entropy_with_logits, conv2d, "),
+        (
+            ["--case", "conv9d"],
+            "no case contains 'conv9d': they begin with add_relu, binary_cross_entropy_with_logits, conv2d, ",
+        ),
         (["--device", "nonsense"], "cannot use device 'nonsense': "),
         (["--case", SMALLEST, "--json", "/nowhere/file"], "cannot write to /nowhere/file: "),
     ],

@@ -42,7 +42,9 @@ def test_no_more_than_measured(op: str, counted: dict[str, tuple[int, int]]) -> 
     assert counted[op][0] <= MEASURED[op][0] and counted[op][1] <= MEASURED[op][1]
 
 
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.xfail, id="forward"), pytest.param(1, id="backward")])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, marks=pytest.mark.xfail, id="forward"), pytest.param(1, id="backward")]
+)
 @pytest.mark.parametrize("op", GOALS)
 def test_goal(op: str, which: int, counted: dict[str, tuple[int, int]]) -> None:
     assert counted[op][which] <= GOALS[op][which]

@@ -29,7 +29,6 @@ from fastops.cli.examples import draw_timed, torch_function
 from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
-from fastops.models.cifar_net import random_images
 from fastops.ops import OPS, Op
 from fastops.ops.op import Example
 
@@ -95,29 +94,26 @@ def _op_case(op: Op, example: Example, backward: bool) -> Case:
     return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare)
 
 
-def _wide_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
-
-
-def _classification(rows: int, features: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(rows, features), torch.randint(classes, (rows,))
-
-
 def _model_cases(
     name: str,
     build: Callable[[], nn.Module],
-    loss: Callable[[], nn.Module],
-    batch: Callable[[], tuple[Tensor, Tensor]],
-    lr: float,
+    shape: tuple[int, ...],
+    classes: int,
+    loss: Callable[[], nn.Module] = nn.CrossEntropyLoss,
+    lr: float = 1e-3,
     momentum: float = 0.0,
-    eager_format: torch.memory_format = torch.contiguous_format,
     **options: Any,
 ) -> list[Case]:
-    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``."""
+    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``.
+
+    Inputs have this ``shape``; targets are class indices for cross-entropy, and numbers for other losses.
+    """
 
     def prepare(device: torch.device, training: bool) -> Contest:
-        inputs, targets = (tensor.to(device) for tensor in batch())
-        eager = build().to(device).to(memory_format=eager_format).train(training)
+        indices = loss is nn.CrossEntropyLoss
+        inputs = torch.randn(shape).to(device)
+        targets = (torch.randint(classes, shape[:1]) if indices else torch.randn(shape[0], classes)).to(device)
+        eager = build().to(device).train(training)
         swapped = fastops.swap(copy.deepcopy(eager), **options)
 
         def contestant(model: nn.Module, criterion: nn.Module) -> Call:
@@ -147,58 +143,47 @@ def _model_cases(
     ]
 
 
-def _lenet_batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(64, 1, 32, 32), torch.randn(64, 10)
+def _wide_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
 
 
-def _cifar_batch() -> tuple[Tensor, Tensor]:
-    return random_images(64, torch.default_generator)
+def _resnet18(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
+    from torchvision.models import resnet18
+
+    model: nn.Module = resnet18().to(memory_format=memory_format)
+    return model
 
 
-def _resnet_cases(batch: int, size: int) -> list[Case]:
-    """ResNet-18 swapped plainly, with channels_last, and for inference with batch norms folded too, against eager.
+def _resnet_cases(*shape: int) -> list[Case]:
+    """ResNet-18 swapped plainly, with channels_last, and for inference with batch norms folded too, against eager."""
 
-    None where torchvision, whose model it is, is not installed.
-    """
-    if find_spec("torchvision") is None:
-        return []
+    def cases(suffix: str, build: Callable[[], nn.Module] = _resnet18, **options: Any) -> list[Case]:
+        name = f"ResNet18-{'x'.join(map(str, shape))}{suffix}"
+        return _model_cases(name, build, shape, 1000, lr=1e-4, momentum=0.9, **options)
 
-    def build() -> nn.Module:
-        from torchvision.models import resnet18
-
-        model: nn.Module = resnet18()
-        return model
-
-    def images() -> tuple[Tensor, Tensor]:
-        return torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-
-    def cases(name: str, **options: Any) -> list[Case]:
-        return _model_cases(name, build, nn.CrossEntropyLoss, images, 1e-4, 0.9, **options)
-
-    name, last = f"ResNet18-{batch}x3x{size}x{size}", torch.channels_last
-    folded = cases(f"{name}-folded", fold_batchnorm=True)
-    folded_last = cases(f"{name}-folded-channels_last", fold_batchnorm=True, memory_format=last)
-    both_last = cases(f"{name}-folded-both_channels_last", fold_batchnorm=True, eager_format=last)
-    inference = [rows[1] for rows in (folded, folded_last, both_last)]
-    return [*cases(name), *cases(f"{name}-channels_last", memory_format=last), *inference]
+    last = torch.channels_last
+    folded = cases("-folded", fold_batchnorm=True)
+    folded_last = cases("-folded-channels_last", fold_batchnorm=True, memory_format=last)
+    both_last = cases("-folded-both_channels_last", lambda: _resnet18(last), fold_batchnorm=True)
+    return [*cases(""), *cases("-channels_last", memory_format=last), folded[1], folded_last[1], both_last[1]]
 
 
 OP_CASES = [
     _op_case(op, example, backward) for op in OPS.values() for example in op.timed for backward in (False, True)
 ]
 MODEL_CASES = [
+    *_model_cases("TwoLayerNet-64", TwoLayerNet, (64, 1000), 10, squared_error, 1e-6),
+    *_model_cases("FashionMLP-64", FashionMLP, (64, 784), 10),
+    *_model_cases("FashionMLP-512", FashionMLP, (512, 784), 10),
+    *_model_cases("WideMLP-256", _wide_mlp, (256, 1024), 1000),
+    *_model_cases("LeNet-64", LeNet, (64, 1, 32, 32), 10, nn.MSELoss, 0.1),
     *_model_cases(
-        "TwoLayerNet-64", TwoLayerNet, squared_error, lambda: (torch.randn(64, 1000), torch.randn(64, 10)), 1e-6
+        "LeNet-64-channels_last", LeNet, (64, 1, 32, 32), 10, nn.MSELoss, 0.1, memory_format=torch.channels_last
     ),
-    *_model_cases("FashionMLP-64", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(64, 784, 10), 1e-3),
-    *_model_cases("FashionMLP-512", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(512, 784, 10), 1e-3),
-    *_model_cases("WideMLP-256", _wide_mlp, nn.CrossEntropyLoss, lambda: _classification(256, 1024, 1000), 1e-3),
-    *_model_cases("LeNet-64", LeNet, nn.MSELoss, _lenet_batch, 0.1),
-    *_model_cases("LeNet-64-channels_last", LeNet, nn.MSELoss, _lenet_batch, 0.1, memory_format=torch.channels_last),
-    *_model_cases("CIFARNet-64", CIFARNet, nn.CrossEntropyLoss, _cifar_batch, 1e-3, 0.9),
-    *_resnet_cases(4, 64),
-    *_resnet_cases(8, 224),
+    *_model_cases("CIFARNet-64", CIFARNet, (64, 3, 32, 32), 10, momentum=0.9),
 ]
+if find_spec("torchvision") is not None:  # whose model it is
+    MODEL_CASES += [*_resnet_cases(4, 3, 64, 64), *_resnet_cases(8, 3, 224, 224)]
 CASES = [*OP_CASES, *MODEL_CASES]
 
 # Measurement ----------------------------------------------------------------------------------------------------------

@@ -72,16 +72,24 @@ def _draw(
 
 
 @contextmanager
-def _backward_passes() -> Iterator[set[str]]:
-    """The ways that backward passes inside take through kernels or oneDNN; none if torch's expression is all."""
+def _backward_passes(op: Op) -> Iterator[set[str]]:
+    """The ways that backward passes inside take: none if torch differentiates the torch expression.
+
+    A recorded backward pass, for second derivatives, counts as "torch" if it is the torch expression of the gradients.
+    """
     ways: set[str] = set()
-    compute = Op.compute_backward
+    compute, gradients = Op.compute_backward, op.gradients
+
+    def recorded(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            ways.add("torch")
+        return gradients(*arguments)
 
     def observed(op: Op, way: str, arguments: tuple[Any, ...]) -> Any:
         ways.add("triton+vendor" if way == "vendor" else way)
         return compute(op, way, arguments)
 
-    with patch.object(Op, "compute_backward", observed):
+    with patch.object(Op, "compute_backward", observed), patch.object(op, "gradients", recorded):
         yield ways
 
 
@@ -152,7 +160,7 @@ def _check(case: Case, column: str, device: torch.device) -> Outcome:
     if explanation.reason == dispatch.WRONG_IN_INTERPRETER:
         return Outcome(NOT_CHECKED, explanation.backend)
     failure = None
-    with _backward_passes() as ways:
+    with _backward_passes(case.op) as ways:
         try:
             with failures_raised():
                 # torch's own, where forward AD loads its decompositions
@@ -164,7 +172,8 @@ def _check(case: Case, column: str, device: torch.device) -> Outcome:
         except Exception as error:  # whatever a check raises is what it found
             kind = "" if isinstance(error, CheckError) else f"{type(error).__name__}: "
             cell, failure = "FAILED", f"{kind}{' '.join(str(error).split())[:300]}"
-    return Outcome(cell, "+".join(sorted(ways)) or (explanation.backend if failure else "torch"), failure)
+    seen = "torch" if "torch" in ways else "+".join(sorted(ways))
+    return Outcome(cell, seen or (explanation.backend if failure else "torch"), failure)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The backend ``"fastops"`` of `torch.compile`: ``model.compile(backend="fastops")``.
 
 Dynamo hands over the graph of what a model computes, whatever its control flow. Where a kernel takes the arguments,
-calls of layers and losses give way to those of `fastops.functional`, a layer and the ReLU behind it to one call. What
+calls of layers and losses give way to those of `fastops.functional`, and what `fastops.fusions` lists to one call. What
 no kernel takes stays as Dynamo wrote it. The graph then goes on to another compiler, Inductor if nobody says otherwise.
 """
 
@@ -14,31 +14,15 @@ from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from . import dispatch, functional
+from .fusions import CALLS, FUSIONS, SUMS_IN_PLACE
 from .kernels import head
+from .ops import OPS, Explanation
 from .swap import Report, Row
 
-# What Dynamo calls them in its graphs, as functions and as methods.
-_OPS: Final[dict[object, str]] = {
-    F.linear: "linear",
-    torch.conv1d: "conv1d",
-    torch.conv2d: "conv2d",
-    torch.conv3d: "conv3d",
-    F.mse_loss: "mse_loss",
-    F.cross_entropy: "cross_entropy",
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"), "relu"),
-}
-_GROUPS: Final = {
-    "linear": "linear layers",
-    "conv1d": "convolutions",
-    "conv2d": "convolutions",
-    "conv3d": "convolutions",
-    "mse_loss": "losses",
-    "cross_entropy": "losses",
-    "relu": "ReLUs",
-}
+_GROUPS: Final = {nn.Linear: "linear layers", nn.modules.conv._ConvNd: "convolutions", nn.modules.loss._Loss: "losses"}
 
 
 class _Call(NamedTuple):
@@ -47,10 +31,6 @@ class _Call(NamedTuple):
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-def _first_as(op: str) -> Callable[[fx.Node, fx.Node], _Call]:
-    return lambda first, second: _Call(op, first.args, first.kwargs)
 
 
 def _head(first: fx.Node, second: fx.Node) -> _Call | None:
@@ -81,14 +61,29 @@ def _head(first: fx.Node, second: fx.Node) -> _Call | None:
 
 
 _VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
-# Two calls that become one, by the op whose result is the first argument of the other op, and by that one.
-FUSIONS: Final[dict[tuple[str, str], Callable[[fx.Node, fx.Node], _Call | None]]] = {
-    ("linear", "relu"): _first_as("linear_relu"),
-    ("conv1d", "relu"): _first_as("conv_relu1d"),
-    ("conv2d", "relu"): _first_as("conv_relu2d"),
-    ("conv3d", "relu"): _first_as("conv_relu3d"),
-    ("linear", "cross_entropy"): _head,
-}
+
+
+def _fused(first: fx.Node, second: fx.Node) -> _Call | None:
+    """The one call that both are, if there is one."""
+    op = FUSIONS.get((_op(first), _op(second)))
+    if op is None or _first_argument(second) is not first or _obstacle(first, second):
+        return None
+    if op == "linear_cross_entropy":
+        return _head(first, second)
+    if _op(first) == "add" and not _adds_two_values(first):
+        return None
+    return _Call(op, first.args, first.kwargs)
+
+
+def _adds_two_values(node: fx.Node) -> bool:
+    """Whether it adds two tensors; where in place, to a new one of which nobody else knows."""
+    if node.kwargs or len(node.args) != 2 or not all(isinstance(summand, fx.Node) for summand in node.args):
+        return False
+    left = node.args[0]
+    assert isinstance(left, fx.Node)
+    is_new = _op(left) in OPS or left.target is F.batch_norm
+    return node.target not in SUMS_IN_PLACE or (is_new and len(left.users) == 1 and left is not node.args[1])
+
 
 _rows: dict[Row, None] = {}  # a dictionary, for its order: a graph that is compiled again adds nothing
 
@@ -152,14 +147,17 @@ def _rewrite(module: fx.GraphModule) -> None:
             continue
         for user in node.users:
             reasons[user] = _obstacle(node, user) or f"no kernel takes {_name(node)}"
+        way = None
         for last, call in _candidates(node):
             way = _way(*call)
             if way.backend == "torch":
                 continue
-            _note(node, f"fastops.functional.{call.op} ({way.backend})", done=True)
+            if op in OPS:
+                _note(node, f"fastops.functional.{call.op} ({way.backend})", done=True)
             if last is not node:
-                _note(last, f"fused with {_name(node)}", done=True)
-            # In the place of the first: its arguments may be changed in place before the last. Not so for a head.
+                _note(last, f"fused with {'the sum' if op == 'add' else _name(node)}", done=True)
+            # In the place of the first: its arguments may be changed in place before the last. Only the loss of a head
+            # takes the place of the last, where its target is.
             with graph.inserting_before(last if call.op == "linear_cross_entropy" else node):
                 new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
             new.meta = dict(last.meta)
@@ -169,14 +167,15 @@ def _rewrite(module: fx.GraphModule) -> None:
                 replaced.add(old)
             break
         else:
-            _note(node, f"left to the compiler: {way.reason}", done=False)
+            if way is not None and op in OPS:
+                _note(node, f"left to the compiler: {way.reason}", done=False)
     graph.lint()
     module.recompile()
 
 
 def _op(node: object) -> str:
     if isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
-        return _OPS.get(node.target, "")
+        return CALLS.get(node.target, "")
     return ""
 
 
@@ -187,10 +186,10 @@ def _first_argument(node: fx.Node) -> Any:
 def _candidates(node: fx.Node) -> Iterator[tuple[fx.Node, _Call]]:
     """What ``node`` may become, the best first: the last node whose result it computes, and the call."""
     for user in node.users:
-        fuse = FUSIONS.get((_op(node), _op(user)))
-        if fuse and _first_argument(user) is node and not _obstacle(node, user) and (call := fuse(node, user)):
+        if (call := _fused(node, user)) is not None:
             yield user, call
-    yield node, _Call(_op(node), node.args, node.kwargs)
+    if _op(node) in OPS:
+        yield node, _Call(_op(node), node.args, node.kwargs)
 
 
 def _obstacle(first: fx.Node, second: fx.Node) -> str:
@@ -206,7 +205,7 @@ def _obstacle(first: fx.Node, second: fx.Node) -> str:
     return ""
 
 
-def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dispatch.Explanation:
+def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     """What `fastops.explain` says of a call."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy: a second
 
@@ -214,12 +213,14 @@ def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dispatch.Exp
         args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["example_value"])
         return dispatch.explain(op, *args, **kwargs)
     except (KeyError, GuardOnDataDependentSymNode):
-        return dispatch.Explanation("torch", "its shapes depend on data")
+        return Explanation("torch", "its shapes depend on data")
 
 
 def _note(node: fx.Node, outcome: str, done: bool) -> None:
     op = _op(node)
-    _rows[Row(_name(node), op, outcome, done, _GROUPS[op])] = None
+    module = OPS[op].module if op in OPS else None
+    group = next((name for kind, name in _GROUPS.items() if module and issubclass(module, kind)), "ReLUs")
+    _rows[Row(_name(node), op, outcome, done, group)] = None
 
 
 def _name(node: fx.Node) -> str:

@@ -22,6 +22,7 @@ from . import tuning_cache
 from .ops.op import OPS, PLAIN, Explanation, Op, leaves_it_to_torch
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
+ONEDNN_DTYPES = (torch.float32,)
 
 WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
@@ -50,9 +51,10 @@ def _checked(name: str) -> str:
 
 
 try:
-    _selection = ContextVar("_selection", default=_Selection(_checked(os.environ.get("FASTOPS_BACKEND", "auto"))))
+    _default = _Selection(_checked(os.environ.get("FASTOPS_BACKEND", "auto")))
 except ValueError as error:
     raise ValueError(f"environment variable FASTOPS_BACKEND: {error}") from None
+_selection: ContextVar[_Selection] = ContextVar("_selection", default=_default)
 
 
 class backend:
@@ -136,9 +138,7 @@ _NO_TENSOR: Final = Explanation("torch", "an argument is no tensor")
 _NO_TRITON: Final = Explanation("torch", "Triton is not installed")
 _WRONG_IN_INTERPRETER: Final = Explanation("torch", WRONG_IN_INTERPRETER)
 _TRANSFORMED: Final = Explanation("torch", "under torch.func, forward-mode AD and jit.trace torch differentiates")
-_MEASURED: Final = {
-    way: Explanation(way, "fastops.tune measured it the fastest here") for way in tuning_cache.WAYS
-}
+_MEASURED: Final = {way: Explanation(way, "fastops.tune measured it the fastest here") for way in tuning_cache.WAYS}
 
 
 def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanation:
@@ -180,7 +180,7 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
     found = found or op.gpu(*arguments)
-    if found.backend == "onednn" and not (input.is_cpu and input.dtype is torch.float32):
+    if found.backend == "onednn" and not (input.is_cpu and input.dtype in ONEDNN_DTYPES):
         return _NOT_FOR_ONEDNN
     if input.is_cpu and input.dtype is torch.bfloat16 and found.backend == "triton" and not interpreter_has_bfloat16:
         return _WRONG_IN_INTERPRETER

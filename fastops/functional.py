@@ -165,6 +165,7 @@ def conv3d(
     return output
 
 
+@_overridable
 def conv_relu1d(
     input: Tensor,
     weight: Tensor,
@@ -362,4 +363,3 @@ def linear_cross_entropy(
         tensors = x, w, q, b, factors
     loss: Tensor = call(OPS["linear_cross_entropy"], *tensors, *losses, options, original)
     return loss
-

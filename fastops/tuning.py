@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dispatch, functional, tuning_cache
 from .kernels import configs
-from .ops.op import FallbackWarning, failures_raised
+from .ops.op import Explanation, FallbackWarning, failures_raised
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -196,7 +196,7 @@ class Call:
         """The shapes of its tensors."""
         return " ".join("x".join(map(str, tensor.shape)) or "()" for tensor in self._tensors)
 
-    def way(self) -> dispatch.Explanation:
+    def way(self) -> Explanation:
         """The way that it goes now, where gradients are recorded or not as they are now."""
         with self._as_met():
             return dispatch.explain(self.name, *self._words, **self._options)

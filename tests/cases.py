@@ -204,15 +204,9 @@ one_case_per_op = pytest.mark.parametrize(
 
 
 def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send float64 through the oneDNN way's Functions too (what they compute is ATen's then): for gradcheck."""
+    """Send float64 through the oneDNN way too (what they compute is ATen's then): for gradcheck."""
 
-    def forced(*_: Any, **__: Any) -> dispatch.Explanation:
-        return dispatch.Explanation("onednn", "forced")
-
-    if dispatch.selected_backend() == "onednn":
-        monkeypatch.setattr(dispatch, "linear", forced)
-        monkeypatch.setattr(dispatch, "conv", forced)
-        monkeypatch.setattr(dispatch, "linear_cross_entropy", forced)
+    monkeypatch.setattr(dispatch, "ONEDNN_DTYPES", (torch.float32, torch.float64))
 
 
 def gradients(function: Callable[..., Tensor], *tensors: Tensor, grad_output: Tensor | None = None) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
+from fastops.ops import OPS
 from fastops import nn as fnn
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -26,11 +27,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def raw_op(case: Case) -> str:
-    """The name of the raw op behind a function."""
-    return next((op for op in ("linear_cross_entropy", "linear", "conv") if case.op.startswith(op)), case.op)
 
 
 class Recorder:
@@ -59,10 +55,9 @@ def test_compiled_function(case: Case, way: str) -> None:
     with fastops.backend(way):
         compiled = torch.compile(case.ours, backend=recorder, fullgraph=True)
         torch.testing.assert_close(gradients(compiled, *tensors), gradients(case.ours, *tensors))
-    op = raw_op(case)
-    raw_ops = {f"fastops.{op}.default", f"fastops.{op}_backward.default"}
+    raw_ops = {f"fastops.{case.op}.default", f"fastops.{case.op}_backward.default"}
     assert {name for name in recorder.ops if name.startswith("fastops")} == (
-        raw_ops if way == "triton" or op in ("linear", "linear_cross_entropy", "conv") else set()
+        raw_ops if way == "triton" or OPS[case.op].onednn else set()
     )
 
 

@@ -22,21 +22,18 @@ import fastops
 import fastops.functional as FF
 from fastops import dispatch
 from fastops.kernels import linear as linear_kernels
-from fastops.ops import registry
+from fastops.ops import linear as linear_op
+from fastops.ops import op as ops
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def auto(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process where neither the environment nor the processor prefers a way."""
-    monkeypatch.setattr(dispatch, "_selected", "auto")
-    monkeypatch.setattr(dispatch, "_onednn_from", None)
-
-
-def raw_op(case: Case) -> str:
-    """The name of the raw op behind a function."""
-    return next((op for op in ("linear_cross_entropy", "linear", "conv") if case.op.startswith(op)), case.op)
+    monkeypatch.setattr(linear_op, "onednn_from", None)
+    with fastops.backend("auto"):
+        yield
 
 
 class Spy(TorchDispatchMode):
@@ -67,7 +64,7 @@ class Machine:
     def has(self, *, triton: bool, interpreter: bool, onednn_from: int | None = None) -> None:
         self.monkeypatch.setattr(dispatch, "triton_installed", triton)
         self.monkeypatch.setattr(dispatch, "_INTERPRETER", interpreter)
-        self.monkeypatch.setattr(dispatch, "_onednn_from", onednn_from)
+        self.monkeypatch.setattr(linear_op, "onednn_from", onednn_from)
 
 
 @pytest.fixture
@@ -123,13 +120,54 @@ def test_rule_on_a_gpu(machine: Machine, dtype: torch.dtype, triton: bool) -> No
         a, weight = torch.empty(4, 3, dtype=dtype, device="cuda"), torch.empty(2, 3, dtype=dtype, device="cuda")
         target = torch.empty(4, dtype=torch.int64, device="cuda")
     image, kernel = a.view(1, 3, 2, 2), weight.view(2, 3, 1, 1)
-    for selected, way in {"auto": "triton" if has_kernel else "torch", "onednn": "torch", "torch": "torch"}.items():
+    fuses = "triton" if has_kernel else "torch"
+    for selected, bare, fused in (
+        ("auto", "torch", fuses),
+        ("triton", fuses, fuses),
+        ("onednn", "torch", "torch"),
+        ("torch", "torch", "torch"),
+    ):
+        if selected == "triton" and not triton:
+            continue  # `test_triton_that_cannot_run_says_so`
         with fastops.backend(selected):
-            assert fastops.explain("linear", a, weight).backend == way
-            assert fastops.explain("conv2d", image, kernel, stride=2).backend == way
-            assert fastops.explain("mse_loss", a, a).backend == way
-            assert fastops.explain("binary_cross_entropy_with_logits", a, a, a[:, :1]).backend == way
-            assert fastops.explain("cross_entropy", a, target).backend == way
+            assert fastops.explain("linear", a, weight).backend == bare
+            assert fastops.explain("linear_relu", a, weight).backend == fused
+            assert fastops.explain("conv2d", image, kernel, stride=2).backend == bare
+            assert fastops.explain("add_relu", a, a).backend == fused
+            assert fastops.explain("mse_loss", a, a).backend == fused
+            assert fastops.explain("binary_cross_entropy_with_logits", a, a, a[:, :1]).backend == fused
+            assert fastops.explain("cross_entropy", a, target).backend == fused
+
+
+def on_a_gpu(*shape: int) -> Tensor:
+    return torch.empty(shape, device="cuda")
+
+
+def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
+    """Forward and backward, each with a reason: a product alone fuses nothing, masking and summing a gradient does."""
+    machine.has(triton=True, interpreter=False)
+    with FakeTensorMode():
+        image, layer = on_a_gpu(2, 64, 8, 8), (on_a_gpu(4, 16), on_a_gpu(8, 16), on_a_gpu(8))
+        table = [
+            ("linear", layer, {}, "torch", "torch", "product alone"),
+            ("linear_relu", layer, {}, "triton", "vendor", "epilogue"),
+            ("conv2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "convolution alone"),
+            ("conv_relu2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_relu2d", (image, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "depthwise"),
+            ("conv_relu2d", (image[:, :3], on_a_gpu(32, 3, 3, 3)), {}, "torch", "torch", "few channels"),
+            ("conv_relu1d", (image[..., 0], on_a_gpu(32, 64, 3)), {}, "triton", "vendor", "epilogue"),
+            ("add_relu", (image, image), {}, "triton", "triton", "one kernel"),
+            ("mse_loss", (image, image), {}, "triton", "triton", "one kernel"),
+            ("linear_cross_entropy", (*layer[:2], layer[0][:, :8].softmax(1)), {}, "triton", "triton", "one kernel"),
+        ]
+        for op, arguments, options, forward, backward, reason in table:
+            found = fastops.explain(op, *arguments, **options)
+            assert (found.backend, found.backward) == (forward, backward), op
+            assert reason in found.reason
+            assert found.backward_reason
+            with fastops.backend("triton"):
+                found = fastops.explain(op, *arguments, **options)
+                assert (found.backend, found.backward) == ("triton", "triton"), op
 
 
 @pytest.mark.parametrize(
@@ -233,12 +271,8 @@ def test_reason_why_no_kernel_is_taken(case: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     explanations = []
-    ops = ("linear", "conv", "add_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits")
-    for op in (*ops, "linear_cross_entropy"):
-        rule = getattr(dispatch, op)
-        monkeypatch.setattr(
-            dispatch, op, lambda *a, rule=rule, **k: explanations.append(rule(*a, **k)) or explanations[-1]
-        )
+    decide = dispatch._way
+    monkeypatch.setattr(dispatch, "_way", lambda *a: explanations.append(decide(*a)) or explanations[-1])
     tensors = case.tensors(torch.float32, requires_grad=False)
     with fastops.backend(selected), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with Spy() as spy:
@@ -252,7 +286,7 @@ def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monk
 def test_explain_takes_keywords_and_refuses_unknown_ops() -> None:
     with fastops.backend("triton"):
         assert fastops.explain("linear", input=x, weight=w).backend == "triton"
-    with pytest.raises(ValueError, match="unknown op 'conv9d': expected one of 'linear', 'linear_relu'"):
+    with pytest.raises(ValueError, match="unknown op 'conv9d': expected one of 'add_relu', .*'linear', 'linear_relu'"):
         fastops.explain("conv9d", x)
 
 
@@ -305,7 +339,7 @@ def test_backward_runs_where_forward_did(forward: str) -> None:
         output = FF.linear_relu(x, weight)
     with fastops.backend("torch"), Spy() as spy:
         output.sum().backward()
-    assert spy.ran == [("linear_backward", forward)]
+    assert spy.ran == [("linear_relu_backward", forward)]
 
 
 @pytest.mark.parametrize("forward", ["triton", "onednn"])
@@ -315,7 +349,7 @@ def test_backward_of_a_convolution_runs_where_forward_did(forward: str) -> None:
         output = FF.conv_relu2d(images, weight)
     with fastops.backend("torch"), Spy() as spy:
         output.sum().backward()
-    assert spy.ran == [("conv_backward", forward)]
+    assert spy.ran == [("conv_relu2d_backward", forward)]
 
 
 @pytest.mark.parametrize("op", PRODUCTS[2:])
@@ -369,7 +403,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
     """Make every launch fail with an error; nothing was warned of before."""
     from fastops.kernels import add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy
 
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(ops, "_warned", set())
 
     def set_error(error: BaseException) -> None:
         def launch(*_: Any, **__: Any) -> None:
@@ -401,14 +435,13 @@ def test_a_failing_kernel_warns_once_and_torch_runs(
     tensors = case.tensors()
     expected = case.torchs(*tensors)
     gradients = torch.autograd.grad(expected.sum(), tensors)
-    op = raw_op(case)
     with pytest.warns(fastops.FallbackWarning) as caught:
         result = case.ours(*tensors)
         found = torch.autograd.grad(result.sum(), tensors)
         case.ours(*tensors)
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2
-    for message, name in zip(messages, (op, f"{op}_backward"), strict=True):
+    for message, name in zip(messages, (case.op, f"{case.op}_backward"), strict=True):
         assert f"kernel of {name} failed for shapes" in message
         assert str(tuple(tensors[0].shape)) in message
         assert "on cpu; torch runs instead" in message

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cases import CASES, Case, gradients, no_fallback, one_case_per_op
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastops
@@ -141,7 +142,7 @@ def test_cross_entropy_without_values(reduction: str, backend: str) -> None:
 @one_case_per_op
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_profiler_sees_the_op_by_its_name(case: Case, grad: bool) -> None:
-    op = {"linear_relu": "linear", "conv2d": "conv", "conv_relu2d": "conv"}.get(case.op, case.op)
+    op = case.op
     with fastops.backend("triton"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = case.ours(*case.tensors(torch.float32, requires_grad=grad))
         if grad:
@@ -192,24 +193,24 @@ def raw_convolutions(way: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 for tensor, permuted in ((x, input_last), (w, weight_last))
             )
             b, g = torch.randn(6), torch.randn(2, 6, *output_size)
-            yield "conv", (x, w, b, *options, groups, True, way)
-            yield "conv", (x[:1], w, None, *options, groups, False, way)
-            shapes = tuple(x.shape), tuple(w.shape)
-            yield "conv_backward", (g, None, w, None, *shapes, *options, groups, False, last, way)
-            yield "conv_backward", (g, x, None, g, *shapes, *options, groups, True, last, way)
-            yield "conv_backward", (g, x, w, g, *shapes, *options, groups, True, last, way)
+            yield f"conv_relu{n}d", (x, w, b, *options, groups, last, way)
+            yield f"conv{n}d", (x[:1], w, None, *options, groups, last, way)
+            common = (tuple(x.shape), tuple(w.shape), *options, groups, last)
+            yield f"conv{n}d_backward", (g, None, w, None, *common, True, False, False, way)
+            yield f"conv_relu{n}d_backward", (g, x, None, g, *common, False, True, True, way)
+            yield f"conv_relu{n}d_backward", (g, x, w, g, *common, True, True, True, way)
 
 
 def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments for every raw op, with the layouts that its results follow."""
     a, w, b, g = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2), torch.randn(4, 2)
     for way in ("triton", "onednn"):
-        yield "linear", (a, w, b, True, way)
-        yield "linear", (torch.randn(2, 4, 3).transpose(0, 1), torch.randn(3, 2).t(), None, False, way)
-        yield "linear", (a[0], w, b, False, way)
-        yield "linear_backward", (g, a, w, g, True, way)
-        yield "linear_backward", (g, None, w, None, False, way)
-        yield "linear_backward", (torch.ones(()).expand(4, 2), a, None, g, False, way)
+        yield "linear_relu", (a, w, b, way)
+        yield "linear", (torch.randn(2, 4, 3).transpose(0, 1), torch.randn(3, 2).t(), None, way)
+        yield "linear", (a[0], w, b, way)
+        yield "linear_relu_backward", (g, a, w, g, True, True, True, way)
+        yield "linear_backward", (g, None, w, None, True, False, False, way)
+        yield "linear_relu_backward", (torch.ones(()).expand(4, 2), a, None, g, False, True, False, way)
         yield from raw_convolutions(way)
     layouts = {
         "contiguous": a,
@@ -235,16 +236,17 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             positions = goal.shape[-1]
             layer = (a, torch.randn(3, 3 * positions).t(), torch.randn(3 * positions))
             options = (reduction, -100, 0.1)
-            yield "linear_cross_entropy", (*layer, goal, torch.rand(3), *options, False, 64, True, True, True, way)
+            makes = (way == "onednn",) * 3
+            yield "linear_cross_entropy", (*layer, goal, torch.rand(3), *options, False, 64, *makes, way)
             saved = (*torch.rand(3, 4, positions), torch.tensor(2.0), *torch.empty(3, 0))
             grad = torch.rand(4, positions) if reduction == "none" else torch.tensor(3.0)
             needs = (True, True, reduction == "none", goal.is_floating_point())
-            yield "linear_cross_entropy_backward", (grad, *layer, goal, None, *saved, *options, *needs, 64, way)
+            yield "linear_cross_entropy_backward", (grad, *layer, goal, None, *saved, *options, 64, *needs, way)
     head = (a, torch.randn(3, 3).t(), torch.randn(3), torch.tensor([[0], [2], [1], [0]]), None)
     for needs in ((True, True, True), (False, True, False)):
         yield "linear_cross_entropy", (*head, "mean", -100, 0.1, False, 64, *needs, "onednn")
         saved = (*torch.rand(3, 4, 1), torch.tensor(2.0), *(torch.rand(variable.shape) for variable in head[:3]))
-        options = ("mean", -100, 0.1, *needs, False, 64, "onednn")
+        options = ("mean", -100, 0.1, 64, *needs, False, "onednn")
         yield "linear_cross_entropy_backward", (torch.tensor(3.0), *head, *saved, *options)
     images = torch.randn(2, 3, 4, 4)
     inputs = {
@@ -289,17 +291,35 @@ def test_raw_op_compiles(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", dict(RAW_CALLS))
-def test_a_raw_op_says_that_it_has_no_derivatives(op: str) -> None:
+def test_a_raw_op_says_which_derivatives_it_has_not(op: str) -> None:
     """It would lose gradients and tangents without a word: forward AD through a raw op is the known silent case."""
     function, arguments = getattr(torch.ops.fastops, op).default, dict(RAW_CALLS)[op]
     first, others = arguments[0], arguments[1:]
-    result = function(first.clone().requires_grad_(), *others)
-    result = result if isinstance(result, Tensor) else result[0]
-    with pytest.raises(RuntimeError, match=f"fastops::{op} is a raw op without derivatives"):
-        result.sum().backward()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="without derivatives"):
+    message = f"fastops::{op} is a raw op without such derivatives"
+    if op.endswith("_backward"):
+        with pytest.raises(RuntimeError, match=message):
+            function(first.clone().requires_grad_(), *others)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
         function(forward_ad.make_dual(first, first), *others)
-    with pytest.raises(RuntimeError, match="without derivatives"):
+    with pytest.raises(RuntimeError, match=message):
         torch.func.jvp(lambda tensor: function(tensor, *others), (first,), (first,))
-    with pytest.raises(RuntimeError, match="without derivatives"):
-        torch.func.vjp(lambda tensor: function(tensor, *others), first)[1](result)
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.vjp(lambda tensor: function(tensor, *others), first)
+
+
+@one_case_per_op
+def test_a_raw_op_has_the_first_derivatives(case: Case) -> None:
+    """So that whoever captures one in a graph, as torch.compile and torch.export do, can train through it."""
+    with fastops.backend("triton"):
+        expected = gradients(case.ours, *case.tensors(torch.float32))
+        found = gradients(lambda *tensors: _in_a_graph(case.ours, *tensors), *case.tensors(torch.float32))
+    torch.testing.assert_close(found, expected)
+
+
+def _in_a_graph(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The call as a graph module that holds the raw op."""
+    with torch.no_grad():
+        graph = make_fx(lambda *given: function(*given))(*tensors)
+    assert any("fastops" in str(node.target) for node in graph.graph.nodes)
+    result: Tensor = graph(*tensors)
+    return result

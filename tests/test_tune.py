@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
-from fastops import dispatch, winners
+from fastops import dispatch, tuning_cache
 from fastops.kernels import configs
 from fastops.kernels import linear as linear_kernels
 from fastops.kernels.launch import Plan
 from fastops.models import LeNet
+from fastops.ops import OPS
 
 CPU = torch.device("cpu")
 Timer = Callable[[Callable[[], object]], float]
@@ -29,9 +30,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache folder of the test's own, and nothing tuned before and after."""
     monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "tuned", False)
-    winners._of.cache_clear()
+    tuning_cache._of.cache_clear()
     yield tmp_path / "cache"
-    winners._of.cache_clear()
+    tuning_cache._of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,8 @@ def clock(**seconds: float) -> Timer:
 
 def again() -> None:
     """As a new process would find it."""
-    winners._of.cache_clear()
-    dispatch.tuned = winners.anything()
+    tuning_cache._of.cache_clear()
+    dispatch.tuned = tuning_cache.anything()
 
 
 def mlp() -> nn.Module:
@@ -72,17 +73,16 @@ def test_the_fastest_way_is_obeyed(folder: Path) -> None:
 
     for _ in range(2):
         first, last = model[0], model[3]
-        assert fastops.explain("linear", x, first.weight, first.bias) == (
-            "onednn",
-            "fastops.tune measured it the fastest here",
-        )
+        found = fastops.explain("linear_relu", x, first.weight, first.bias)
+        assert (found.backend, found.reason) == ("onednn", "fastops.tune measured it the fastest here")
+        assert fastops.explain("linear", x, first.weight, first.bias).backend == "torch"  # another op
         other_batch, other_dtype = torch.randn(6, 8), [tensor.double() for tensor in (x, first.weight, first.bias)]
-        assert fastops.explain("linear", other_batch, first.weight, first.bias).backend == "torch"
-        assert fastops.explain("linear", *other_dtype).backend == "torch"
+        assert fastops.explain("linear_relu", other_batch, first.weight, first.bias).backend == "torch"
+        assert fastops.explain("linear_relu", *other_dtype).backend == "torch"
         with torch.no_grad():
             assert fastops.explain("linear", torch.randn(5, 16), last.weight, last.bias).backend == "onednn"
         with fastops.backend("torch"):
-            assert fastops.explain("linear", x, first.weight, first.bias).reason == "backend 'torch' is selected"
+            assert fastops.explain("linear_relu", x, first.weight, first.bias).reason == "backend 'torch' is selected"
         model.eval()
         assert "Linear" in type(FF.linear_relu(x, first.weight, first.bias).grad_fn).__name__  # the hand-written one
         torch.testing.assert_close(model(x), F.linear(F.linear(x, first.weight, first.bias).relu(), *last.parameters()))
@@ -91,7 +91,7 @@ def test_the_fastest_way_is_obeyed(folder: Path) -> None:
     directions = fastops.tune(model, x, timer=lambda call: (call(), 1.0)[1])  # nothing gained: the rule
     assert {choice.way for choice in directions.choices} == {"torch"}
     again()
-    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "torch"
+    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "torch"
 
 
 @pytest.mark.parametrize(("seconds", "way"), [(0.97, "onednn"), (0.99, "torch"), (1.5, "torch")])
@@ -119,10 +119,10 @@ def test_gradients_apart(folder: Path) -> None:
     model, x = mlp(), torch.randn(5, 8)
     fastops.tune(model, x, timer=timer)
     words = (x, model[0].weight, model[0].bias)
-    assert fastops.explain("linear", *words).backend == "onednn"
+    assert fastops.explain("linear_relu", *words).backend == "onednn"
     with torch.no_grad():
-        assert fastops.explain("linear", *words).backend == "torch"
-    assert fastops.explain("linear", *(word.detach() for word in words)).backend == "torch"
+        assert fastops.explain("linear_relu", *words).backend == "torch"
+    assert fastops.explain("linear_relu", *(word.detach() for word in words)).backend == "torch"
 
 
 def test_backward_is_measured_where_gradients_are_recorded(folder: Path) -> None:
@@ -324,10 +324,10 @@ def test_another_number_of_threads(folder: Path) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert fastops.explain("linear", *words).backend == "torch"
+        assert fastops.explain("linear_relu", *words).backend == "torch"
     finally:
         torch.set_num_threads(threads)
-    assert fastops.explain("linear", *words).backend == "onednn"
+    assert fastops.explain("linear_relu", *words).backend == "onednn"
 
 
 def test_model_that_cannot_be_copied(folder: Path) -> None:
@@ -355,11 +355,11 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(dispatch, "tuned", False)
     monkeypatch.setattr(Path, "home", home)
-    winners._of.cache_clear()
-    assert not winners.anything()
+    tuning_cache._of.cache_clear()
+    assert not tuning_cache.anything()
     with pytest.warns(UserWarning, match="this process alone: Could not determine home"):
         assert fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=1.0, torch=2.0)).path is None
-    winners._of.cache_clear()
+    tuning_cache._of.cache_clear()
 
 
 def test_nothing_to_tune(folder: Path) -> None:
@@ -384,8 +384,9 @@ def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.Mo
     def fail(*words: object) -> None:
         raise RuntimeError("no code for this GPU")
 
-    monkeypatch.setattr(linear_kernels, "linear", fail)
-    monkeypatch.setattr(fastops.ops.registry, "_warned", set())
+    for op in ("linear", "linear_relu"):
+        monkeypatch.setitem(vars(OPS[op]), "_launchers", (fail, fail))
+    monkeypatch.setattr(fastops.ops.op, "_warned", set())
     with pytest.warns(fastops.FallbackWarning, match="no code for this GPU"):
         tuning = fastops.tune(model, x, timer=seconds)
     assert {choice.way for choice in tuning.choices} == {"torch"}
@@ -452,11 +453,11 @@ def test_damaged_file_is_survived(folder: Path, text: str) -> None:
     file.write_text(text)
     again()
     with pytest.warns(UserWarning, match="is damaged and counts for nothing until fastops.tune mends it"):
-        assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "torch"
+        assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "torch"
     with pytest.warns(UserWarning, match="is damaged"):
         fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
     again()
-    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "onednn"
+    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "onednn"
 
 
 def test_folder_that_cannot_be_written(folder: Path) -> None:
@@ -465,30 +466,30 @@ def test_folder_that_cannot_be_written(folder: Path) -> None:
     with pytest.warns(UserWarning, match="counts in this process alone"):
         tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
     assert tuning.path is None and "kept nowhere" in str(tuning)
-    assert fastops.explain("linear", x, model[0].weight, model[0].bias).backend == "onednn"
+    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "onednn"
 
 
 def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
     def write(writer: int) -> None:
         for i in range(20):
-            winners.add(CPU, {("op", writer, i): "torch"}, {})
+            tuning_cache.add(CPU, {("op", writer, i): "torch"}, {})
 
     with ThreadPoolExecutor(4) as pool:  # as processes: each opens the lock for itself
         list(pool.map(write, range(4)))
-    winners._of.cache_clear()
-    assert set(winners.of(CPU)) == {("op", writer, i) for writer in range(4) for i in range(20)}
+    tuning_cache._of.cache_clear()
+    assert set(tuning_cache.of(CPU)) == {("op", writer, i) for writer in range(4) for i in range(20)}
     assert not list(folder.glob("*.part"))
 
 
 def test_other_versions_and_devices_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = winners.add(CPU, {("op",): "torch"}, {})
+    file = tuning_cache.add(CPU, {("op",): "torch"}, {})
     assert file is not None and file.parent == folder and set(os.listdir(folder)) == {file.name, f"{file.name}.lock"}
     saved = json.loads(file.read_text())
     assert saved["versions"]["torch"] == torch.__version__ and "threads" in saved["device"]
     for change in ("_versions", "_device"):
         with monkeypatch.context() as patch:
-            patch.setattr(winners, change, lambda *_: "another")
-            assert winners.path(CPU) != file
+            patch.setattr(tuning_cache, change, lambda *_: "another")
+            assert tuning_cache.path(CPU) != file
 
 
 def test_the_clock(folder: Path) -> None:

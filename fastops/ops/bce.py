@@ -25,7 +25,7 @@ from .pair import fake_gradients, timed_pairs
 def _accepts(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> str | None:
-    if (unfit := loss_options(reduction) or mismatch(input, target, weight, pos_weight)) is not None:
+    if (unfit := loss_options(reduction) or mismatch(input, target, optional=(weight, pos_weight))) is not None:
         return unfit
     if input.shape != target.shape:
         return "input and target shapes differ"
@@ -44,9 +44,7 @@ def _expression(
     return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
 
 
-def _plain(
-    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
-) -> Tensor:
+def _plain(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
     return torch.binary_cross_entropy_with_logits(input, target, weight, pos_weight, REDUCTIONS[reduction])
 
 

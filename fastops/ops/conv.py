@@ -72,7 +72,8 @@ class ConvOptions(NamedTuple):
 
 
 def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> str | None:
-    if (unfit := mismatch(input, weight, bias)) is not None:
+    unfit = mismatch(input, weight) if bias is None else mismatch(input, weight, bias)
+    if unfit is not None:
         return unfit
     if input.dim() not in (dimensions + 1, dimensions + 2) or weight.dim() != dimensions + 2:
         return f"input and weight shapes do not make a convolution in {dimensions} dimensions"
@@ -86,7 +87,7 @@ def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None
     if options.numbers is None:
         return "stride, padding or dilation is not valid"
     extra = options.extra or (0,) * dimensions
-    for n, end, k, s, p, d in zip(input.shape[-dimensions:], extra, size[2:], *options.numbers, strict=True):
+    for n, end, k, _, p, d in zip(input.shape[-dimensions:], extra, size[2:], *options.numbers, strict=True):
         if n + end + 2 * p - d * (k - 1) - 1 < 0:
             return "the kernel is larger than the input"
     return None
@@ -96,7 +97,9 @@ def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None
 
 _ATEN_IS_ONEDNN: Final = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _BARE: Final = Explanation("torch", "a convolution alone fuses nothing: cuDNN or MIOpen computes it")
-_DEPTHWISE: Final = Explanation("torch", "a depthwise convolution would waste most of a tile: cuDNN or MIOpen computes it")
+_DEPTHWISE: Final = Explanation(
+    "torch", "a depthwise one would waste most of a tile: cuDNN or MIOpen computes it"
+)
 _STEM: Final = Explanation("torch", "so few channels would waste most of a tile: cuDNN or MIOpen computes it")
 _EPILOGUE: Final = Explanation(
     "triton",
@@ -125,13 +128,20 @@ def is_channels_last(input: Tensor, weight: Tensor) -> bool:
 
 
 def _expression(
-    function: Callable[..., Tensor], relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
+    function: Callable[..., Tensor],
+    relu: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
 ) -> Tensor:
     output = function(input, weight, bias, *options[:4])
     return output.relu_() if relu else output
 
 
-def _raw_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> tuple[Any, ...]:
+def _raw_arguments(
+    way: str, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
+) -> tuple[Any, ...]:
     assert options.numbers is not None
     if options.extra is not None:  # torch too pads the end first
         input = F.pad(input, [number for end in reversed(options.extra) for number in (0, end)])
@@ -176,7 +186,9 @@ def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     return _forward(conv.conv, relu), _backward(conv.conv_backward)
 
 
-def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[Any, ...]]:
+def _save(
+    needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor
+) -> tuple[Tensors, tuple[Any, ...]]:
     input, weight, _, *options = arguments
     saved = (input if needs[1] else None, weight if needs[0] else None, output if op.fuses else None)
     return saved, (input.shape, weight.shape, *options)
@@ -236,7 +248,10 @@ def _timed(
 ) -> Example:
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         layer = torch.nn.Conv2d(channels, outputs, kernel)
-        tensors = {"input": torch.randn(batch, channels, size, size, generator=generator), "weight": layer.weight.detach()}
+        tensors = {
+            "input": torch.randn(batch, channels, size, size, generator=generator),
+            "weight": layer.weight.detach(),
+        }
         if channels_last:
             tensors = {name: tensor.to(memory_format=torch.channels_last) for name, tensor in tensors.items()}
         assert layer.bias is not None

@@ -10,7 +10,7 @@ it), T = sum of t, and the row's scale r (its loss's gradient, over the denomina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
 from typing import Any, Final
@@ -54,7 +54,7 @@ def _accepts(
     ignore_index: int,
     label_smoothing: float,
 ) -> str | None:
-    if (unfit := mismatch(input, target, weight, indices=target)) is not None:
+    if (unfit := mismatch(input, target, optional=(weight,), indices=target)) is not None:
         return unfit
     if input.dim() == 0:
         return "input has no class dimension"

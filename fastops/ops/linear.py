@@ -22,7 +22,7 @@ from .op import ATEN_IS_FASTER, Audit, Example, Explanation, Named, Op, Sizes, T
 
 
 def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    unfit = mismatch(input, weight, bias)
+    unfit = mismatch(input, weight) if bias is None else mismatch(input, weight, bias)
     if unfit is not None:
         return unfit
     size = weight.shape
@@ -77,7 +77,12 @@ def _without_two_needs(backward: Callable[..., Tensors]) -> Callable[..., Tensor
     """Of the gradients of input and weight the tensors say themselves whether they are needed."""
 
     def call(
-        grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, *needs: bool, **vendor: bool
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor | None,
+        output: Tensor | None,
+        *needs: bool,
+        **vendor: bool,
     ) -> Tensors:
         return backward(grad_output, input, weight, output, needs[2], **vendor)
 

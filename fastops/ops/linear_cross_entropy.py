@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,9 @@ def _accepts(
     original: tuple[Any, ...] | None,
 ) -> str | None:
     unfit = (
-        mismatch(input, linear_weight, linear_bias)
+        mismatch(input, linear_weight, optional=(linear_bias,))
         or mismatch(input, target, indices=target)
-        or mismatch(input, weight, indices=weight)
+        or mismatch(input, optional=(weight,), indices=weight)
     )
     if unfit is not None:
         return unfit
@@ -143,15 +143,13 @@ def _gradients(
 # The raw op -----------------------------------------------------------------------------------------------------------
 
 
-def _raw_arguments(*call: Any) -> tuple[Any, ...]:
+def _raw_arguments(way: str, *call: Any) -> tuple[Any, ...]:
     input, linear_weight, target, bias, weight, reduction, ignore_index, label_smoothing, options, original = call
     classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1].numel()
     rows = 1 if input.dim() == 1 else input.shape[0]
     indices = target.dtype is torch.int64
-    needs = (
-        torch.is_grad_enabled() and not target.requires_grad and tensor is not None and tensor.requires_grad
-        for tensor in (input, linear_weight, bias)
-    )
+    may_make = way == "onednn" and torch.is_grad_enabled() and not target.requires_grad
+    makes = (may_make and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, bias))
     return (
         input.reshape(rows, -1),
         linear_weight.reshape(classes * positions, -1),
@@ -163,7 +161,7 @@ def _raw_arguments(*call: Any) -> tuple[Any, ...]:
         label_smoothing,
         original is not None,
         _budget(input, linear_weight, options),
-        *needs,
+        *makes,
     )
 
 
@@ -225,6 +223,7 @@ ROWS_AT_ONCE = 64  # if so many rows of logits fit the budget, products of them 
 
 
 def _forward_with_gradients(
+    needs: Any,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -235,7 +234,6 @@ def _forward_with_gradients(
     label_smoothing: float,
     float32_loss: bool,
     budget: int,
-    needs: tuple[bool, bool, bool],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """As `_forward` for one position, and the gradients of the reduced loss."""
     goal = Target(target[..., 0], weight, ignore_index, label_smoothing, len(linear_weight))
@@ -305,20 +303,19 @@ def _launch(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _plain(*arguments: Any) -> tuple[Tensor, ...]:
-    *common, need_input, need_weight, need_bias = arguments
-    input, needs = common[0], (need_input, need_weight, need_bias)
-    gradients: Tensors = (None, None, None)
-    if _makes_gradients("onednn", *arguments):
-        results, gradients = _forward_with_gradients(*common, needs)
+    common, makes = arguments[:-3], arguments[-3:]
+    input, gradients = common[0], cast(Tensors, (None, None, None))
+    if _makes_gradients(*arguments):
+        results, gradients = _forward_with_gradients(makes, *common)
     else:
         results = _forward(onednn.linear_cross_entropy, *common)
     return (*results, *(input.new_empty(0) if gradient is None else gradient for gradient in gradients))
 
 
-def _makes_gradients(way: str, *arguments: Any) -> bool:
+def _makes_gradients(*arguments: Any) -> bool:
     """Whether the forward pass makes the gradients too: on a CPU, if the rows are one sum and enough of them fit."""
     input, linear_weight, _, target, _, reduction, *_, budget = arguments[:-3]
-    if way != "onednn" or not any(arguments[-3:]) or reduction == "none" or target.shape[-1] != 1:
+    if not any(arguments[-3:]) or reduction == "none" or target.shape[-1] != 1:
         return False
     return min(len(input), ROWS_AT_ONCE) * len(linear_weight) * input.element_size() <= budget
 
@@ -348,9 +345,9 @@ def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: 
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *raw, way = arguments
-    input, linear_weight, _, target, _, reduction, _, _, float32_loss, _, *needs = raw
-    needs = needs if _makes_gradients(way, *raw) else [False] * 3
+    *raw, _ = arguments
+    input, linear_weight, _, target, _, reduction, _, _, float32_loss, _, *makes = raw
+    makes = makes if _makes_gradients(*raw) else [False] * 3
     exact = torch.promote_types(input.dtype, torch.float32)
     shape = (input.shape[0], target.shape[-1])
     made = (input.shape, linear_weight.shape, linear_weight.shape[:1])
@@ -358,7 +355,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         input.new_empty(shape if reduction == "none" else (), dtype=exact if float32_loss else input.dtype),
         *(input.new_empty(shape, dtype=exact) for _ in range(3)),
         input.new_empty((), dtype=exact),
-        *(input.new_empty(size if need else 0) for size, need in zip(made, needs, strict=True)),
+        *(input.new_empty(size if need else 0) for size, need in zip(made, makes, strict=True)),
     )
 
 
@@ -449,8 +446,8 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     plain=_plain,
     plain_backward=partial(_on_tiles, lambda: onednn.linear_cross_entropy_backward),
     schema="Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, str reduction,"
-    " int ignore_index, float label_smoothing, bool float32_loss, int budget, bool need_input, bool need_weight,"
-    " bool need_bias -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int ignore_index, float label_smoothing, bool float32_loss, int budget, bool make_input, bool make_weight,"
+    " bool make_bias -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_schema="Tensor grad_output, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
     " Tensor? weight, Tensor maximum, Tensor exponentials, Tensor mass, Tensor denominator, Tensor made_input,"
     " Tensor made_weight, Tensor made_bias, str reduction, int ignore_index, float label_smoothing, int budget,"

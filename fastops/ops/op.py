@@ -79,12 +79,11 @@ def is_plain(kind: type) -> bool:
     return kind in PLAIN or f"{kind.__module__}.{kind.__qualname__}" in _STAND_INS
 
 
-def mismatch(first: Tensor, *others: Tensor | None, indices: Tensor | None = None) -> str | None:
+def mismatch(*tensors: Tensor, optional: Tensors = (), indices: Tensor | None = None) -> str | None:
     """Why no kernel takes these tensors together, or None. All but ``indices`` are to have one dtype."""
     dtype = device = None
-    for tensor in (first, *others):
-        if tensor is None:
-            continue
+    present = (*tensors, *(tensor for tensor in optional if tensor is not None)) if optional else tensors
+    for tensor in present:
         kind = type(tensor)
         if kind not in PLAIN and not is_plain(kind):
             return f"no kernel for arguments of type {kind.__name__}"
@@ -100,8 +99,6 @@ def mismatch(first: Tensor, *others: Tensor | None, indices: Tensor | None = Non
             return "no kernel for nested tensors"
         if tensor.numel() == 0:
             return "a tensor is empty"
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return "a tensor is not yet what it stands for"
     return None if dtype in DTYPES else f"no kernel for {dtype}"
 
 
@@ -194,7 +191,9 @@ class Audit(Protocol):
 # The record -----------------------------------------------------------------------------------------------------------
 
 
-def save_all(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any) -> tuple[Tensors, tuple[Any, ...]]:
+def save_all(
+    needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any
+) -> tuple[Tensors, tuple[Any, ...]]:
     """What a backward pass takes: every tensor of the call, every result but the first, and the options."""
     others = results[1:] if isinstance(results, tuple) else ()
     return (*arguments[: op.tensors], *others), arguments[op.tensors :]
@@ -205,8 +204,8 @@ class Op:
     """All that the package knows of one function of `fastops.functional`.
 
     Its arguments come in two forms: those of a *call*, which `fastops.functional` hands on, and the *raw* ones that
-    `raw_arguments` makes of them, of the op ``torch.ops.fastops.<name>``. They are the same where that is None. In a
-    raw op tensors come first, and of these the differentiable ones, then options, and at last the way.
+    `raw_arguments(way, *call)` makes of them, of the op ``torch.ops.fastops.<name>``. They are the same where that is
+    None. In a raw op tensors come first, and of these the differentiable ones, then options, and at last the way.
 
     A backward pass takes ``(grad_output, *saved, *options, *needs)``, with a bool for each differentiable argument, and
     returns a gradient for each, or a single one that is the same for all.
@@ -266,7 +265,9 @@ class Op:
         self.raw = _register(self.name, self.schema, self.compute_raw, self.fake, functools.partial(_autograd, self))
         name = f"{self.name}_backward"
         without = functools.partial(_without_derivatives, name)
-        self.raw_backward = _register(name, self.backward_schema, self.compute_raw_backward, self.fake_backward, without)
+        self.raw_backward = _register(
+            name, self.backward_schema, self.compute_raw_backward, self.fake_backward, without
+        )
 
     @functools.cached_property
     def _launchers(self) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
@@ -274,7 +275,7 @@ class Op:
 
     def run(self, way: str, call: tuple[Any, ...]) -> Tensor:
         """The result of a call that kernels or oneDNN take."""
-        arguments = call if self.raw_arguments is None else self.raw_arguments(*call)
+        arguments = call if self.raw_arguments is None else self.raw_arguments(way, *call)
         if not _nobody_looks_on(arguments):
             results = self.raw(*arguments, way)
         elif _is_grad_enabled() and _any_requires_grad(*arguments):
@@ -395,7 +396,9 @@ def _nobody_looks_on(arguments: tuple[Any, ...]) -> bool:
     if _is_dynamo_compiling() or _include_set().raw_repr() not in _IDLE or _profiler_enabled():
         return False
     for argument in arguments:
-        if isinstance(argument, Tensor) and type(argument) not in PLAIN:
+        if isinstance(argument, Tensor) and (
+            type(argument) not in PLAIN or argument.is_neg() or argument._is_zerotensor()
+        ):
             return False
     return True
 
@@ -441,8 +444,7 @@ class KernelFunction(torch.autograd.Function):
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs)
         compiling = _is_dynamo_compiling()
         if _is_grad_enabled() or (
-            not compiling
-            and (forward_ad._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
+            not compiling and (forward_ad._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
         ):
             found = op.gradients(*arguments)
         elif compiling or not _nobody_looks_on(arguments):
@@ -458,7 +460,7 @@ class KernelFunction(torch.autograd.Function):
 
 
 # torch's own `apply` binds a signature at each call and looks for transforms, which never come here.
-_apply: Final[Callable[..., Any]] = super(torch.autograd.Function, KernelFunction).apply  # type: ignore[misc]
+_apply: Final[Callable[..., Any]] = super(torch.autograd.Function, KernelFunction).apply
 
 # Kernels that fail ----------------------------------------------------------------------------------------------------
 
@@ -515,7 +517,7 @@ def masked(grad_output: Tensor, output: Tensor | None) -> Tensor:
     """The gradient before a ReLU: ``grad_output`` where not ``output <= 0``. Without a ReLU ``output`` is None."""
     if output is None:
         return grad_output
-    grad: Tensor = torch.ops.aten.threshold_backward(grad_output, output.detach(), 0)
+    grad: Tensor = torch.ops.aten.threshold_backward(grad_output, output, 0)
     return grad
 
 

@@ -50,7 +50,7 @@ def pair_loss(
         return None if all(map(number_accepted, numbers)) else f"{number} is not valid"
 
     def expression(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *numbers: Any) -> Tensor:
-        options = {number: value for value in numbers} | ({} if weight is None else {"weight": weight})
+        options = dict(zip((number,), numbers, strict=False)) | ({} if weight is None else {"weight": weight})
         return function(input, target, reduction=reduction, **options)
 
     def gradients(grad_output: Tensor, input: Tensor, target: Tensor, reduction: str, *rest: Any) -> Tensors:
@@ -69,7 +69,7 @@ def pair_loss(
         gradients=gradients,
         load=load,
         plain=plain,
-        raw_arguments=lambda input, target, weight, *options: (input, target, *options),
+        raw_arguments=lambda way, input, target, weight, *options: (input, target, *options),
         schema=f"Tensor input, Tensor target, str reduction{float_number} -> Tensor",
         backward_schema=f"Tensor grad_output, Tensor input, Tensor target, str reduction{float_number},"
         " bool need_input, bool need_target -> (Tensor, Tensor)",

@@ -97,9 +97,7 @@ def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None
 
 _ATEN_IS_ONEDNN: Final = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _BARE: Final = Explanation("torch", "a convolution alone fuses nothing: cuDNN or MIOpen computes it")
-_DEPTHWISE: Final = Explanation(
-    "torch", "a depthwise one would waste most of a tile: cuDNN or MIOpen computes it"
-)
+_DEPTHWISE: Final = Explanation("torch", "a depthwise one would waste most of a tile: cuDNN or MIOpen computes it")
 _STEM: Final = Explanation("torch", "so few channels would waste most of a tile: cuDNN or MIOpen computes it")
 _EPILOGUE: Final = Explanation(
     "triton",

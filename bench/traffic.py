@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from fastops.ops.registry import RawOp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -31,14 +30,16 @@ from triton.runtime import interpreter
 
 import fastops
 import fastops.functional as FF
-from fastops import ops
+from fastops.cli.examples import torch_function
 from fastops.cli.table import MarkdownTable
 from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.models import FashionMLP, LeNet
+from fastops.ops import OPS
 
 SECTOR = 32  # bytes
-_FILES = (ops.add_relu, ops.bce, ops.conv, ops.cross_entropy, ops.linear, ops.mse)
-IMPLEMENTATIONS = {raw.op: raw.implementation for file in _FILES for raw in vars(file).values() if type(raw) is RawOp}
+IMPLEMENTATIONS = {op.raw: op.compute_raw for op in OPS.values()} | {
+    op.raw_backward: op.compute_raw_backward for op in OPS.values()
+}
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastops":
             with self:  # which would see the operation itself again
-                return IMPLEMENTATIONS[func.overloadpacket](*args)
+                return IMPLEMENTATIONS[func](*args)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values()
@@ -167,14 +168,25 @@ def _variables(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def _conv_tensors() -> list[Tensor]:
-    return [
-        tensor.detach().to(memory_format=torch.channels_last).requires_grad_() if tensor.dim() == 4 else tensor
-        for tensor in _variables((8, 64, 28, 28), (64, 64, 3, 3), (64,))
-    ]
-
-
 Pair = tuple[Callable[[], object], Callable[[], object]]  # eager, fastops
+
+
+def _call(op: str, *tensors: Tensor, **options: Any) -> Pair:
+    """Of torch's function, and of ours."""
+
+    def run(function: Callable[..., Tensor]) -> Callable[[], object]:
+        names = inspect.signature(getattr(FF, op)).parameters
+        return training(lambda *t: function(**dict(zip(names, t, strict=False)), **options), *tensors)
+
+    return run(torch_function(OPS[op])), run(getattr(FF, op))
+
+
+def _conv() -> Pair:
+    def channels_last(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(memory_format=torch.channels_last).requires_grad_() if tensor.dim() == 4 else tensor
+
+    tensors = map(channels_last, _variables((8, 64, 28, 28), (64, 64, 3, 3), (64,)))
+    return _call("conv_relu2d", *tensors, padding=1)
 
 
 def _step(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Pair:
@@ -191,81 +203,37 @@ def _step(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Pair:
     return run(fastops.unswap), run(functools.partial(fastops.swap, **options))
 
 
-def cross_entropy() -> Pair:
-    """Cross-entropy, 256 x 4096."""
-    (logits,) = _variables((256, 4096))
-    target = torch.randint(4096, (256,))
-    return training(lambda x: F.cross_entropy(x, target), logits), training(
-        lambda x: FF.cross_entropy(x, target), logits
-    )
-
-
-def mse_loss() -> Pair:
-    """MSE, 512 x 2048."""
-    input, target = _variables((512, 2048))[0], torch.randn(512, 2048)
-    return training(F.mse_loss, input, target), training(FF.mse_loss, input, target)
-
-
-def linear_relu() -> Pair:
-    """Linear and ReLU, 512 x 1024 to 768."""
-    tensors = _variables((512, 1024), (768, 1024), (768,))
-    return training(lambda *t: F.relu(F.linear(*t)), *tensors), training(FF.linear_relu, *tensors)
-
-
-def conv_relu2d() -> Pair:
-    """Convolution and ReLU, 64 channels to 64, 3 x 3, padding 1, 8 x 28 x 28, channels-last."""
-    tensors = _conv_tensors()
-    return training(lambda *t: F.relu(F.conv2d(*t, padding=1)), *tensors), training(
-        lambda *t: FF.conv_relu2d(*t, padding=1), *tensors
-    )
-
-
-def fashion_mlp() -> Pair:
-    """FashionMLP, a training step at batch 64."""
-    return _step(FashionMLP(), (64, 1, 28, 28))
-
-
-def lenet() -> Pair:
-    """LeNet, a training step at batch 8."""
-    return _step(LeNet(), (8, 1, 32, 32))
-
-
-def resnet() -> Pair:
-    """ResNet-18, a training step at 2 x 3 x 32 x 32."""
+def _resnet(**options: Any) -> Pair:
     from torchvision.models import resnet18
 
-    return _step(resnet18(num_classes=10), (2, 3, 32, 32))
+    return _step(resnet18(num_classes=10), (2, 3, 32, 32), **options)
 
 
-def resnet_channels_last() -> Pair:
-    """The same, swapped with memory_format=torch.channels_last."""
-    from torchvision.models import resnet18
-
-    return _step(resnet18(num_classes=10), (2, 3, 32, 32), memory_format=torch.channels_last)
-
-
-CASES: Sequence[Callable[[], Pair]] = (cross_entropy, mse_loss, linear_relu, conv_relu2d, fashion_mlp, lenet)
+CASES: dict[str, Callable[[], Pair]] = {
+    "Cross-entropy, 256 x 4096": lambda: _call("cross_entropy", *_variables((256, 4096)), torch.randint(4096, (256,))),
+    "MSE, 512 x 2048": lambda: _call("mse_loss", *_variables((512, 2048)), torch.randn(512, 2048)),
+    "Linear and ReLU, 512 x 1024 to 768": lambda: _call("linear_relu", *_variables((512, 1024), (768, 1024), (768,))),
+    "Convolution and ReLU, 64 channels to 64, 3 x 3, padding 1, 8 x 28 x 28, channels-last": _conv,
+    "FashionMLP, a training step at batch 64": lambda: _step(FashionMLP(), (64, 1, 28, 28)),
+    "LeNet, a training step at batch 8": lambda: _step(LeNet(), (8, 1, 32, 32)),
+}
+RESNET: dict[str, Callable[[], Pair]] = {
+    "ResNet-18, a training step at 2 x 3 x 32 x 32": _resnet,
+    "The same, swapped with memory_format=torch.channels_last": lambda: _resnet(memory_format=torch.channels_last),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resnet", action="store_true", help="only ResNet-18, which takes minutes")
-    cases = (resnet, resnet_channels_last) if parser.parse_args().resnet else CASES
-    table = MarkdownTable(
-        {
-            "forward and backward, float32": 87,
-            "eager MB": 0,
-            "fastops MB": 0,
-            "requested MB": 0,
-            "eager launches": 0,
-            "fastops launches": 0,
-        }
-    )
-    for case in cases:
+    cases = RESNET if parser.parse_args().resnet else CASES
+    numbers = ("eager MB", "fastops MB", "requested MB", "eager launches", "fastops launches")
+    table = MarkdownTable({"forward and backward, float32": 87} | dict.fromkeys(numbers, 0))
+    for name, case in cases.items():
         torch.manual_seed(0)
         eager, ours = map(count, case())
         sizes = (f"{size / 1e6:.2f}" for size in (eager.bytes, ours.bytes, ours.requested))
-        table.row([str(case.__doc__).rstrip("."), *sizes, str(len(eager.launches)), str(len(ours.launches))])
+        table.row([name, *sizes, str(len(eager.launches)), str(len(ours.launches))])
 
 
 if __name__ == "__main__":

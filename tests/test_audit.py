@@ -17,7 +17,7 @@ ROOT = Path(fastops.__file__).parents[1]
 
 
 def first_product() -> launches.Launch:
-    return next(launches.linear_launches("sm80"))
+    return launches.launches("sm80", ["linear"])[0]
 
 
 def test_in_an_installed_package(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     error = good._replace(request=good.request | {"num_warps": 3})
     too_large = with_tile(good, configs.MatmulConfig(128, 128, 128, 8, 4))
     spilling = with_tile(good, configs.MatmulConfig(256, 256, 32, 4, 2))
-    monkeypatch.setitem(launches.OPS, "linear", lambda _: iter((crash, error, too_large, spilling, good)))
+    monkeypatch.setitem(launches.AUDITED, "linear", lambda _: iter((crash, error, too_large, spilling, good)))
     file, code = tmp_path / "audit.json", tmp_path / "code"
     status = main(f"audit --target sm80 --op linear --jobs 1 --json {file} --dump {code}".split())
     assert status == 1

@@ -18,6 +18,7 @@ from fastops.cli import COMMANDS, CommandError, checkpoint, main
 from fastops.cli.data import CSVImages, digits, folder
 from fastops.models import CIFAR_CLASSES, FASHION_CLASSES, FashionMLP
 from fastops.models.linear_regression import points
+from fastops.ops import OPS
 
 TRAIN_ROWS, TEST_ROWS = 130, 20
 
@@ -497,9 +498,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for text in (torch.__version__.partition("+")[0], fastops.__version__, "Triton interpreter: on"):
         assert text in printed
-    for operation in ("linear 64x784", "linear_relu 64x784", "mse_loss 64x10", "cross_entropy 64x10"):
+    for operation in ("linear 64x512-10", "linear_relu 64x784-512", "mse_loss 64x10", "cross_entropy 64x10"):
         assert operation in printed
         assert "triton: " in printed.split(operation)[1].splitlines()[0]
+    assert all(f"  {op} " in printed for op in OPS)
 
 
 def test_doctor_where_the_selected_backend_cannot_run(capsys: pytest.CaptureFixture[str], no_interpreter: None) -> None:

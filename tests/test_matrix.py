@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fastops.autograd.linear import LinearReLU
-from torch import Tensor
 
-from fastops.cli import matrix, verify
+from fastops.cli import matrix
+from fastops.ops import OPS as RECORDS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "matrix.md").read_text()
 WAYS = ("triton", "onednn", "torch")
 IN_EVERY_RUN = ("linear_relu", "conv_relu2d", "mse_loss", "cross_entropy")
-OPS = [
-    pytest.param(op, marks=() if op in IN_EVERY_RUN else pytest.mark.nightly, id=op) for op in dict.fromkeys(verify.OPS)
-]
+OPS = [pytest.param(op, marks=() if op in IN_EVERY_RUN else pytest.mark.nightly, id=op) for op in RECORDS]
 Tables = dict[str, dict[str, dict[str, str]]]
 
 
@@ -42,7 +39,7 @@ def test_the_page_has_every_cell() -> None:
     assert {family: list(properties) for family, properties in matrix.FAMILIES.items()} == {
         family: list(next(iter(rows.values()))) for family, rows in page.items() if family != "ways"
     }
-    assert all(list(rows) == verify.OPS for rows in page.values())
+    assert all(list(rows) == list(RECORDS) for rows in page.values())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -56,19 +53,19 @@ def test_the_page_shows_what_the_command_prints(op: str, capsys: pytest.CaptureF
 
 
 def test_a_defect_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    original = LinearReLU.jvp
+    original = RECORDS["linear_relu"].gradients
 
-    def wrong(ctx: Any, *tangents: Any) -> Tensor:
-        return 2 * original(ctx, *tangents)
+    def wrong(*arguments: Any) -> Any:
+        return tuple(2 * gradient for gradient in original(*arguments))
 
-    monkeypatch.setattr(LinearReLU, "jvp", staticmethod(wrong))
+    monkeypatch.setattr(RECORDS["linear_relu"], "gradients", wrong)
     monkeypatch.setattr(matrix, "FAMILIES", {"higher order": matrix.FAMILIES["higher order"]})
     assert matrix.run(["linear_relu"], WAYS, torch.device("cpu")) == 1
     printed = capsys.readouterr().out
     row = tables(printed)["higher order"]["linear_relu"]
     assert row["backward"] == "yes"
-    assert row["forward AD"] == "NOT ON triton, onednn"
-    assert "FAILED higher order / forward AD / linear_relu / triton: AssertionError" in printed
+    assert row["create_graph"] == "NOT ON triton, onednn"
+    assert "FAILED higher order / create_graph / linear_relu / triton: AssertionError" in printed
 
 
 def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

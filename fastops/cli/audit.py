@@ -43,7 +43,7 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     parser.add_argument("--target", nargs="+", metavar="TARGET", help=f"{', '.join(TARGETS)}; default: all of them")
-    parser.add_argument("--op", nargs="+", metavar="OP", help="one or more operations; default: all of them")
+    parser.add_argument("--op", nargs="+", metavar="OP", help="one for each file of kernels; default: all of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to FILE")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the assembly of every kernel into DIR")
     parser.add_argument("--jobs", type=positive_integer, default=os.cpu_count() or 1, help="compilers side by side")
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     """Print a row for each compilation; 1 if one breaks a rule or does not compile."""
     if find_spec("triton") is None:
         raise CommandError('this command needs triton: pip install "torch-fastops[triton]"')
-    from fastops.audit.launches import OPS, launches
+    from fastops.audit.launches import AUDITED, launches
     from fastops.audit.machine_code import Failure, machine_code
     from fastops.audit.rules import RULES, broken_rules
 
     targets = _chosen("target", args.target, list(TARGETS))
-    ops = _chosen("op", args.op, list(OPS))
+    ops = _chosen("op", args.op, list(AUDITED))
     found = [launch for target in targets for launch in launches(target, ops)]
     requests = [launch.request for launch in found]
     if args.dump:

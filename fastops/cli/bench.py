@@ -6,11 +6,10 @@ within such pairs, and every second pair runs in the other order.
 
 import argparse
 import copy
-import functools
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastops
@@ -27,10 +25,12 @@ import fastops.functional as FF
 from fastops.cli import CommandError
 from fastops.cli.doctor import _interpreting, _processor
 from fastops.cli.environment import backend_lines, check_backend, pick_device, positive_integer
+from fastops.cli.examples import draw_timed, torch_function
 from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
-from fastops.models.cifar_net import random_images
+from fastops.ops import OPS, Op
+from fastops.ops.op import Example
 
 Call = Callable[[], object]
 
@@ -67,138 +67,53 @@ def _synchronized(call: Call, device: torch.device) -> Call:
     return call_and_wait
 
 
-def _op_cases(
-    op: str,
-    shape: str,
-    reference: Callable[..., Tensor],
-    inputs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
-    options: dict[str, int] | None = None,
-) -> list[Case]:
-    """Forward without gradients, and forward and backward. ``inputs`` draws what gets a gradient and what gets none."""
+def _op_case(op: Op, example: Example, backward: bool) -> Case:
+    """The op without gradients, or forward and backward, beside torch's own function."""
 
-    def prepare(device: torch.device, backward: bool) -> Contest:
-        variables, constants = ([tensor.to(device) for tensor in tensors] for tensors in inputs())
-        arguments = [tensor.requires_grad_(backward) for tensor in variables] + constants
+    def prepare(device: torch.device) -> Contest:
+        variables, constants = draw_timed(example, device)
+        leaves = [tensor.requires_grad_(backward) for tensor in variables.values()]
+        arguments = {**variables, **constants, **example.options}
+        reference = torch_function(op)
         with torch.no_grad():
-            grad_output = torch.ones_like(reference(*arguments))
+            grad_output = torch.ones_like(reference(**arguments))
 
         def contestant(function: Callable[..., Tensor]) -> Call:
             def forward() -> Tensor:
                 with torch.no_grad():
-                    return function(*arguments)
+                    return function(**arguments)
 
             def forward_backward() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(function(*arguments), variables, grad_output)
+                return torch.autograd.grad(function(**arguments), leaves, grad_output)
 
             return _synchronized(forward_backward if backward else forward, device)
 
-        backend = fastops.explain(op, *arguments, **(options or {})).backend
-        ours = functools.partial(getattr(FF, op), **(options or {}))
-        return Contest(contestant(reference), contestant(ours), backend)
+        backend = fastops.explain(op.name, **arguments).backend
+        return Contest(contestant(reference), contestant(getattr(FF, op.name)), backend)
 
-    return [
-        Case(f"{op}/{shape}/forward", lambda device: prepare(device, backward=False)),
-        Case(f"{op}/{shape}/forward+backward", lambda device: prepare(device, backward=True)),
-    ]
-
-
-def _linear_cases(op: str, rows: int, features: int, outputs: int, bias: bool = True) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        layer = nn.Linear(features, outputs, bias=bias)
-        return [torch.randn(rows, features), *(parameter.detach() for parameter in layer.parameters())], []
-
-    def linear_relu(*arguments: Tensor) -> Tensor:
-        return F.relu(F.linear(*arguments))
-
-    reference = linear_relu if op == "linear_relu" else F.linear
-    return _op_cases(op, f"{rows}x{features}-{outputs}", reference, inputs)
-
-
-def _conv_cases(
-    op: str,
-    batch: int,
-    size: int,
-    channels: int,
-    outputs: int,
-    kernel: int,
-    channels_last: bool = False,
-    **options: int,
-) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        parameters = (parameter.detach() for parameter in nn.Conv2d(channels, outputs, kernel).parameters())
-        tensors = [torch.randn(batch, channels, size, size), *parameters]
-        if channels_last:
-            tensors[:2] = (tensor.to(memory_format=torch.channels_last) for tensor in tensors[:2])
-        return tensors, []
-
-    def reference(*arguments: Tensor) -> Tensor:
-        output: Tensor = F.conv2d(*arguments, **options)  # type: ignore[call-overload]
-        return F.relu(output) if "relu" in op else output
-
-    shown = "".join(f"-{name}{value}" for name, value in options.items()) + ("-channels_last" if channels_last else "")
-    return _op_cases(op, f"{batch}x{channels}x{size}x{size}-{outputs}k{kernel}{shown}", reference, inputs, options)
-
-
-def _add_relu_cases(*shape: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(shape), torch.randn(shape)], []
-
-    return _op_cases("add_relu", "x".join(map(str, shape)), lambda a, b: F.relu(a + b), inputs)
-
-
-def _mse_cases(rows: int, columns: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, columns)], [torch.randn(rows, columns)]
-
-    return _op_cases("mse_loss", f"{rows}x{columns}", F.mse_loss, inputs)
-
-
-def _cross_entropy_cases(rows: int, classes: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, classes)], [torch.randint(classes, (rows,))]
-
-    return _op_cases("cross_entropy", f"{rows}x{classes}", F.cross_entropy, inputs)
-
-
-def _head_cases(rows: int, features: int, classes: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        weight = torch.randn(classes, features) / features**0.5
-        return [torch.randn(rows, features), weight], [torch.randint(classes, (rows,))]
-
-    return _op_cases("linear_cross_entropy", f"{rows}x{features}-{classes}", F.linear_cross_entropy, inputs)
-
-
-def _bce_cases(rows: int, columns: int) -> list[Case]:
-    def inputs() -> tuple[list[Tensor], list[Tensor]]:
-        return [torch.randn(rows, columns)], [torch.rand(rows, columns)]
-
-    reference = F.binary_cross_entropy_with_logits
-    return _op_cases("binary_cross_entropy_with_logits", f"{rows}x{columns}", reference, inputs)
-
-
-def _wide_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
-
-
-def _classification(rows: int, features: int, classes: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(rows, features), torch.randint(classes, (rows,))
+    return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare)
 
 
 def _model_cases(
     name: str,
     build: Callable[[], nn.Module],
-    loss: Callable[[], nn.Module],
-    batch: Callable[[], tuple[Tensor, Tensor]],
-    lr: float,
+    shape: tuple[int, ...],
+    classes: int,
+    loss: Callable[[], nn.Module] = nn.CrossEntropyLoss,
+    lr: float = 1e-3,
     momentum: float = 0.0,
-    eager_format: torch.memory_format = torch.contiguous_format,
     **options: Any,
 ) -> list[Case]:
-    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``."""
+    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``.
+
+    Inputs have this ``shape``; targets are class indices for cross-entropy, and numbers for other losses.
+    """
 
     def prepare(device: torch.device, training: bool) -> Contest:
-        inputs, targets = (tensor.to(device) for tensor in batch())
-        eager = build().to(device).to(memory_format=eager_format).train(training)
+        indices = loss is nn.CrossEntropyLoss
+        inputs = torch.randn(shape).to(device)
+        targets = (torch.randint(classes, shape[:1]) if indices else torch.randn(shape[0], classes)).to(device)
+        eager = build().to(device).train(training)
         swapped = fastops.swap(copy.deepcopy(eager), **options)
 
         def contestant(model: nn.Module, criterion: nn.Module) -> Call:
@@ -228,87 +143,48 @@ def _model_cases(
     ]
 
 
-def _lenet_batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(64, 1, 32, 32), torch.randn(64, 10)
+def _wide_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
 
 
-def _cifar_batch() -> tuple[Tensor, Tensor]:
-    return random_images(64, torch.default_generator)
+def _resnet18(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
+    from torchvision.models import resnet18
+
+    model: nn.Module = resnet18().to(memory_format=memory_format)
+    return model
 
 
-def _resnet_cases(batch: int, size: int) -> list[Case]:
-    """ResNet-18 swapped plainly, with channels_last, and for inference with batch norms folded too, against eager.
+def _resnet_cases(*shape: int) -> list[Case]:
+    """ResNet-18 swapped plainly, with channels_last, and for inference with batch norms folded too, against eager."""
 
-    None where torchvision, whose model it is, is not installed.
-    """
-    if find_spec("torchvision") is None:
-        return []
+    def cases(suffix: str, build: Callable[[], nn.Module] = _resnet18, **options: Any) -> list[Case]:
+        name = f"ResNet18-{'x'.join(map(str, shape))}{suffix}"
+        return _model_cases(name, build, shape, 1000, lr=1e-4, momentum=0.9, **options)
 
-    def build() -> nn.Module:
-        from torchvision.models import resnet18
-
-        model: nn.Module = resnet18()
-        return model
-
-    def images() -> tuple[Tensor, Tensor]:
-        return torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-
-    def cases(name: str, **options: Any) -> list[Case]:
-        return _model_cases(name, build, nn.CrossEntropyLoss, images, 1e-4, 0.9, **options)
-
-    name, last = f"ResNet18-{batch}x3x{size}x{size}", torch.channels_last
-    folded = cases(f"{name}-folded", fold_batchnorm=True)
-    folded_last = cases(f"{name}-folded-channels_last", fold_batchnorm=True, memory_format=last)
-    both_last = cases(f"{name}-folded-both_channels_last", fold_batchnorm=True, eager_format=last)
-    inference = [rows[1] for rows in (folded, folded_last, both_last)]
-    return [*cases(name), *cases(f"{name}-channels_last", memory_format=last), *inference]
+    last = torch.channels_last
+    folded = cases("-folded", fold_batchnorm=True)
+    folded_last = cases("-folded-channels_last", fold_batchnorm=True, memory_format=last)
+    both_last = cases("-folded-both_channels_last", lambda: _resnet18(last), fold_batchnorm=True)
+    return [*cases(""), *cases("-channels_last", memory_format=last), folded[1], folded_last[1], both_last[1]]
 
 
-LINEAR_CASES = [
-    *_linear_cases("linear_relu", 64, 784, 512),  # FashionMLP
-    *_linear_cases("linear_relu", 64, 512, 512),
-    *_linear_cases("linear", 64, 512, 10),
-    *_linear_cases("linear_relu", 64, 1000, 100, bias=False),  # TwoLayerNet
-    *_linear_cases("linear", 64, 100, 10, bias=False),
-    *_linear_cases("linear_relu", 512, 784, 512),
-    *_linear_cases("linear_relu", 256, 1024, 4096),
-    *_linear_cases("linear", 256, 1024, 1000),
+OP_CASES = [
+    _op_case(op, example, backward) for op in OPS.values() for example in op.timed for backward in (False, True)
 ]
-CONV_CASES = [
-    *_conv_cases("conv_relu2d", 64, 32, 1, 6, 3),  # LeNet
-    *_conv_cases("conv_relu2d", 64, 15, 6, 16, 3),
-    *_conv_cases("conv2d", 8, 56, 64, 64, 3, padding=1),  # ResNet-18
-    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1),
-    *_conv_cases("conv_relu2d", 8, 56, 64, 64, 3, padding=1, channels_last=True),
-    *_conv_cases("conv2d", 8, 56, 64, 128, 3, padding=1, stride=2),
-    *_conv_cases("conv2d", 8, 56, 64, 128, 1, stride=2),
-    *_conv_cases("conv_relu2d", 8, 56, 64, 256, 1),
-    *_add_relu_cases(8, 64, 56, 56),
-]
-LOSS_CASES = [
-    *_mse_cases(64, 10),
-    *_mse_cases(512, 2048),
-    *_cross_entropy_cases(64, 10),
-    *_cross_entropy_cases(8192, 10),
-    *_cross_entropy_cases(256, 1000),
-    *_cross_entropy_cases(512, 32000),
-    *_bce_cases(512, 2048),
-]
-HEAD_CASES = [*_head_cases(1024, 256, 16000), *_head_cases(4096, 512, 32000)]
 MODEL_CASES = [
+    *_model_cases("TwoLayerNet-64", TwoLayerNet, (64, 1000), 10, squared_error, 1e-6),
+    *_model_cases("FashionMLP-64", FashionMLP, (64, 784), 10),
+    *_model_cases("FashionMLP-512", FashionMLP, (512, 784), 10),
+    *_model_cases("WideMLP-256", _wide_mlp, (256, 1024), 1000),
+    *_model_cases("LeNet-64", LeNet, (64, 1, 32, 32), 10, nn.MSELoss, 0.1),
     *_model_cases(
-        "TwoLayerNet-64", TwoLayerNet, squared_error, lambda: (torch.randn(64, 1000), torch.randn(64, 10)), 1e-6
+        "LeNet-64-channels_last", LeNet, (64, 1, 32, 32), 10, nn.MSELoss, 0.1, memory_format=torch.channels_last
     ),
-    *_model_cases("FashionMLP-64", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(64, 784, 10), 1e-3),
-    *_model_cases("FashionMLP-512", FashionMLP, nn.CrossEntropyLoss, lambda: _classification(512, 784, 10), 1e-3),
-    *_model_cases("WideMLP-256", _wide_mlp, nn.CrossEntropyLoss, lambda: _classification(256, 1024, 1000), 1e-3),
-    *_model_cases("LeNet-64", LeNet, nn.MSELoss, _lenet_batch, 0.1),
-    *_model_cases("LeNet-64-channels_last", LeNet, nn.MSELoss, _lenet_batch, 0.1, memory_format=torch.channels_last),
-    *_model_cases("CIFARNet-64", CIFARNet, nn.CrossEntropyLoss, _cifar_batch, 1e-3, 0.9),
-    *_resnet_cases(4, 64),
-    *_resnet_cases(8, 224),
+    *_model_cases("CIFARNet-64", CIFARNet, (64, 3, 32, 32), 10, momentum=0.9),
 ]
-CASES = [*LINEAR_CASES, *CONV_CASES, *LOSS_CASES, *HEAD_CASES, *MODEL_CASES]
+if find_spec("torchvision") is not None:  # whose model it is
+    MODEL_CASES += [*_resnet_cases(4, 3, 64, 64), *_resnet_cases(8, 3, 224, 224)]
+CASES = [*OP_CASES, *MODEL_CASES]
 
 # Measurement ----------------------------------------------------------------------------------------------------------
 

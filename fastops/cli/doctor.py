@@ -10,6 +10,8 @@ import torch
 
 import fastops
 from fastops import tuning_cache
+from fastops.cli.examples import draw_timed
+from fastops.ops import OPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,21 +102,12 @@ def _accelerators() -> list[str]:
 
 
 def _choices(device: torch.device) -> list[str]:
-    """One line per operation, at sizes of FashionMLP and TwoLayerNet."""
+    """One line for each of the first two timed calls of every operation, or else for its first example."""
     lines = []
-    for rows, inputs, outputs in ((64, 784, 512), (64, 512, 10), (1024, 784, 512)):
-        x = torch.zeros(rows, inputs, device=device)
-        weight, bias = torch.zeros(outputs, inputs, device=device), torch.zeros(outputs, device=device)
-        for op in ("linear", "linear_relu"):
-            choice = fastops.explain(op, x, weight, bias)
-            lines.append(f"{op} {rows}x{inputs} to {outputs}: {choice.backend}: {choice.reason}")
-    for shape, channels, outputs, kernel in (((64, 1, 32, 32), 1, 6, 3), ((8, 64, 56, 56), 64, 64, 3)):
-        x, weight = torch.zeros(shape, device=device), torch.zeros(outputs, channels, kernel, kernel, device=device)
-        choice = fastops.explain("conv_relu2d", x, weight)
-        size = f"{'x'.join(map(str, shape))} to {outputs} channels"
-        lines.append(f"conv_relu2d {size}: {choice.backend}: {choice.reason}")
-    logits, labels = torch.zeros(64, 10, device=device), torch.zeros(64, dtype=torch.long, device=device)
-    for op, target in (("mse_loss", logits), ("cross_entropy", labels)):
-        choice = fastops.explain(op, logits, target)
-        lines.append(f"{op} 64x10: {choice.backend}: {choice.reason}")
+    for op in OPS.values():
+        for example in (op.timed or op.examples[:1])[:2]:
+            variables, constants = draw_timed(example, device)
+            lines.append(
+                f"{op.name} {example.name}: {fastops.explain(op.name, **variables, **constants, **example.options)}"
+            )
     return lines

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastops
 import fastops.functional as FF
-from fastops.cli import verify
+from fastops.cli.examples import Function, draw, torch_function
 from fastops.cli.table import MarkdownTable
+from fastops.ops import OPS, Op
+from fastops.ops.op import TINY
 
-Function = Callable[..., Tensor]
 Transform = Callable[[Function], Function]
 
 
@@ -287,37 +288,23 @@ FAMILIES: Final[dict[str, dict[str, Property]]] = {
 }
 
 
-def _arguments_of(op: str, device: torch.device) -> tuple[verify.Case, verify.Named, verify.Named]:
-    """Of the first case that `fastops.cli.verify` has for the operation."""
-    case = next(case for case in verify.CASES if case.op == op)
-    return case, *verify.draw(case, verify.TINY, 0, torch.float32, device)
+def _subjects(op: Op, device: torch.device) -> tuple[Subject, Subject, Callable[[], str]]:
+    """Of fastops' function and of torch's, with the arguments of the op's first example; and which way it goes."""
+    example = op.examples[0]
+    variables, constants = draw(example, TINY, torch.Generator().manual_seed(0), torch.float32, device)
 
-
-def _subjects(op: str, device: torch.device) -> tuple[Subject, Subject]:
-    """Of fastops' function, and of torch's."""
-    case, variables, constants = _arguments_of(op, device)
-
-    def function(original: Function) -> Function:
+    def subject(original: Function) -> Subject:
         def call(*tensors: Tensor) -> Tensor:
-            fixed = {
-                name: tensor.to(tensors[0].device).repeat(5)[: tensors[0].shape[0]]
-                for name, tensor in constants.items()
-            }
-            return original(**dict(zip(variables, tensors, strict=True)), **fixed, **case.options)
+            first = tensors[0]
+            fixed = {name: tensor.to(first.device).repeat(5)[: first.shape[0]] for name, tensor in constants.items()}
+            return original(**dict(zip(variables, tensors, strict=True)), **fixed, **example.options)
 
-        return call
+        return Subject(call, tuple(variables.values()), 1 if "weight" in variables else len(variables))
 
-    tensors = tuple(variables.values())
-    batched = 1 if "weight" in variables else len(tensors)
-    return (
-        Subject(function(getattr(FF, op)), tensors, batched),
-        Subject(function(verify.torch_function(op)), tensors, batched),
-    )
+    def backend() -> str:
+        return fastops.explain(op.name, **variables, **constants, **example.options).backend
 
-
-def _backend(op: str, device: torch.device) -> str:
-    case, variables, constants = _arguments_of(op, device)
-    return fastops.explain(op, **variables, **constants, **case.options).backend
+    return subject(getattr(FF, op.name)), subject(torch_function(op)), backend
 
 
 def _failure(property: Property, ours: Subject, torchs: Subject) -> str | None:
@@ -337,35 +324,35 @@ def _failure(property: Property, ours: Subject, torchs: Subject) -> str | None:
     return None
 
 
-def run(ops: list[str], ways: Sequence[str], device: torch.device) -> int:
+def run(names: list[str], ways: Sequence[str], device: torch.device) -> int:
     """Print a table for each family, of all operations on all ways; return 1 if something does not hold."""
+    subjects = {name: _subjects(OPS[name], device) for name in names}
+    first = max(map(len, names))
     taken = {}
-    for op in ops:
+    print("**ways**\n")
+    table = MarkdownTable({"": first} | {f"backend {way!r}": 0 for way in ways})
+    for op, (_, _, backend) in subjects.items():
         for way in ways:
             with fastops.backend(way):
-                taken[op, way] = _backend(op, device)
-    print("**ways**\n")
-    table = MarkdownTable({"": max(map(len, ops))} | {f"backend {way!r}": 0 for way in ways})
-    for op in ops:
+                taken[op, way] = backend()
         table.row([op, *(taken[op, way] for way in ways)])
     failures, cells = [], 0
     for family, properties in FAMILIES.items():
         print(f"\n**{family}**\n")
-        table = MarkdownTable({"": max(map(len, ops))} | {name: 0 for name in properties})
-        for op in ops:
-            ours, torchs = _subjects(op, device)
+        table = MarkdownTable({"": first} | {name: 0 for name in properties})
+        for op, (ours, torchs, _) in subjects.items():
             row = [op]
+            checked = [way for way in ways if taken[op, way] == way or way == "auto"]
             for name, property in properties.items():
-                bad, before = [], cells
-                for way in ways:
-                    if taken[op, way] == way or way == "auto":
-                        cells += 1
-                        with fastops.backend(way):
-                            failure = _failure(property, ours, torchs)
-                        if failure is not None:
-                            bad.append(way)
-                            failures.append(f"{family} / {name} / {op} / {way}: {failure}")
-                row.append(f"NOT ON {', '.join(bad)}" if bad else "yes" if cells > before else "-")
+                bad = []
+                for way in checked:
+                    with fastops.backend(way):
+                        failure = _failure(property, ours, torchs)
+                    if failure is not None:
+                        bad.append(way)
+                        failures.append(f"{family} / {name} / {op} / {way}: {failure}")
+                cells += len(checked)
+                row.append(f"NOT ON {', '.join(bad)}" if bad else "yes" if checked else "-")
             table.row(row)
     print()
     for failure in failures:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from .op import Example, Named, Op, Sizes, Tensors, masked, mismatch
+from .op import Audit, Example, Named, Op, Sizes, Tensors, masked, mismatch
 
 
 def _accepts(input: Tensor, other: Tensor) -> str | None:
@@ -45,6 +45,16 @@ def _block(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
     return {name: torch.randn(8, 64, 56, 56, generator=generator) for name in ("input", "other")}, {}
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """Each dtype; aligned sizes and odd ones."""
+    forward, backward = _load()
+    for dtype, size in [*((dtype, 512 * 2048) for dtype in audit.dtypes), (audit.half_dtypes[0], 509 * 2047)]:
+        a, options = audit.empty(size, dtype=dtype), (str(size), size % 2 == 1, 3)
+        result, found = audit.streams(*options, forward, a, a)
+        yield from found
+        yield from audit.streams(*options, backward, a, result)[1]
+
+
 ADD_RELU: Final = Op(
     name="add_relu",
     fuses=("add", "relu"),
@@ -64,4 +74,5 @@ ADD_RELU: Final = Op(
     save=_save,
     examples=(Example("two tensors", _draw),),
     timed=(Example("8x64x56x56", _block),),
+    audit=_audit,
 )

@@ -11,13 +11,14 @@ the loss, over n for 'mean'::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import REDUCTIONS, Example, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+from .op import REDUCTIONS, Audit, Example, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
 from .pair import fake_gradients, timed_pairs
 
 
@@ -91,6 +92,19 @@ def _examples() -> Iterator[Example]:
         yield example(", weight, pos_weight", reduction, ("weight", "pos_weight"))
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """Each dtype, with a weight for each element and one for each column; odd sizes without the latter."""
+    forward, backward = _load()
+    shapes = [*((dtype, (512, 2048)) for dtype in audit.dtypes), (audit.half_dtypes[0], (509, 2047))]
+    for dtype, (rows, columns) in shapes:
+        a, odd = audit.empty(rows, columns, dtype=dtype), columns % 2 == 1
+        streams = partial(audit.streams, f"{rows}x{columns}", odd)
+        arguments: tuple[Any, ...] = (a, a, a, None if odd else a[0], "mean")
+        loss, found = streams(3, forward, *arguments)
+        yield from found
+        yield from streams(5, backward, loss, *arguments, True, True)[1]
+
+
 BINARY_CROSS_ENTROPY_WITH_LOGITS: Final = Op(
     name="binary_cross_entropy_with_logits",
     replaces=(F.binary_cross_entropy_with_logits,),
@@ -110,4 +124,5 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS: Final = Op(
     variables=2,
     examples=tuple(_examples()),
     timed=timed_pairs(torch.rand, (512, 2048)),
+    audit=_audit,
 )

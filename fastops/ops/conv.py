@@ -22,7 +22,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..kernels import onednn
 from ..kernels.geometry import conv_output_size
-from .op import Example, Explanation, Named, Op, Sizes, Tensors, mismatch
+from .op import Audit, Example, Explanation, Named, Op, Sizes, Tensors, mismatch
 
 Numbers = tuple[int, ...]
 
@@ -279,6 +279,43 @@ _TIMED: Final = {
 }
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """Every tile of the tables; backward with all of one 16-bit dtype; few channels, odd ones, groups and volumes."""
+    conv, conv_backward = _load(relu=True)
+    body, stride_2 = (8, 256, (28, 28), 256, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
+    others = (
+        (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
+        (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
+        (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
+        (8, 64, (28, 28), 64, (3, 3), 2, 64),  # depthwise
+        (8, 64, (28, 28), 128, (3, 3), 1, 2),
+        (8, 64, (100,), 64, (5,), 2, 1),
+        (2, 32, (8, 14, 14), 64, (3, 3, 3), 2, 1),
+    )
+    half = audit.half_dtypes[0]
+    for dtype, precision, tiles, _ in audit.tables():
+        if precision != "ieee" and audit.target.startswith("gfx"):
+            continue  # `input_precision`: AMD's convolutions are float32
+        table: list[tuple[Any, tuple[Any, ...]]] = [(tile, body) for tile in tiles]
+        if dtype is half:
+            table += [(tiles[0], stride_2), *((None, shape) for shape in others)]
+        for tile, shape in table:
+            N, C, size, out, kernel, stride, groups = shape
+            n = len(size)
+            x, w, b = (audit.empty(*s, dtype=dtype) for s in ((N, C, *size), (out, C // groups, *kernel), (out,)))
+            options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, groups, False
+            name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride}"
+            launches = partial(audit.launches, name + (f" groups {groups}" if groups > 1 else ""), tile, precision)
+            y, found = launches(conv, x, w, b, *options)
+            if dtype is half or tile == tiles[0]:
+                found += launches(conv_backward, y, x, w, y, x.shape, w.shape, *options, True, True, True)[1]
+            large = tile == tiles[0] and shape == body
+            even = C // groups % 8 == 0 and out // groups % 8 == 0
+            for launch in found:
+                half_product = launch.product and dtype.itemsize == 2
+                yield launch._replace(wide=half_product and even, leading=large and dtype.itemsize == 2)
+
+
 def _make(dimensions: int, relu: bool) -> Op:
     plain = f"conv{dimensions}d"
     name = f"conv_relu{dimensions}d" if relu else plain
@@ -311,6 +348,7 @@ def _make(dimensions: int, relu: bool) -> Op:
         save=_save,
         examples=tuple(_examples(dimensions)),
         timed=_TIMED.get(name, ()),
+        audit=_audit if name == "conv2d" else None,
     )
 
 

@@ -11,7 +11,7 @@ it), T = sum of t, and the row's scale r (its loss's gradient, over the denomina
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, Final
 
@@ -20,7 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.launch import reshaped
-from .op import REDUCTIONS, Example, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, transposed, wanted
+from .op import (
+    REDUCTIONS,
+    Audit,
+    Example,
+    Named,
+    Op,
+    Sizes,
+    Tensors,
+    constant,
+    loss_options,
+    mismatch,
+    transposed,
+    wanted,
+)
 
 
 def is_index(value: Any) -> bool:
@@ -274,6 +287,34 @@ def _timed(rows: int, classes: int) -> Example:
     return Example(f"{rows}x{classes}", draw)
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """Few classes, many, probabilities, images, and odd numbers of classes."""
+    half = audit.half_dtypes
+    for dtype, sizes, probabilities in (
+        (half[0], (4096, 16, 1), False),
+        (half[0], (4096, 1024, 1), True),
+        (half[0], (4096, 32000, 1), False),
+        (half[0], (4096, 50257, 1), False),
+        (half[0], (4093, 1021, 1), True),
+        (half[0], (8, 16, 4096), False),
+        (half[-1], (4096, 1024, 1), False),
+        (torch.float32, (4096, 1024, 1), False),
+        (torch.float32, (4093, 13, 1), False),
+        (torch.float64, (4096, 1024, 1), True),
+    ):
+        N, classes, positions = sizes
+        logits = audit.empty(*sizes, dtype=dtype)
+        truth = logits if probabilities else audit.empty(N, positions, dtype=torch.int64)
+        weight = audit.empty(classes, dtype=dtype) if probabilities else None
+        common, options = (logits, truth, weight), ("mean", -100, 0.1 if probabilities else 0.0)
+        kind = "probabilities" if probabilities else "indices"
+        streams = partial(audit.streams, f"{N}x{classes}x{positions} {kind}", classes % 2 == 1)
+        (loss, *saved), found = streams(1 + probabilities, _launch, *common, *options)
+        yield from found
+        arguments = (loss, *common, *saved, *options, True, probabilities)
+        yield from streams(2 + 2 * probabilities, _launch_backward, *arguments)[1]
+
+
 CROSS_ENTROPY: Final = Op(
     name="cross_entropy",
     replaces=(F.cross_entropy,),
@@ -295,4 +336,5 @@ CROSS_ENTROPY: Final = Op(
     variables=2,
     examples=tuple(_examples()),
     timed=[_timed(64, 10), _timed(8192, 10), _timed(256, 1000), _timed(512, 32000)],
+    audit=_audit,
 )

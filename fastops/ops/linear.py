@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn
-from .op import ATEN_IS_FASTER, Example, Explanation, Named, Op, Sizes, Tensors, masked, mismatch, transposed
+from .op import ATEN_IS_FASTER, Audit, Example, Explanation, Named, Op, Sizes, Tensors, masked, mismatch, transposed
 
 
 def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -147,6 +147,30 @@ def _timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example
     return Example(f"{rows}x{features}-{outputs}", draw)
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, few tiles
+    with a long sum, and float32 results."""
+    from ..kernels import linear
+
+    aligned, odd, deep = (512, 784, 512), (509, 783, 511), (64, 8192, 128)
+    half = audit.half_dtypes[0]
+    for dtype, precision, tiles, persistent in audit.tables():
+        first = (tiles[0], *persistent[:1])
+        others = [(None, odd), (None, deep)] if dtype is half else [(None, odd)]
+        for tile, shape in [*((tile, aligned) for tile in (*tiles, *persistent)), *others]:
+            M, K, N = shape
+            x, w, b, y = (audit.empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
+            launches = partial(audit.launches, f"{M}x{K}x{N}", tile, precision)
+            found = launches(linear.linear, x, w, b, True)[1]
+            if shape != deep and (dtype is half or tile in first):
+                found += launches(linear.linear_backward, y, x, w, y, True)[1]
+            if dtype is half and tile in persistent[:1]:
+                exact = audit.empty(M, N, dtype=torch.float32)
+                found += launches(linear.matmul, x, w.t(), None, False, None, exact)[1]
+            for launch in found:
+                yield launch._replace(wide=shape != odd, leading=tile in first and dtype.itemsize == 2)
+
+
 def _make(relu: bool) -> Op:
     bare = [_timed(64, 512, 10), _timed(64, 100, 10, bias=False), _timed(256, 1024, 1000)]
     fused = [
@@ -181,6 +205,7 @@ def _make(relu: bool) -> Op:
         save=_save,
         examples=tuple(_examples()),
         timed=fused if relu else bare,
+        audit=None if relu else _audit,
     )
 
 

@@ -24,7 +24,7 @@ from ..kernels import chunked_logits, onednn
 from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
 from .cross_entropy import is_index, row_scale, unscaled_gradients
-from .op import FUSES, Example, Explanation, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+from .op import FUSES, Audit, Example, Explanation, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
 
 # The way --------------------------------------------------------------------------------------------------------------
 
@@ -408,6 +408,28 @@ def _timed(rows: int, features: int, classes: int) -> Example:
     return Example(f"{rows}x{features}-{classes}", draw)
 
 
+def _audit(audit: Audit) -> Iterator[Any]:
+    """The first tile of every table, class indices or all options of probabilities; aligned sizes and odd ones."""
+    kernels, half = _kernels(), audit.half_dtypes[0]
+    aligned, odd = (512, 768, 1024), (509, 783, 1021)
+    for dtype, precision, *_ in audit.tables():
+        for sizes, dense in [(aligned, True), *([(aligned, False), (odd, False)] if dtype is half else [])]:
+            M, K, N = sizes
+            x, w, b = (audit.empty(*shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
+            truth = audit.empty(M, N, dtype=dtype) if dense else audit.empty(M, dtype=torch.int64)
+            goal = Target(truth, b if dense else None, -100, 0.1 if dense else 0.0, N)
+            vector = audit.empty(M, dtype=accumulator_dtype(dtype))
+            saved, needs = (goal, vector, vector, vector), (True, True, True, dense)
+            shape = f"{M}x{K}x{N} {'probabilities' if dense else 'indices'}"
+            for launcher, arguments in (
+                (kernels.linear_cross_entropy, (x, w, b, goal, 1 << 30)),
+                (kernels.linear_cross_entropy_backward, (vector, x, w, b, *saved, needs, 1 << 30)),
+            ):
+                for launch in audit.launches(shape, None, precision, launcher, *arguments)[1]:
+                    if launch.request["kernel"].startswith(kernels.__name__):  # the products behind are linear's
+                        yield launch._replace(wide=sizes == aligned)
+
+
 LINEAR_CROSS_ENTROPY: Final = Op(
     name="linear_cross_entropy",
     replaces=(F.linear_cross_entropy,),
@@ -440,4 +462,5 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     overwrite=_overwrite,
     examples=tuple(_examples()),
     timed=[_timed(1024, 256, 16000), _timed(4096, 512, 32000)],
+    audit=_audit,
 )

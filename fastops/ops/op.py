@@ -23,7 +23,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,6 +154,37 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous().mT
 
 
+# What audits ----------------------------------------------------------------------------------------------------------
+
+
+class Audit(Protocol):
+    """What `Op.audit` is handed for one target. It runs launchers on tensors without values, and notes their launches.
+
+    A launch that is yielded says what its machine code should show; ``_replace`` changes that: ``wide`` (a product with
+    aligned rows), ``leading`` (one that fills the GPU, with the first tile of its table).
+    """
+
+    target: str
+    half_dtypes: Sequence[torch.dtype]  # those of 16 bits that the target has
+    dtypes: Sequence[torch.dtype]
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor without values."""
+
+    def tables(self) -> Iterator[tuple[torch.dtype, str, Sequence[Any], Sequence[Any]]]:
+        """Dtype and precision of every kind of product, and the tiles of its two tables."""
+
+    def launches(
+        self, shape: str, tile: Any, precision: str, launcher: Callable[..., Any], *arguments: Any
+    ) -> tuple[Any, list[Any]]:
+        """What the launcher returns, and its launches: with one tile for all products, or for None the table's."""
+
+    def streams(
+        self, shape: str, odd: bool, tensors: int, launcher: Callable[..., Any], *arguments: Any
+    ) -> tuple[Any, list[Any]]:
+        """The same where the first kernel passes once over this many large ``tensors``, of an odd size or not."""
+
+
 # The record -----------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +252,7 @@ class Op:
     # `fastops audit` compiles for a target; one record of each kernel file has it.
     examples: Sequence[Example] = ()
     timed: Sequence[Example] = ()
-    audit: Callable[..., Iterator[Any]] | None = None
+    audit: Callable[[Audit], Iterator[Any]] | None = None
 
     raw: Callable[..., Any] = field(init=False, repr=False)
     raw_backward: Callable[..., Any] = field(init=False, repr=False)
@@ -232,7 +263,7 @@ class Op:
         name = f"{self.name}_backward"
         without = functools.partial(_without_derivatives, name)
         self.raw_backward = _register(
-            name, self.backward_schema, self._compute_raw_backward, self.fake_backward, without
+            name, self.backward_schema, self.compute_raw_backward, self.fake_backward, without
         )
 
     @functools.cached_property
@@ -289,7 +320,7 @@ class Op:
             _warn_of(error, f"{self.name}_backward", arguments)
             return plain(*arguments)
 
-    def _compute_raw_backward(self, *arguments: Any) -> Any:
+    def compute_raw_backward(self, *arguments: Any) -> Any:
         """A schema has no optional results: an empty tensor stands for a gradient that nobody asked for."""
         found = self.compute_backward(arguments[-1], arguments[:-1])
         results = tuple(arguments[0].new_empty(0) if gradient is None else gradient for gradient in found)

@@ -7,13 +7,15 @@ With d = input - target, f the loss of an element, n elements, and the gradient 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .op import Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
+from .op import Audit, Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
 
 
 def pair_loss(
@@ -75,8 +77,9 @@ def pair_loss(
         fake_backward=lambda grad_output, input, target, *rest: fake_gradients(input, input + target, rest[-3:-1]),
         tensors=2,
         variables=2,
-        examples=tuple(_examples()),
+        examples=tuple(_examples("weight" in inspect.signature(function).parameters)),
         timed=timed_pairs(torch.randn),
+        audit=partial(_audit, load, (1.0,) if number else ()),
     )
 
 
@@ -90,7 +93,20 @@ def fake_gradients(input: Tensor, like: Tensor, needs: Sequence[bool]) -> list[T
     return [torch.empty_like(like) if need else input.new_empty(0) for need in needs]
 
 
-def _examples() -> Iterator[Example]:
+def _audit(load: Callable[[], tuple[Callable[..., Any], ...]], numbers: tuple[Any, ...], audit: Audit) -> Iterator[Any]:
+    """Each dtype with a mean, and one without reduction; aligned sizes and odd ones."""
+    forward, backward = load()
+    half, large, odd = audit.half_dtypes[0], 512 * 2048, 509 * 2047
+    others = ((half, "none", large), (half, "mean", odd), (torch.float32, "none", odd))
+    for dtype, reduction, size in [*((dtype, "mean", large) for dtype in audit.dtypes), *others]:
+        a, each, options = audit.empty(size, dtype=dtype), reduction == "none", (reduction, *numbers)
+        streams = partial(audit.streams, f"{size} {reduction}", size == odd)
+        loss, found = streams(2 + each, forward, a, a, *options)
+        yield from found
+        yield from streams(4 + each, backward, loss, a, a, *options, True, True)[1]
+
+
+def _examples(weights: bool) -> Iterator[Example]:
     def example(name: str, reduction: str, other_order: bool = False, weight: bool = False) -> Example:
         def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
             shape = sizes.rows, sizes.features
@@ -103,6 +119,8 @@ def _examples() -> Iterator[Example]:
     for reduction in ("none", "mean", "sum"):
         yield example("", reduction)
         yield example(", transposed target", reduction, other_order=True)
+    if weights:
+        yield example(", element weights", "mean", weight=True)
 
 
 def timed_pairs(draw_target: Callable[..., Tensor], *shapes: tuple[int, int]) -> list[Example]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import functional as FF
 
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d"]
+
 
 def convolved(
     function: Callable[..., Tensor], layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .. import functional as FF
 
+__all__ = ["Linear", "LinearReLU"]
+
 
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` on `fastops.functional.linear`: [..., in_features] -> [..., out_features]."""

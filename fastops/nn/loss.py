@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import functional as FF
 
+__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "MSELoss"]
+
 
 class MSELoss(torch.nn.MSELoss):
     """`torch.nn.MSELoss` on `fastops.functional.mse_loss`."""

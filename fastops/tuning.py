@@ -319,11 +319,11 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> tuning_cache.Tiles:
 
 def _products(run: Callable[[], None]) -> list[configs.Product]:
     """The matrix products that ask for a tile while something runs."""
-    configs.met = set()
+    met = configs.met = set[configs.Product]()
     try:
         with suppress(FallbackWarning):
             run()
-        return sorted(configs.met, key=str)
+        return sorted(met, key=str)
     finally:
         configs.met = None
 

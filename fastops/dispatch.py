@@ -192,6 +192,10 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         found = op.cpu(*arguments) if on_cpu else Explanation("torch", f"no kernel for device {device!r}")
     if found is not None and found.backend == "torch":
         return found
+    if _transforms_active() or (
+        not _is_dynamo_compiling() and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
+    ):
+        return _TRANSFORMED
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
     found = found or op.gpu(*arguments)
@@ -199,10 +203,6 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         return _NOT_FOR_ONEDNN
     if on_cpu and input.dtype is torch.bfloat16 and found.backend == "triton" and not interpreter_has_bfloat16:
         return _WRONG_IN_INTERPRETER
-    if _transforms_active() or (
-        not _is_dynamo_compiling() and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
-    ):
-        return _TRANSFORMED
     return found
 
 

@@ -77,3 +77,14 @@ def test_export_on_every_way(strict: bool, backend: str) -> None:
         torch.testing.assert_close(exported.module()(input), model(input))
         names = [str(node.target) for node in exported.graph.nodes]
         assert ("fastops.linear_relu.default" in names) == (backend != "torch")
+
+
+def test_exported_program_can_be_trained(backend: str) -> None:
+    """The raw ops in the program have the gradients of the functions."""
+    model = fastops.swap(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    x = torch.randn(4, 6)
+    program = torch.export.export(model, (x,)).module()
+    for module in (program, model):
+        module(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close({name: p.grad for name, p in program.named_parameters()}, expected)

@@ -23,6 +23,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], obje
     "jacfwd": lambda f, a: torch.func.jacfwd(f, tuple(range(len(a))))(*a),
     "hessian": lambda f, a: torch.func.hessian(lambda *t: f(*t).square().sum())(*a),
     "vmap": lambda f, a: torch.vmap(f)(*(torch.stack([t, -t, 2 * t]) for t in a)),
+    "functionalize": lambda f, a: torch.func.functionalize(f)(*a),
     "vmap of the first": lambda f, a: torch.vmap(f, (1, *(None,) * (len(a) - 1)))(
         torch.stack([a[0], -a[0]], 1), *a[1:]
     ),

@@ -155,8 +155,6 @@ def test_a_profiler_sees_the_op_by_its_name(case: Case, grad: bool) -> None:
 @one_case_per_op
 def test_a_tracer_sees_the_op(case: Case) -> None:
     """No shortcut hides a call from torch.jit.trace, which would take its result for a constant."""
-    if case.op.startswith("conv"):
-        pytest.skip("torch.jit.trace, deprecated, makes tensors of sizes, with which no memory format can be found")
     tensors = case.tensors(torch.float32, requires_grad=False)
     with fastops.backend("triton"):
         traced = torch.jit.trace(lambda *tensors: case.ours(*tensors), tensors)  # a partial has no name to trace

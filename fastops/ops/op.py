@@ -113,9 +113,8 @@ REDUCTIONS: Final = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 
 def constant(*weights: Tensor | None) -> str | None:
     """Why kernels, which take weights of classes and elements for constants, do not take these, or None."""
-    present = [weight for weight in weights if weight is not None]
-    if present and (forward_ad._current_level >= 0 or any(weight.requires_grad for weight in present)):
-        return "a weight may be differentiated"
+    if any(weight is not None and weight.requires_grad for weight in weights):
+        return "a weight requires a gradient"
     return None
 
 
@@ -443,6 +442,9 @@ class KernelFunction(torch.autograd.Function):
         op, way, all_needs = ctx.op, ctx.way, ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(all_needs)
+        if torch._C._is_any_autocast_enabled():  # the forward pass has cast what is to be cast
+            with torch.autocast(grad_output.device.type, enabled=False):
+                return KernelFunction.backward(ctx, grad_output)
         needs = all_needs[3 : 3 + op.variables]
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs)
         compiling = _is_dynamo_compiling()

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import dispatch, functional
 from .kernels import head
-from .swap import Report, Row
+from .reporting import Report, Row
 
 # What Dynamo calls them in its graphs, as functions and as methods.
 _OPS: Final[dict[object, str]] = {

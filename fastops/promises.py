@@ -130,7 +130,7 @@ def is_relu(function: Any, options: int = 0) -> bool:
 def is_fresh(function: Any) -> bool:
     """Whether ``function`` is a module whose result is new memory that nothing else knows."""
     kind = type(function)
-    if isinstance(function, nn.Sequential) and kind.forward is sequential_forward and function._modules:
+    if isinstance(function, nn.Sequential) and getattr(kind.forward, "__wrapped__", None) is sequential_forward and function._modules:
         return untouched(function) and is_fresh(next(reversed(function._modules.values())))
     if kind in _NORMS:
         return untouched(function) and not replaced(_TO_FOLD.get(kind, kind))

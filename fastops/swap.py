@@ -16,10 +16,11 @@ from __future__ import annotations
 import abc
 import copy
 import copyreg
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from types import FunctionType, MemberDescriptorType, MethodType
+from types import FunctionType, MemberDescriptorType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ def swap(
                 set_class(module, swapped_class(module, fold_batchnorm))
             if fuse and "forward" not in module.__dict__:
                 with suppress(LeftAlone):
-                    set_class(module, site_class(type(module)))
+                    set_class(module, site_class(type(module), _variant(module)))
         if memory_format is not None:
             model.to(memory_format=memory_format)
     except BaseException:
@@ -120,7 +121,7 @@ def plain_class(found: type) -> type:
 def original_class(found: type) -> type:
     """As `plain_class`, also for classes that something else derived from one that `swap` gave to a module."""
     plain = plain_class(found)
-    if not found.__module__.startswith("torch."):
+    if not found.__module__.startswith("torch.") or "_fastops_made_of" in vars(found):
         return plain
     if plain is not found and vars(plain).keys() == vars(found).keys() - {_USER_CLASS}:
         return plain
@@ -195,48 +196,55 @@ def _derived_layer(module: nn.Module, found: type, known: type[nn.Module]) -> ty
 # Call sites -----------------------------------------------------------------------------------------------------------
 
 
-class _Method:
-    """A rewritten method, as long as the user's class still has the one that it was made from."""
+def _method(user: type, name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
+    """``twin``, a rewritten method, as long as the user's class still has the one that it was made from."""
+    original = vars(user)[name]
 
-    __slots__ = ("name", "original", "owner", "twin", "user")
+    @functools.wraps(twin)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(user, name, None) is original:
+            return twin(self, *args, **kwargs)
+        ours = next(c for c in type(self).__mro__ if vars(c).get(name) is method)
+        return getattr(super(ours, self), name)(*args, **kwargs)
 
-    def __init__(self, user: type, original: Callable[..., Any], twin: Callable[..., Any]) -> None:
-        self.user, self.original, self.twin = user, original, twin
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def __get__(self, instance: object, owner: type) -> Any:
-        if vars(self.user).get(self.name) is not self.original:
-            return getattr(super(self.owner, owner if instance is None else instance), self.name)
-        return self.twin if instance is None else MethodType(self.twin, instance)
+    # torch.compile keeps its results by code object, a limited number for each: every method needs its own.
+    method.__code__ = method.__code__.replace()  # type: ignore[attr-defined]
+    return method
 
 
-def site_class(user: type) -> type:
+def _variant(module: nn.Module) -> tuple[type, ...]:
+    """Sequentials of other layers get other classes: torch.compile keeps few results for each, and torch's has none."""
+    if not isinstance(module, nn.Sequential):
+        return ()
+    return tuple(plain_class(type(child)) for child in module._modules.values())
+
+
+def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
     """A subclass of ``user`` under its name with rewritten methods, ``user`` itself if there is nothing to rewrite.
 
-    Its bases are rewritten likewise and come after ``user``, so that ``super()`` finds them.
+    Its bases are rewritten likewise and come after ``user``, so that ``super()`` finds them. There is one for each
+    ``variant``.
 
     Raises:
         LeftAlone: with the reason, if there could be no such class.
     """
     if not is_users(user) and user is not nn.Sequential:
         return user
-    bases = tuple(new for base in user.__bases__ if (new := site_class(base)) is not base)
-    methods: dict[str, _Method] = {}
+    bases = tuple(new for base in user.__bases__ if (new := site_class(base, variant)) is not base)
+    methods: dict[str, Callable[..., Any]] = {}
     if user is nn.Sequential:
         if _is_torchs_sequential():
-            methods["forward"] = _Method(user, nn.Sequential.forward, sequential_forward)
+            methods["forward"] = _method(user, "forward", sequential_forward)
     else:
         for name, value in vars(user).items():
             rewritten = None
             with suppress(LeftAlone):
                 rewritten = rewritten_method(user, name)
             if rewritten is not None and rewritten[0] is not None:
-                methods[name] = _Method(user, value, twin_of(value, rewritten[0], HELPERS))
+                methods[name] = _method(user, name, twin_of(value, rewritten[0], HELPERS))
             elif (rewritten is None or rewritten[0] is None) and _finds_itself_by_its_class(value):
                 raise LeftAlone(f"its {name} calls super() with the class of the object")
-    return _derived(user, bases, methods) if bases or methods else user
+    return _derived(user, bases, methods, variant) if bases or methods else user
 
 
 def is_users(found: type) -> bool:
@@ -285,7 +293,7 @@ def _unsteady(user: type) -> frozenset[str]:
         if is_users(kind):
             found |= {"*"} & {"*" if name in vars(kind) else "" for name in ("__getattr__", "__getattribute__")}
             for name, value in vars(kind).items():
-                plain = isinstance(value, (FunctionType, staticmethod, classmethod, MemberDescriptorType, _Method))
+                plain = isinstance(value, (FunctionType, staticmethod, classmethod, MemberDescriptorType))
                 if hasattr(type(value), "__get__") and not plain:
                     found.add(name)
     return frozenset(found)
@@ -309,13 +317,15 @@ def _finds_itself_by_its_class(value: object) -> bool:
     return "super" in names and bool(names & {"type", "__class__"})
 
 
-def _derived(user: type, bases: tuple[type, ...], methods: dict[str, _Method]) -> type:
+def _derived(
+    user: type, bases: tuple[type, ...], methods: dict[str, Callable[..., Any]], variant: tuple[type, ...] = ()
+) -> type:
     """A subclass of ``user`` under its name, with ``bases`` after it: the same one for the same methods.
 
     Raises:
         LeftAlone: if Python allows no such class.
     """
-    made_of = (bases, {name: method.original for name, method in methods.items()})
+    made_of = (bases, {name: vars(user)[name] for name in methods}, variant)
     subclasses: list[type] = type.__subclasses__(user)
     for known in subclasses:
         if vars(known).get(_USER_CLASS) is user and vars(known)["_fastops_made_of"] == made_of:

@@ -1,4 +1,4 @@
-"""Finds, in the source of a user's methods, calls whose result only another call sees, and lets both be decided at once.
+"""Finds, in the source of methods, calls whose result only another call sees, and lets both be decided at once.
 
 ::
 
@@ -171,7 +171,9 @@ class _Rewriter(ast.NodeTransformer):
         self.reads: dict[int, tuple[Call, ...]] = {}  # calls whose argument lies in HELD, by id, and what made that
         self.marks: dict[int, str] = {}  # statements whose result, if it is new memory, a sum is written into
         self.made: dict[str, Call] = {}  # the last call that made a variable, for reasons
-        self.bound = {n.arg for n in ast.walk(tree.args) if isinstance(n, ast.arg)}  # variables that have a value here for certain
+        self.bound = {
+            n.arg for n in ast.walk(tree.args) if isinstance(n, ast.arg)
+        }  # variables that have a value here for certain
         self.guarded = 0  # inside so many blocks whose exceptions something may catch
         tree.body, pending = self.block(tree.body, [], None)
         tree.body += self.settle(pending, tree)
@@ -197,7 +199,8 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.If):
             return all(map(self.inert, [node.test, *node.body, *node.orelse]))
         return isinstance(node, ast.Pass) or all(
-            isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n)) for n in ast.walk(node)
+            isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n))
+            for n in ast.walk(node)
         )
 
     def _is_unsteady(self, node: ast.Attribute) -> bool:
@@ -237,9 +240,9 @@ class _Rewriter(ast.NodeTransformer):
     def summands(self, node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return node.left, node.right
-        if isinstance(node, ast.Call) and len(node.args) == 2 and not node.keywords:
-            if self.around.is_sum(self.resolve(node.func)) and not any(isinstance(a, ast.Starred) for a in node.args):
-                return node.args[0], node.args[1]
+        if isinstance(node, ast.Call) and len(node.args) == 2 and self.around.is_sum(self.resolve(node.func)):
+            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+            return None if starred or node.keywords else (node.args[0], node.args[1])
         return None
 
     # What happens to a variable ---------------------------------------------------------------------------------------
@@ -427,21 +430,21 @@ class _Rewriter(ast.NodeTransformer):
     def is_producer(self, node: ast.expr) -> bool:
         return self.summands(node) is not None or self.unary(node) is not None
 
-    def put_off(
-        self, statement: ast.stmt, name: str, rest: list[ast.stmt]
-    ) -> tuple[list[ast.stmt], _Pending | None]:
+    def put_off(self, statement: ast.stmt, name: str, rest: list[ast.stmt]) -> tuple[list[ast.stmt], _Pending | None]:
         """``name = f(x)`` with a call that waits for what follows."""
         value = statement.value  # type: ignore[attr-defined]
         if isinstance(statement, ast.AugAssign):
             fresh = _name(f"_fastops_fresh_{name}", statement)
-            held = _call(statement, "hold_sum_in_place", _name(name, statement), self.visit(value), fresh)
+            held: ast.expr = _call(statement, "hold_sum_in_place", _name(name, statement), self.visit(value), fresh)
             call = Call(None)
         else:
             held, call = self.held(value, self.next_function(name, rest))
         self.changed = True
         new = [_assign(statement, HELD, held)]
         if name in self.bound:  # what it was must not live longer than it would have
-            new.append(_assign(statement, name, _call(statement, "shown", _name(HELD, statement), _name(name, statement))))
+            new.append(
+                _assign(statement, name, _call(statement, "shown", _name(HELD, statement), _name(name, statement)))
+            )
         return new, _Pending(name, (call,))
 
     def mark(self, statement: ast.Assign, name: str) -> ast.stmt:
@@ -575,7 +578,12 @@ class _Rewriter(ast.NodeTransformer):
                 return _call(node, "user_class", self.generic_visit(node))  # type: ignore[arg-type]
             return self.generic_visit(node)
         function, argument = applied
-        if function is not None and id(node) not in self.reads and (found := self.unary(argument)) and len(node.args) == 1:
+        if (
+            function is not None
+            and id(node) not in self.reads
+            and (found := self.unary(argument))
+            and len(node.args) == 1
+        ):
             layer, input, by_keyword = found
             inner = isinstance(argument, ast.Call) and (id(argument) in self.reads or self.is_producer(input))
             if not inner and not by_keyword and not node.keywords:
@@ -740,9 +748,8 @@ def rewrite(function: FunctionType, around: Surroundings, helpers: Iterable[str]
 
 def twin_of(function: FunctionType, code: CodeType, helpers: Mapping[str, Callable[..., Any]]) -> FunctionType:
     """A function like ``function`` with other ``code``."""
-    cells = dict(zip(code.co_freevars, [None] * len(code.co_freevars), strict=True))
-    cells |= dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    closure = tuple(cells[name] or CellType(helpers[name]) for name in code.co_freevars)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    closure = tuple(cells[name] if name in cells else CellType(helpers[name]) for name in code.co_freevars)
     twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     twin.__kwdefaults__ = function.__kwdefaults__
     twin.__dict__.update(function.__dict__)

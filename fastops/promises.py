@@ -44,7 +44,11 @@ class LayerPromise:
 
     def with_norm(self, norm: Any) -> LayerPromise | None:
         """A promise of the batch norm behind the layer, if it may be folded into that."""
-        if type(norm) not in _TO_FOLD or self.weights is not None or not isinstance(self.layer, nn.modules.conv._ConvNd):
+        if (
+            type(norm) not in _TO_FOLD
+            or self.weights is not None
+            or not isinstance(self.layer, nn.modules.conv._ConvNd)
+        ):
             return None
         if not untouched(norm) or replaced(_TO_FOLD[type(norm)]) or self.input.dim() != self.layer.weight.dim():
             return None
@@ -130,7 +134,11 @@ def is_relu(function: Any, options: int = 0) -> bool:
 def is_fresh(function: Any) -> bool:
     """Whether ``function`` is a module whose result is new memory that nothing else knows."""
     kind = type(function)
-    if isinstance(function, nn.Sequential) and getattr(kind.forward, "__wrapped__", None) is sequential_forward and function._modules:
+    if (
+        isinstance(function, nn.Sequential)
+        and getattr(kind.forward, "__wrapped__", None) is sequential_forward
+        and function._modules
+    ):
         return untouched(function) and is_fresh(next(reversed(function._modules.values())))
     if kind in _NORMS:
         return untouched(function) and not replaced(_TO_FOLD.get(kind, kind))

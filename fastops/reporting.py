@@ -116,7 +116,9 @@ def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mappi
         if layer is not None:
             rows.append(layer)
         if isinstance(module, nn.ReLU) and path not in calls:
-            rows.append(Row(path or "(model)", "ReLU", "not fused: no call of it was found in the source", False, _RELUS))
+            rows.append(
+                Row(path or "(model)", "ReLU", "not fused: no call of it was found in the source", False, _RELUS)
+            )
         rows += calls.get(path, [])
     notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
     if example_input is not None or example_kwargs is not None:
@@ -231,7 +233,7 @@ class _Reader:
         try:
             found = rewritten_method(kind, name)
         except LeftAlone as reason:
-            if not name.startswith("__") and _may_call(vars(kind)[name]):
+            if name == "forward" or (not name.startswith("__") and _may_call(vars(kind)[name])):
                 yield _Finding("" if name == "forward" else name, f"{name} was not looked into: {reason}")
             return
         code, sites = found or (None, ())
@@ -369,9 +371,7 @@ def _is_layer(module: nn.Module) -> bool:
     return known is not None and COUNTERPARTS[known].forward in LAYERS and type(module).forward not in _WITH_RELU
 
 
-_WITH_RELU: Final = tuple(
-    cls.forward for cls in (fnn.LinearReLU, fnn.ConvReLU1d, fnn.ConvReLU2d, fnn.ConvReLU3d)
-)
+_WITH_RELU: Final = tuple(cls.forward for cls in (fnn.LinearReLU, fnn.ConvReLU1d, fnn.ConvReLU2d, fnn.ConvReLU3d))
 
 
 def _fold_reason(norm: nn.Module, input: _Result) -> str:

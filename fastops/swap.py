@@ -390,4 +390,3 @@ def _as_user(module: Any, user: type, action: Callable[[Any], Any]) -> Any:
 
 def _new(user: Any, *arguments: object) -> Any:
     return user.__new__(user, *arguments)
-

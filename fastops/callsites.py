@@ -43,7 +43,10 @@ class LeftAlone(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A call whose result goes into the next one: of ``function``, or with None a sum. ``inputs`` may go into it."""
+    """A call whose result goes into the next one, of ``function``, and what may have made its argument.
+
+    With None it is a sum, and ``inputs`` may have made what that is written into.
+    """
 
     function: ast.expr | None
     inputs: tuple[Call, ...] = ()
@@ -170,7 +173,8 @@ class _Rewriter(ast.NodeTransformer):
             raise LeftAlone("it is asynchronous")
         self.reads: dict[int, tuple[Call, ...]] = {}  # calls whose argument lies in HELD, by id, and what made that
         self.marks: dict[int, str] = {}  # statements whose result, if it is new memory, a sum is written into
-        self.made: dict[str, Call] = {}  # the last call that made a variable, for reasons
+        self.sums: dict[int, Call] = {}  # the sums in place among these
+        self.made: dict[str, ast.expr | None] = {}  # what was called last to make a variable, for reasons
         self.bound = {
             n.arg for n in ast.walk(tree.args) if isinstance(n, ast.arg)
         }  # variables that have a value here for certain
@@ -322,9 +326,9 @@ class _Rewriter(ast.NodeTransformer):
         alone = self.mentions[each.id] == 2 and each.id not in self.seen
         return name if fits and alone and self.inert(statement.iter) and not names_in(statement.iter, name) else None
 
-    def makers(self, before: list[ast.stmt], name: str) -> list[ast.stmt]:
+    def makers(self, before: list[ast.stmt], name: str) -> list[Any]:
         """Every statement of ``before`` that may have made the value of ``name``, by a call; none if that is not sure."""
-        found: list[ast.stmt] = []
+        found: list[ast.Assign] = []
         for statement in reversed(before):
             if not names_in(statement, name):
                 continue
@@ -354,6 +358,7 @@ class _Rewriter(ast.NodeTransformer):
                     self.marks |= dict.fromkeys(map(id, makers), name)
                     if makers:
                         self.marks[id(statement)] = name
+                        self.sums[id(statement)] = Call(None, tuple(Call(maker.value.func) for maker in makers))
         new: list[ast.stmt] = []
         for index, statement in enumerate(body):
             rest = body[index + 1 :] + after
@@ -415,14 +420,13 @@ class _Rewriter(ast.NodeTransformer):
             waits = False
         if waits and name is not None and self.wanted(name, rest):
             return self.put_off(statement, name, rest)
-        if name is not None and isinstance(statement, ast.Assign) and self.unary(statement.value):
-            self.made[name] = Call(statement.value.func)  # type: ignore[attr-defined]
-        elif name is not None:
-            self.made.pop(name, None)
+        made = self.unary(statement.value) if name is not None and isinstance(statement, ast.Assign) else None
         if marked is not None and isinstance(statement, ast.Assign):
             new: ast.stmt = self.mark(statement, marked)
         else:
             new = self.generic_visit(statement)  # type: ignore[assignment]
+        if name is not None:
+            self.made[name] = None if made is None else made[0]
         self.bound |= _stores(statement)
         ends = pending is not None and not isinstance(statement, ast.Return)
         return [new, self.release(statement)] if ends else [new], None
@@ -436,7 +440,7 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(statement, ast.AugAssign):
             fresh = _name(f"_fastops_fresh_{name}", statement)
             held: ast.expr = _call(statement, "hold_sum_in_place", _name(name, statement), self.visit(value), fresh)
-            call = Call(None)
+            call = self.sums[id(statement)]
         else:
             held, call = self.held(value, self.next_function(name, rest))
         self.changed = True
@@ -622,9 +626,9 @@ class _Rewriter(ast.NodeTransformer):
         reason = ""
         if inputs is None:
             made = self.made.get(argument.id) if isinstance(argument, ast.Name) else None
-            if made is not None and made.function is not None:
+            if made is not None:
                 where = "in a block that may catch an exception" if self.guarded else "used elsewhere too"
-                reason = f"the output of {tail(made.function)} is {where}"
+                reason = f"the output of {tail(made)} is {where}"
             else:
                 reason = f"its input is {tail(argument)}, not a layer"
         self.sites.append(Site(self.method, node.lineno, function, argument, inputs or (), reason))

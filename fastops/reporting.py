@@ -21,7 +21,7 @@ from . import nn as fnn
 from .callsites import UNKNOWN, Call, LeftAlone, Site, tail
 from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYERS, RELU_FUNCTIONS
 from .ops.conv import is_channels_last
-from .promises import untouched
+from .promises import is_fresh, untouched
 from .swap import check, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
 from .tuning import Example, calls_of
 
@@ -188,6 +188,7 @@ class _Result(NamedTuple):
     module: nn.Module | None = None
     folded: nn.Module | None = None  # the convolution that this batch norm is folded into
     known: bool = True
+    obstacle: str = ""  # to fusing a sum
 
 
 def _findings(module: nn.Module) -> Iterator[_Finding]:
@@ -287,7 +288,10 @@ class _Reader:
 
     def result(self, call: Call, look: _Look) -> _Result:
         if call.function is None:
-            return _Result("the sum")
+            made = [self.result(maker, look) for maker in call.inputs]
+            old = [result for result in made if result.module is None or not _is_fresh(result.module)]
+            why = f"the sum is written into what {old[0].name} gives, which may be seen elsewhere" if old else ""
+            return _Result("the sum", obstacle=why)
         function = look.up(call.function)
         name = self.name_of(function, call.function)
         if function is UNKNOWN:
@@ -343,9 +347,9 @@ class _Reader:
         if isinstance(relu, nn.Module) and type(relu) is not nn.ReLU:
             return f"its class {type(relu).__name__} may compute something else"
         if not input.known:
-            return f"what {input.name} is decides when it runs"
+            return f"what {input.name} is shows only when it runs"
         if input.name == "the sum" or input.folded is not None:
-            return ""
+            return input.obstacle
         module = input.module
         if module is None:
             return f"its input is {input.name}, not a layer"
@@ -372,6 +376,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 _WITH_RELU: Final = tuple(cls.forward for cls in (fnn.LinearReLU, fnn.ConvReLU1d, fnn.ConvReLU2d, fnn.ConvReLU3d))
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether its result is new memory, now or once it is swapped."""
+    return is_fresh(module) or (_is_layer(module) and untouched(module))
 
 
 def _fold_reason(norm: nn.Module, input: _Result) -> str:

@@ -19,8 +19,8 @@ Nothing of torch is imported here.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import builtins
 import copy

@@ -22,7 +22,7 @@ from .callsites import UNKNOWN, Call, LeftAlone, Site, tail
 from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYERS, RELU_FUNCTIONS
 from .ops.conv import is_channels_last
 from .promises import is_fresh, untouched
-from .swap import check, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
+from .swap import check, hides_a_relu, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
 from .tuning import Example, calls_of
 
 _GROUPS: Final = {
@@ -274,9 +274,8 @@ class _Reader:
                 yield _Finding(
                     f"{name}({inputs[0].name})", f"what {name} is in line {site.line} is decided when it runs"
                 )
-        elif isinstance(function, FunctionType) and not function.__module__.startswith("torch"):
-            if _may_call(function):
-                yield _Finding(f"{name}(..)", f"{name} was not looked into: it is a function outside of a class")
+        elif hides_a_relu(function):
+            yield _Finding(f"{name}(..)", f"{name} was not looked into: it is a function outside of a class")
         else:
             argument = look.up(site.argument.func) if isinstance(site.argument, ast.Call) else UNKNOWN
             made = self.name_of(argument, site.argument)

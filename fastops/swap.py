@@ -123,8 +123,8 @@ def original_class(found: type) -> type:
     plain = plain_class(found)
     if not found.__module__.startswith("torch.") or "_fastops_made_of" in vars(found):
         return plain
-    if plain is not found and vars(plain).keys() == vars(found).keys() - {_USER_CLASS}:
-        return plain
+    if plain is not found and vars(plain).keys() - set(_NOT_COPIED) == vars(found).keys() - set(_NOT_COPIED):
+        return plain  # unless it was parametrized further
     # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
     bases = tuple(map(plain_class, found.__bases__))
     return found if bases == found.__bases__ and plain is found else _with_bases(found, bases)
@@ -247,8 +247,8 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
     return _derived(user, bases, methods, variant) if bases or methods else user
 
 
-def is_users(found: type) -> bool:
-    """Whether a user, or a library other than torch, wrote the class ``found``."""
+def is_users(found: type | FunctionType) -> bool:
+    """Whether a user, or a library other than torch, wrote the class or function ``found``."""
     package = found.__module__.partition(".")[0]
     return package not in ("torch", *sys.stdlib_module_names) and not found.__module__.startswith(fnn.__name__)
 
@@ -271,7 +271,12 @@ def rewritten_method(user: type, name: str) -> tuple[Any, tuple[Site, ...]] | No
 
 
 def _is_candidate(value: object) -> bool:
-    return isinstance(value, nn.Module) or _is_relu(value)
+    return isinstance(value, nn.Module) or _is_relu(value) or hides_a_relu(value)
+
+
+def hides_a_relu(value: object) -> bool:
+    """Whether it is a function of the user's that may have a ReLU inside: `report` says that it was not looked into."""
+    return isinstance(value, FunctionType) and is_users(value) and any("relu" in n.lower() for n in _names(value))
 
 
 def _is_relu(value: object) -> bool:

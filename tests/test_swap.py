@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import CASES, Case, Functional, SharedReLU
+from swap_models import CASES, Case, Functional
 from torch import Tensor, nn
 
 import fastops

@@ -537,7 +537,9 @@ def test_no_promise_is_left_where_an_exception_is_raised() -> None:
         frames = [frame for frame, _ in traceback.walk_tb(raised.value.__traceback__)]
         seen = [frame.f_locals["y"] for frame in frames if "y" in frame.f_locals]
         assert seen and all(type(value) is Tensor for value in seen)
-        line = next(f for f in traceback.extract_tb(raised.value.__traceback__) if f.name == "forward" and "y = " in f.line)
+        line = next(
+            f for f in traceback.extract_tb(raised.value.__traceback__) if f.name == "forward" and "y = " in f.line
+        )
         assert line.line == "y = self.missing(y)"
 
 

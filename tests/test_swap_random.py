@@ -6,7 +6,6 @@ import copy
 import linecache
 
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -100,7 +99,9 @@ def test_random_program(steps: list[tuple[str, int, int, int]], training: bool) 
     fastops.swap(model)
     with fastops.backend("torch"):
         expected, found = outcome(reference, x), outcome(model, x)
-    assert not any("not looked into" in row.outcome for row in fastops.report(model).rows), "its source was not believed"
+    assert not any("not looked into" in row.outcome for row in fastops.report(model).rows), (
+        "its source was not believed"
+    )
     if isinstance(expected, str):
         return  # eager refuses a change in place; fused, the value may not exist that would have been changed
     assert not isinstance(found, str)

@@ -31,7 +31,7 @@ FAMILIES = {
     "classification": "alexnet vgg11_bn resnet18 resnet50 densenet121 googlenet inception_v3 regnet_y_400mf "
     "shufflenet_v2_x1_0 squeezenet1_1 mnasnet0_5 mobilenet_v2",
     "segmentation": "fcn_resnet50 deeplabv3_resnet50 lraspp_mobilenet_v3_large",
-    "video": "r3d_18 mc3_18 r2plus1d_18 s3d",
+    "video": "r3d_18 mc3_18 r2plus1d_18",
     "detection": "fasterrcnn_resnet50_fpn retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large fcos_resnet50_fpn",
 }
 TIMM = 60

@@ -327,7 +327,7 @@ class _Rewriter(ast.NodeTransformer):
         return name if fits and alone and self.inert(statement.iter) and not names_in(statement.iter, name) else None
 
     def makers(self, before: list[ast.stmt], name: str) -> list[Any]:
-        """Every statement of ``before`` that may have made the value of ``name``, by a call; none if that is not sure."""
+        """The statements of ``before`` that may have made ``name``, each by a call; none if that is not sure."""
         found: list[ast.Assign] = []
         for statement in reversed(before):
             if not names_in(statement, name):

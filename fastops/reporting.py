@@ -192,8 +192,8 @@ class _Result(NamedTuple):
 
 
 def _findings(module: nn.Module) -> Iterator[_Finding]:
-    """Every call of a ReLU, and of a batch norm that is to be folded, in the methods of ``module``; and what was not read."""
-    user = plain_class(type(module))
+    """Every call of a ReLU or a batch norm to fold in the methods of ``module``, and which were not looked into."""
+    user: Any = plain_class(type(module))
     relevant = any(isinstance(child, (nn.ReLU, *COUNTERPARTS)) for child in module.modules() if not _is_scripted(child))
     if not relevant or (not is_users(user) and user is not nn.Sequential and next(module.children(), None) is None):
         return
@@ -300,9 +300,15 @@ class _Reader:
     def applied(self, name: str, function: object, inputs: list[_Result]) -> _Result:
         if type(function) is nn.Identity and untouched(function) and inputs:
             return inputs[0]
-        if type(function) in FOLDED_NORMS.values() and inputs and _fold_reason(function, inputs[0]) == "":
-            return _Result(inputs[0].name, function, inputs[0].module)  # type: ignore[arg-type]
-        return _Result(name, function if isinstance(function, nn.Module) else None)
+        module = function if isinstance(function, nn.Module) else None
+        if (
+            module is not None
+            and type(module) in FOLDED_NORMS.values()
+            and inputs
+            and not _fold_reason(module, inputs[0])
+        ):
+            return _Result(inputs[0].name, module, inputs[0].module)
+        return _Result(name, module)
 
     def judge(
         self, name: str, function: object, inputs: list[_Result], reason: str, obstacle: str, made: str = ""

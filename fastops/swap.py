@@ -123,7 +123,7 @@ def original_class(found: type) -> type:
     plain = plain_class(found)
     if not found.__module__.startswith("torch.") or "_fastops_made_of" in vars(found):
         return plain
-    if plain is not found and vars(plain).keys() - set(_NOT_COPIED) == vars(found).keys() - set(_NOT_COPIED):
+    if plain is not found and vars(plain).keys() - _NOT_COPIED == vars(found).keys() - _NOT_COPIED:
         return plain  # unless it was parametrized further
     # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
     bases = tuple(map(plain_class, found.__bases__))
@@ -136,7 +136,7 @@ def _with_bases(found: type, bases: tuple[type, ...], **more: object) -> type:
 
 
 _USER_CLASS: Final = "_fastops_user_class"
-_NOT_COPIED: Final = ("__dict__", "__weakref__", _USER_CLASS)
+_NOT_COPIED: Final = {"__dict__", "__weakref__", "__slotnames__", _USER_CLASS}
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def _as_user(module: Any, user: type, action: Callable[[Any], Any]) -> Any:
     finally:
         set_class(module, found)
     if type(result) is user:
-        set_class(result, found)
+        object.__setattr__(result, "__class__", found)
     return result
 
 

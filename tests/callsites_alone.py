@@ -1,4 +1,7 @@
-"""Rewrites a LeNet without torch, as `python callsites_alone.py path/to/callsites.py`: prints its ReLUs, and those with a layer."""
+"""Rewrites a LeNet without torch: prints how many ReLUs there are, and how many with a layer.
+
+python callsites_alone.py path/to/callsites.py
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import fastops
 
 WIDTH = 4
 
-# How a step makes a value out of one or two earlier ones. ``{v}`` is new or an earlier variable: all are overwritten too.
+# How a step makes a value out of one or two others; all three variables are overwritten again and again.
 STEPS = (
     "{v} = self.layers[0]({a})",
     "{v} = self.layers[1]({a})",

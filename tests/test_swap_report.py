@@ -204,7 +204,7 @@ class Unclear(Functional):
 
     def reads_its_variables(self, x: Tensor) -> Tensor:
         x = torch.relu(self.fc1(x))
-        return x if locals() else x
+        return x * len(locals())
 
 
 def test_what_shows_only_when_it_runs_and_what_was_not_looked_into() -> None:

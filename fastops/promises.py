@@ -224,9 +224,10 @@ def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
 
 def join(function: Any, layer: Any, input: Any) -> Any:
     """``function(layer(input))``: `apply` and `hold` in one, which needs no promise for a ReLU."""
-    if not _joins(function) or not _is_plain(input) or (kind := layer_of(layer)) is None:
+    relu = is_relu(function)
+    if not (relu or type(function) in _TO_FOLD) or not _is_plain(input) or (kind := layer_of(layer)) is None:
         return function(layer(input))
-    if is_relu(function):
+    if relu:
         return _with_relu(function, kind, layer, input)
     return apply(function, LayerPromise(kind, layer, input, None))
 

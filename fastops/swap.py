@@ -69,6 +69,7 @@ def swap(
     if fold_batchnorm and not fuse:
         raise ValueError("fold_batchnorm=True needs fuse=True: a batch norm is folded where layers are fused")
     before = [(module, type(module)) for module in model.modules()]
+    known: dict[tuple[type, tuple[type, ...]], type] = {}  # looked up once for all modules of a class
     try:
         for module, found in before:
             if found not in COUNTERPARTS.values():
@@ -76,8 +77,12 @@ def swap(
             with suppress(LeftAlone):
                 set_class(module, swapped_class(module, fold_batchnorm))
             if fuse and "forward" not in module.__dict__:
-                with suppress(LeftAlone):
-                    set_class(module, site_class(type(module), _variant(module)))
+                key = type(module), _variant(module)
+                if key not in known:
+                    known[key] = key[0]
+                    with suppress(LeftAlone):
+                        known[key] = site_class(*key)
+                set_class(module, known[key])
         if memory_format is not None:
             model.to(memory_format=memory_format)
     except BaseException:

@@ -404,7 +404,7 @@ class _Look(NamedTuple):
 
     module: nn.Module
     self_name: str
-    method: FunctionType
+    method: Any  # a function; mypy would take the attribute for a bound one
 
     def up(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name):

@@ -5,7 +5,8 @@ __version__ = "0.1.0"
 from . import compile, functional, nn
 from .dispatch import backend, explain
 from .ops import FallbackWarning
-from .swap import Report, report, swap, unswap
+from .reporting import Report, report
+from .swap import swap, unswap
 from .tuning import Choice, Tuning, tune
 
 __all__ = [

@@ -20,7 +20,7 @@ from . import dispatch, functional
 from .fusions import CALLS, FUSIONS, SUMS_IN_PLACE
 from .kernels import chunked_logits
 from .ops import OPS, Explanation
-from .swap import Report, Row
+from .reporting import Report, Row
 
 _GROUPS: Final = {nn.Linear: "linear layers", nn.modules.conv._ConvNd: "convolutions", nn.modules.loss._Loss: "losses"}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import functional
 from . import nn as fnn
+from .nn import conv, linear, norm
 from .ops import OPS
 
 # Two ops in a row, the second one applied to the result of the first, and the op that is both.
@@ -18,7 +21,15 @@ FUSIONS: Final = {op.fuses: op.name for op in OPS.values() if op.fuses is not No
 COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     op.module: getattr(fnn, op.module.__name__) for op in OPS.values() if op.module is not None
 }
+# Batch norms take these places only where they are to be folded into the convolutions before them.
+FOLDED_NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    nn.BatchNorm1d: norm.BatchNorm1d,
+    nn.BatchNorm2d: norm.BatchNorm2d,
+    nn.BatchNorm3d: norm.BatchNorm3d,
+}
+ORIGINALS: Final = {ours: torchs for table in (COUNTERPARTS, FOLDED_NORMS) for torchs, ours in table.items()}
 
+# What a ReLU may be besides `torch.nn.ReLU`: these functions, and these methods of a tensor.
 RELU_FUNCTIONS: Final = (F.relu, torch.relu, torch.relu_, torch.ops.aten.relu.default)
 RELU_METHODS: Final = ("relu", "relu_")
 # Functions and methods by what they compute, as Dynamo names them in its graphs: an op of ours, "add" or "relu".
@@ -28,3 +39,30 @@ CALLS: Final[dict[Any, str]] = {
     **dict.fromkeys((*RELU_FUNCTIONS, Tensor.relu, Tensor.relu_, *RELU_METHODS), "relu"),
 }
 SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
+
+
+class Layer(NamedTuple):
+    """How a layer of ours runs with given weights."""
+
+    op: str
+    original: type[nn.Module]
+    call: Callable[..., Tensor]
+
+    def run(self, layer: nn.Module, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``layer`` with ``weight`` and ``bias``, and a ReLU behind it in the same call on request."""
+        function = getattr(functional, FUSIONS[self.op, "relu"] if relu else self.op)
+        return self.call(function, layer, input, weight, bias)
+
+
+def _layers() -> dict[Callable[..., Any], Layer]:
+    found = {}
+    for original, ours in COUNTERPARTS.items():
+        op = next(op.name for op in OPS.values() if op.module is original)
+        if (op, "relu") in FUSIONS:
+            call = linear.multiplied if issubclass(original, nn.Linear) else conv.convolved
+            found[ours.forward] = Layer(op, original, call)
+    return found
+
+
+# Layers are known by their forward, which those of a derived class (a parametrized one, a sharded one) share.
+LAYERS: Final = _layers()

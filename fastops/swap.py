@@ -4,41 +4,33 @@
 
 1. Every layer with a counterpart in `fastops.nn` changes its class. It stays the same object, so parameters, optimizer
    state, hooks, parametrizations, tied weights and keys are untouched.
-2. The ``forward`` of each module that the user wrote is traced on its own, its children as leaves. Where the output of
-   a layer goes into a ReLU and nowhere else, the two become one call (`fastops.fuse`), and so do a sum and its ReLU
-   and, on request, a convolution and its batch norm.
+2. The class of each module that the user wrote gives way to a subclass of it, whose methods are the user's with calls
+   such as ``relu(layer(x))`` rewritten (`fastops.callsites`): what the two callables are then decides, in each call,
+   whether they run as one (`fastops.promises`).
 
 Nothing is stored on the modules or beside them: what was swapped is written in their classes alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import abc
+import copy
+import copyreg
+import functools
+import sys
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from types import FunctionType, MemberDescriptorType
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
 from . import nn as fnn
-from .fuse import (
-    COUNTERPARTS,
-    ORIGINALS,
-    WITH_RELU,
-    Site,
-    compile_trace,
-    fused_class,
-    plain_class,
-    sites_of,
-    trace_to_fuse,
-    traced,
-    untouched,
-)
-from .ops.conv import is_channels_last
-from .trace import LeftAlone
-from .tuning import Example, calls_of
+from .callsites import LeftAlone, Site, Surroundings, rewrite, twin_of
+from .fusions import COUNTERPARTS, FOLDED_NORMS, ORIGINALS, RELU_FUNCTIONS, RELU_METHODS
+from .nn.overrides import replaced
+from .promises import HELPERS, sequential_forward, user_class
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -53,7 +45,8 @@ def swap(
     """Swap fastops layers into ``model``, in place, and fuse them with the ReLUs behind them.
 
     Parameters, their names, hooks and results stay as they are. Whatever cannot be swapped or fused safely is left
-    alone; `report` says why. After new layers were put into the model, swap again.
+    alone; `report` says why. After new layers were put into the model, swap again. If an error is raised, the model is
+    what it was.
 
     Args:
         model: any module, a loss too.
@@ -72,22 +65,30 @@ def swap(
         TypeError: if ``model`` is not a module.
         ValueError: if batch norms are to be folded and layers not to be fused.
     """
-    _check("swap", model)
+    check("swap", model)
     if fold_batchnorm and not fuse:
         raise ValueError("fold_batchnorm=True needs fuse=True: a batch norm is folded where layers are fused")
-    if memory_format is not None:
-        model.to(memory_format=memory_format)
-    for module in model.modules():
-        if type(module) not in ORIGINALS:
-            _set_class(module, plain_class(type(module)))
-        with suppress(LeftAlone):
-            _set_class(module, _swapped_class(module))
-    if fuse:
-        tracers = {module: trace_to_fuse(module, fold_batchnorm) for module in model.modules()}
-        for module, found in reversed(tracers.items()):  # children first: a trace notes their classes
-            if found:
-                traces = tuple(compile_trace(tracer, type(module), fold_batchnorm) for tracer in found)
-                _set_class(module, fused_class(type(module), traces))
+    before = [(module, type(module)) for module in model.modules()]
+    known: dict[tuple[type, tuple[type, ...]], type] = {}  # looked up once for all modules of a class
+    try:
+        for module, found in before:
+            if found not in COUNTERPARTS.values():
+                set_class(module, original_class(found))
+            with suppress(LeftAlone):
+                set_class(module, swapped_class(module, fold_batchnorm))
+            if fuse and "forward" not in module.__dict__:
+                key = type(module), _variant(module)
+                if key not in known:
+                    known[key] = key[0]
+                    with suppress(LeftAlone):
+                        known[key] = site_class(*key)
+                set_class(module, known[key])
+        if memory_format is not None:
+            model.to(memory_format=memory_format)
+    except BaseException:
+        for module, found in before:
+            set_class(module, found)
+        raise
     return model
 
 
@@ -100,237 +101,302 @@ def unswap(model: _Model) -> _Model:
     Raises:
         TypeError: if ``model`` is not a module.
     """
-    _check("unswap", model)
+    check("unswap", model)
     for module in model.modules():
-        _set_class(module, _original_class(type(module)))
+        set_class(module, original_class(type(module)))
     return model
 
 
-def _check(verb: str, model: object) -> None:
+def check(verb: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{verb} expects a torch.nn.Module, not {type(model).__name__}")
 
 
-def _set_class(module: nn.Module, new: type) -> None:
+def set_class(module: nn.Module, new: type) -> None:
     if new is not type(module):
         object.__setattr__(module, "__class__", new)
 
 
+def plain_class(found: type) -> type:
+    """The class that the user wrote, or torch's, for a class that `swap` gave to a module."""
+    original: type = ORIGINALS.get(found) or user_class(found)
+    return original
+
+
+def original_class(found: type) -> type:
+    """As `plain_class`, also for classes that something else derived from one that `swap` gave to a module."""
+    plain = plain_class(found)
+    if not found.__module__.startswith("torch.") or "_fastops_made_of" in vars(found):
+        return plain
+    if plain is not found and vars(plain).keys() - _NOT_COPIED == vars(found).keys() - _NOT_COPIED:
+        return plain  # unless it was parametrized further
+    # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
+    bases = tuple(map(plain_class, found.__bases__))
+    return found if bases == found.__bases__ and plain is found else _with_bases(found, bases)
+
+
+def _with_bases(found: type, bases: tuple[type, ...], **more: object) -> type:
+    namespace = {name: value for name, value in vars(found).items() if name not in _NOT_COPIED}
+    return type.__new__(type(found), found.__name__, bases, namespace | more)
+
+
+_USER_CLASS: Final = "_fastops_user_class"
+_NOT_COPIED: Final = {"__dict__", "__weakref__", "__slotnames__", _USER_CLASS}
+
+
 # Layers ---------------------------------------------------------------------------------------------------------------
 
+# What a subclass of a layer may define and still compute what the layer does.
+_HARMLESS: Final = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__", "__constants__"),
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__firstlineno__"),
+    *("__static_attributes__", "__parameters__", "__orig_bases__", "__repr__", "extra_repr", "reset_parameters"),
+}
 
-def _swapped_class(module: nn.Module) -> type:
+
+def layer_class(found: type) -> type | None:
+    """The layer or loss of torch that ``found`` is or is derived from, if it has a counterpart."""
+    return next((original for original in COUNTERPARTS if issubclass(found, original)), None)
+
+
+def swapped_class(module: nn.Module, fold: bool = False) -> type:
     """The class that takes the place of the class of ``module``: its own if it has no counterpart.
 
     Raises:
         LeftAlone: if it has a counterpart that cannot take its place.
     """
     found = type(module)
-    known = next((original for original in COUNTERPARTS if issubclass(found, original)), None)
-    if known is None or found.__module__.startswith(fnn.__name__):
+    known = layer_class(found)
+    if fold and found in FOLDED_NORMS:
+        return FOLDED_NORMS[found]
+    if known is None or found.__module__.startswith(fnn.__name__) or isinstance(module, torch.jit.ScriptModule):
         return found
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
         raise LeftAlone("its forward was replaced on the object")
+    if replaced(known):
+        raise LeftAlone(f"somebody replaced what {known.__name__} computes")
     if found is known:
         return COUNTERPARTS[known]
     if issubclass(found, nn.modules.lazy.LazyModuleMixin):
         raise LeftAlone("it has no weights yet: run it once, then swap again")
-    base = found.__bases__[0]
-    if found.__module__ == nn.utils.parametrize.__name__ and (base is known or base in ORIGINALS):
-        return found if base in ORIGINALS else _with_bases(found, (COUNTERPARTS[known],))
-    raise LeftAlone(f"its class {found.__name__} is a subclass of {known.__name__}, which may compute something else")
+    if found.__module__ == nn.utils.parametrize.__name__:
+        base = found.__bases__[0]
+        if base in ORIGINALS:
+            return found
+        return _with_bases(found, (_derived_layer(module, base, known),), _fastops_user_class=found)
+    return _derived_layer(module, found, known)
 
 
-def _original_class(found: type) -> type:
-    plain = plain_class(found)
-    if plain is found and found.__module__.startswith("torch."):
-        # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
-        bases = tuple(map(plain_class, found.__bases__))
-        return found if bases == found.__bases__ else _with_bases(found, bases)
-    return plain
+def _derived_layer(module: nn.Module, found: type, known: type[nn.Module]) -> type:
+    """What takes the place of a subclass that only adds a constructor: a subclass of it and of the counterpart."""
+    if found is known:
+        return COUNTERPARTS[known]
+    used = {*dir(known), *module.__dict__, *module._parameters, *module._buffers, "weight", "bias"} - _HARMLESS
+    for kind in found.__mro__:
+        if kind not in known.__mro__ and (own := sorted(used & vars(kind).keys())):
+            raise LeftAlone(f"its class {found.__name__} is a subclass of {known.__name__} with its own {own[0]}")
+    return _derived(found, (COUNTERPARTS[known],), {})
 
 
-def _with_bases(found: type, bases: tuple[type, ...]) -> type:
-    namespace = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
-    return type.__new__(type(found), found.__name__, bases, namespace)
+# Call sites -----------------------------------------------------------------------------------------------------------
 
 
-# Report ---------------------------------------------------------------------------------------------------------------
+def _method(user: type, name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
+    """``twin``, a rewritten method, as long as the user's class still has the one that it was made from."""
+    original = vars(user)[name]
 
-_GROUPS: Final = {
-    "linear layers": nn.Linear,
-    "convolutions": nn.modules.conv._ConvNd,
-    "losses": nn.modules.loss._Loss,
-}
-_RELUS, _NORMS = "ReLUs", "batch norms"
-_VERBS: Final = {_RELUS: "fused", _NORMS: "folded"}
+    @functools.wraps(twin)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(user, name, None) is original:
+            return twin(self, *args, **kwargs)
+        ours = next(c for c in type(self).__mro__ if vars(c).get(name) is method)
+        return getattr(super(ours, self), name)(*args, **kwargs)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a `Report`: where it is, what it is, what became of it, whether that is fastops, and its group."""
-
-    name: str
-    layer: str
-    outcome: str
-    done: bool
-    group: str
+    # torch.compile keeps its results by code object, a limited number for each: every method needs its own.
+    method.__code__ = method.__code__.replace()  # type: ignore[attr-defined]
+    return method
 
 
-@dataclass(frozen=True)
-class Report:
-    """What fastops does in a model. ``str(report)`` is a table of ``rows`` with the totals and ``notes`` below it."""
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def swapped(self) -> int:
-        """The number of layers and losses that are fastops layers."""
-        return sum(row.done for row in self.rows if row.group in _GROUPS)
-
-    @property
-    def fused(self) -> int:
-        """The number of ReLU calls that run in one call with the layer or the sum before them."""
-        return sum(row.done for row in self.rows if row.group == _RELUS)
-
-    @property
-    def folded(self) -> int:
-        """The number of batch norms that run as part of the convolution before them."""
-        return sum(row.done for row in self.rows if row.group == _NORMS)
-
-    def __str__(self) -> str:
-        cells = [(row.name, row.layer, row.outcome) for row in self.rows]
-        first, second = (max((len(cell[column]) for cell in cells), default=0) for column in (0, 1))
-        lines = [f"{name:{first}}  {layer:{second}}  {outcome}" for name, layer, outcome in cells]
-        totals = []
-        for group in (*_GROUPS, _RELUS, _NORMS):
-            done = [row.done for row in self.rows if row.group == group]
-            if done:
-                totals.append(f"{sum(done)} of {len(done)} {group} {_VERBS.get(group, 'swapped')}")
-        return "\n".join([*lines, ", ".join(totals) or "nothing here that fastops knows", *self.notes])
+def _variant(module: nn.Module) -> tuple[type, ...]:
+    """Sequentials of other layers get other classes: torch.compile keeps few results for each, and torch's has none."""
+    if not isinstance(module, nn.Sequential):
+        return ()
+    return tuple(plain_class(type(child)) for child in module._modules.values())
 
 
-def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mapping[str, Any] | None = None) -> Report:
-    """What is swapped and fused in ``model`` now, and why the rest is not. Swapped or not, ``model`` is only looked at.
+def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
+    """A subclass of ``user`` under its name with rewritten methods, ``user`` itself if there is nothing to rewrite.
 
-    Args:
-        model: any module.
-        example_input: what the model is called with, one argument or a tuple of several: then it is called once, its
-            buffers and the random state are put back, and the notes say which way each fastops call went and why.
-        example_kwargs: keyword arguments of that call.
+    Its bases are rewritten likewise and come after ``user``, so that ``super()`` finds them. There is one for each
+    ``variant``.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        LeftAlone: with the reason, if there could be no such class.
     """
-    _check("report", model)
-    modules = dict(model.named_modules())
-    containers, relus = dict[str, Row](), dict[str, list[Row]]()
-    fused_layers = set[nn.Module]()
-    for path, module in modules.items():
-        try:
-            calls = _relu_calls(module)
-        except LeftAlone as reason:
-            if any(isinstance(child, (nn.ReLU, *COUNTERPARTS)) for child in module.modules()):
-                containers[path] = Row(path or "(model)", type(module).__name__, f"not traced: {reason}", False, "")
-            continue
-        for site, outcome, done in calls:
-            # A module has its own place in the table; a ReLU function stands behind the layer it is applied to.
-            place = site.module if site.module is not None else site.layer
-            place = path if place is None else _join(path, place)
-            name = place if site.module is not None else _join(path, f"relu({site.input})")
-            if site.is_norm:
-                norm = type(module.get_submodule(str(site.module))).__name__
-                relus.setdefault(place, []).append(Row(name, norm, outcome, done, _NORMS))
-                continue
-            relus.setdefault(place, []).append(Row(name, "ReLU", outcome, done, _RELUS))
-            if done and site.layer is not None and site.norm is None:
-                fused_layers.add(module.get_submodule(site.layer))
-    rows: list[Row] = []
-    for path, module in modules.items():
-        if path in containers:
-            rows.append(containers[path])
-        layer = _layer_row(path, module, module in fused_layers)
-        if layer is not None:
-            rows.append(layer)
-        if isinstance(module, nn.ReLU) and path not in relus:
-            rows.append(Row(path or "(model)", "ReLU", "not fused: no traced forward calls it", False, _RELUS))
-        rows += relus.get(path, [])
-    notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
-    if example_input is not None or example_kwargs is not None:
-        met = calls_of(model, Example(() if example_input is None else example_input, example_kwargs))
-        with torch.enable_grad():
-            ways = Counter(f"{call.name} {call.shapes}: {call.way()}" for call in met)
-        notes += [f"{way} ({times} times)" if times > 1 else way for way, times in ways.items()]
-    return Report(tuple(rows), tuple(notes))
-
-
-_CHANNELS_LAST: Final = (
-    "channels_last weights: large feature maps gain from that memory format, small ones lose; measure yours"
-)
-
-
-def _is_channels_last(module: nn.Module) -> bool:
-    weight = module.weight if isinstance(module, nn.modules.conv._ConvNd) else None
-    return weight is not None and not weight.is_contiguous() and is_channels_last(weight, weight)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _layer_row(path: str, module: nn.Module, fused: bool) -> Row | None:
-    group = next((name for name, kind in _GROUPS.items() if isinstance(module, kind)), None)
-    if group is None or not isinstance(module, tuple(COUNTERPARTS)):
-        return None
-    found = type(module)
-    done = found.forward.__module__.startswith(fnn.__name__)
-    outcome = f"fastops.nn.{found.forward.__qualname__.partition('.')[0]}" + (" fused with its ReLU" if fused else "")
-    if not done:
-        try:
-            _swapped_class(module)
-            outcome = "not swapped"
-        except LeftAlone as reason:
-            outcome = f"not swapped: {reason}"
-    return Row(path or "(model)", plain_class(found).__name__, outcome, done, group)
-
-
-def _relu_calls(module: nn.Module) -> list[tuple[Site, str, bool]]:
-    """Every call of a ReLU in the forward of ``module``, what became of it and whether it is fused.
-
-    Raises:
-        LeftAlone: if ``module`` cannot be traced.
-    """
-    traces = getattr(type(module), "_fastops_traces", None)
-    if traces is None:
-        modes = [(_mode(tracer.reads), Counter(sites_of(tracer))) for tracer in traced(module)]
-        obstacle = "fastops.swap would fuse it"
+    if not is_users(user) and user is not nn.Sequential:
+        return user
+    bases = tuple(new for base in user.__bases__ if (new := site_class(base, variant)) is not base)
+    methods: dict[str, Callable[..., Any]] = {}
+    if user is nn.Sequential:
+        if _is_torchs_sequential():
+            methods["forward"] = _method(user, "forward", sequential_forward)
     else:
-        modes = [(_mode(trace.assumptions.reads), Counter(trace.sites)) for trace in traces]
-        current = any(trace.assumptions.hold(module) for trace in traces)
-        obstacle = "" if current else "the model was changed since it was swapped: swap again"
-    calls = []
-    for site in dict.fromkeys(site for _, sites in modes for site in sites):
-        where = [mode for mode, sites in modes if site in sites]
-        only = "" if len(where) == len(modes) else f" in {where[0]} mode only"
-        reason = site.reason or obstacle or _hooked(module, site)
-        verb = "folded" if site.is_norm else "fused"
-        partner = f"{'into' if site.is_norm else 'with'} {site.layer or 'the sum'}"
-        outcome = f"not {verb}: {reason}" if reason else f"{verb} {partner}"
-        if not reason and (site.is_norm or site.norm is not None):
-            outcome += " in evaluation without gradients"
-        calls += [(site, outcome + only, not reason)] * max(sites[site] for _, sites in modes)
-    return calls
+        for name, value in vars(user).items():
+            rewritten = None
+            with suppress(LeftAlone):
+                rewritten = rewritten_method(user, name)
+            if rewritten is not None and rewritten[0] is not None:
+                methods[name] = _method(user, name, twin_of(value, rewritten[0], HELPERS))
+            elif (rewritten is None or rewritten[0] is None) and _finds_itself_by_its_class(value):
+                raise LeftAlone(f"its {name} calls super() with the class of the object")
+    return _derived(user, bases, methods, variant) if bases or methods else user
 
 
-def _mode(reads: Sequence[tuple[object, str, object]]) -> str:
-    return "training" if ("training", (bool, True)) in [(name, token) for _, name, token in reads] else "evaluation"
+def is_users(found: type | FunctionType) -> bool:
+    """Whether a user, or a library other than torch, wrote the class or function ``found``."""
+    package = found.__module__.partition(".")[0]
+    return package not in ("torch", *sys.stdlib_module_names) and not found.__module__.startswith(fnn.__name__)
 
 
-def _hooked(module: nn.Module, site: Site) -> str:
-    for name in (site.layer, site.norm, site.module):
-        if name is not None and not untouched(module.get_submodule(name)):
-            return f"{name} has hooks or a replaced forward"
-    if site.layer is not None and type(module.get_submodule(site.layer)).forward not in WITH_RELU:
-        return f"{site.layer} is not swapped: swap again"
-    return ""
+def rewritten_method(user: type, name: str) -> tuple[Any, tuple[Site, ...]] | None:
+    """Code and call sites of a method that ``user`` itself defines, None if that is no method.
+
+    Raises:
+        LeftAlone: with the reason, if it cannot be rewritten.
+    """
+    value = vars(user)[name]
+    if isinstance(value, staticmethod):
+        raise LeftAlone("it is a static method")
+    if not isinstance(value, FunctionType):
+        return None
+    if name.startswith("__") and name.endswith("__") and not _names(value) & {"type", "__class__"}:
+        return None  # a constructor and the like
+    result = rewrite(value, Surroundings(_is_candidate, _is_relu, _is_sum, RELU_METHODS, _unsteady(user)), HELPERS)
+    return result.code, result.sites
+
+
+def _is_candidate(value: object) -> bool:
+    return isinstance(value, nn.Module) or _is_relu(value) or hides_a_relu(value)
+
+
+def hides_a_relu(value: object) -> bool:
+    """Whether it is a function of the user's that may have a ReLU inside: `report` says that it was not looked into."""
+    return isinstance(value, FunctionType) and is_users(value) and any("relu" in n.lower() for n in _names(value))
+
+
+def _is_relu(value: object) -> bool:
+    return any(value is relu for relu in RELU_FUNCTIONS)
+
+
+def _is_sum(value: object) -> bool:
+    return value is torch.add
+
+
+def _is_torchs_sequential() -> bool:
+    return nn.Sequential.forward.__globals__.get("__name__") == nn.Sequential.__module__
+
+
+def _unsteady(user: type) -> frozenset[str]:
+    """The attributes of ``user`` that run code when they are read: "*" for all."""
+    found = set()
+    for kind in user.__mro__:
+        if is_users(kind):
+            found |= {"*"} & {"*" if name in vars(kind) else "" for name in ("__getattr__", "__getattribute__")}
+            for name, value in vars(kind).items():
+                plain = isinstance(value, (FunctionType, staticmethod, classmethod, MemberDescriptorType))
+                if hasattr(type(value), "__get__") and not plain:
+                    found.add(name)
+    return frozenset(found)
+
+
+def _names(value: Any) -> set[str]:
+    """The names that a function uses, or one inside a property, a method of the class or a decorator."""
+    names: set[str] = set()
+    for inner in (value, *(getattr(value, name, None) for name in ("fget", "fset", "__func__", "__wrapped__"))):
+        stack = [inner.__code__] if isinstance(inner, FunctionType) else []
+        while stack:
+            code = stack.pop()
+            names |= set(code.co_names)
+            stack += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+    return names
+
+
+def _finds_itself_by_its_class(value: object) -> bool:
+    """Whether it calls ``super(type(self), self)`` or the like: in a subclass of ours that would never end."""
+    names = _names(value)
+    return "super" in names and bool(names & {"type", "__class__"})
+
+
+def _derived(
+    user: type, bases: tuple[type, ...], methods: dict[str, Callable[..., Any]], variant: tuple[type, ...] = ()
+) -> type:
+    """A subclass of ``user`` under its name, with ``bases`` after it: the same one for the same methods.
+
+    Raises:
+        LeftAlone: if Python allows no such class.
+    """
+    made_of = (bases, {name: vars(user)[name] for name in methods}, variant)
+    subclasses: list[type] = type.__subclasses__(user)
+    for known in subclasses:
+        if vars(known).get(_USER_CLASS) is user and vars(known)["_fastops_made_of"] == made_of:
+            return known
+    namespace = {
+        "__slots__": (),
+        "__module__": user.__module__,
+        "__qualname__": user.__qualname__,
+        "__doc__": user.__doc__,
+        "_fastops_made_of": made_of,
+        _USER_CLASS: user,
+        **methods,
+        **(_copying(user) if issubclass(user, nn.Module) else {}),
+    }
+    # Not the metaclass of the user, only its type, and nothing of the user's is told: making this class is not the
+    # user's business. Each class needs a base of its own that keeps ``__init_subclass__`` silent, to have it first.
+    layout = (nn.Module,) if issubclass(user, nn.Module) else ()
+    silent = type("_Silent", layout, {"__slots__": (), "__init_subclass__": classmethod(lambda cls: None)})
+    try:
+        new = type.__new__(type(user), user.__name__, (silent, user, *bases), namespace)
+    except TypeError as error:
+        raise LeftAlone(f"it cannot be subclassed ({error})") from None
+    if isinstance(new, abc.ABCMeta):
+        abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with ``user``
+    return new
+
+
+# Copies and pickles ---------------------------------------------------------------------------------------------------
+
+
+def _copying(user: type) -> dict[str, Any]:
+    """Methods that copy a module as one of ``user``, by the methods of that, and pickle it as one."""
+
+    def reduced(module: Any, protocol: Any) -> Any:
+        result = module.__reduce_ex__(protocol)
+        if isinstance(result, str):
+            return result
+        function, arguments, *state = result
+        # Pickle calls ``copyreg.__newobj__`` only for the class that the module has.
+        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
+        return (_new if function is newobj else function, arguments, *state)
+
+    return {
+        "__reduce_ex__": lambda self, protocol: _as_user(self, user, lambda module: reduced(module, protocol)),
+        "__copy__": lambda self: _as_user(self, user, copy.copy),
+        "__deepcopy__": lambda self, memo: _as_user(self, user, lambda module: copy.deepcopy(module, memo)),
+    }
+
+
+def _as_user(module: Any, user: type, action: Callable[[Any], Any]) -> Any:
+    """What ``action`` makes of ``module`` as a module of class ``user``; a copy gets the class of the original."""
+    found = type(module)
+    set_class(module, user)
+    try:
+        result = action(module)
+    finally:
+        set_class(module, found)
+    if type(result) is user:
+        object.__setattr__(result, "__class__", found)
+    return result
+
+
+def _new(user: Any, *arguments: object) -> Any:
+    return user.__new__(user, *arguments)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 import inspect
 import io
 import pickle
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import CASES, Case, Functional, SharedReLU
+from swap_models import CASES, Case, Functional
 from torch import Tensor, nn
 
 import fastops
@@ -93,12 +91,13 @@ def test_same_results_and_gradients(case: Case, fused_calls: list[Any]) -> None:
 def test_unswap_restores_classes_and_state(case: Case) -> None:
     model, reference = pair(case)
     before = [dict(module.__dict__) for module in model.modules()]
+    before_classes = {name: type(module) for name, module in model.named_modules()}
     fastops.unswap(fastops.swap(model))
     parametrized = {name for name, module in model.named_modules() if hasattr(module, "parametrizations")}
     for (name, module), other, state in zip(model.named_modules(), reference.modules(), before, strict=True):
         assert module.__dict__.keys() == state.keys()
         assert all(module.__dict__[key] is value for key, value in state.items())
-        assert type(module) is type(other) or (name in parametrized and type(module).__bases__ == (nn.Linear,))
+        assert type(module) is (before_classes[name] if name in parametrized else type(other))
     assert_same(model, reference, case)
 
 
@@ -284,7 +283,7 @@ def _replaced_forward() -> nn.Linear:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Subclass(6, 6), "its class Subclass is a subclass of Linear, which may compute something else"),
+        (lambda: Subclass(6, 6), "its class Subclass is a subclass of Linear with its own forward"),
         (_replaced_forward, "its forward was replaced on the object"),
         (lambda: nn.LazyLinear(6), "it has no weights yet: run it once, then swap again"),
     ],
@@ -385,7 +384,6 @@ def test_unusual_class(fused_calls: list[Any]) -> None:
 def test_equal_modules_share_a_class() -> None:
     models = [fastops.swap(Functional()) for _ in range(2)]
     assert type(models[0]) is type(models[1]) is not Functional
-    assert type(fastops.swap(SharedReLU())) is not type(models[0])
 
 
 def test_sequential_behaves_as_sequential() -> None:
@@ -479,24 +477,6 @@ def test_threads_may_run_while_another_copies() -> None:
     assert fastops.report(model).fused == 2
 
 
-def test_garbage_collection_does_not_run_under_the_watch() -> None:
-    def callback(phase: str, info: dict[str, int]) -> None:
-        with contextlib.suppress(ValueError):
-            collected.append(phase)
-
-    collected: list[str] = []
-    thresholds = gc.get_threshold()
-    gc.callbacks.append(callback)
-    gc.set_threshold(1, 1, 1)
-    try:
-        model = fastops.swap(Functional())
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.callbacks.remove(callback)
-    assert collected and gc.isenabled()
-    assert fastops.report(model).fused == 2
-
-
 def test_a_profiler_goes_on() -> None:
     seen = []
     sys.setprofile(lambda frame, event, argument: seen.append(event))
@@ -506,7 +486,7 @@ def test_a_profiler_goes_on() -> None:
         model(torch.randn(2, 6))
     finally:
         sys.setprofile(None)
-    assert seen and type(model) is Functional
+    assert seen and fastops.report(model).fused == 2
 
 
 def test_kernels_compute_the_same() -> None:

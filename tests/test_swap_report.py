@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from swap_models import CASES, ControlFlow, FlatLeNet, Functional, Residual, SharedReLU, UsedTwice, sequential
+import torch.nn.functional as F
+from swap_models import CASES, ControlFlow, FlatLeNet, Functional, LeNet, Residual, SharedReLU, UsedTwice, sequential
 from torch import Tensor, nn
 
 import fastops
@@ -33,14 +34,14 @@ UNSWAPPED = """\
 0 of 3 linear layers swapped, 0 of 2 ReLUs fused"""
 
 CONTROL_FLOW = """\
-(model)         ControlFlow  not traced: its forward branches on a value or loops over one
-body.fc1        Linear       fastops.nn.Linear fused with its ReLU
-body.relu(fc1)  ReLU         fused with fc1
-body.fc2        Linear       fastops.nn.Linear fused with its ReLU
-body.relu(fc2)  ReLU         fused with fc2
-body.fc3        Linear       fastops.nn.Linear
-head            Linear       fastops.nn.Linear
-4 of 4 linear layers swapped, 2 of 2 ReLUs fused"""
+body.fc1        Linear  fastops.nn.Linear fused with its ReLU
+body.relu(fc1)  ReLU    fused with fc1
+body.fc2        Linear  fastops.nn.Linear fused with its ReLU
+body.relu(fc2)  ReLU    fused with fc2
+body.fc3        Linear  fastops.nn.Linear
+head            Linear  fastops.nn.Linear fused with its ReLU
+relu(head)      ReLU    fused with head
+4 of 4 linear layers swapped, 3 of 3 ReLUs fused"""
 
 SHARED = """\
 fc1   Linear  fastops.nn.Linear fused with its ReLU
@@ -61,9 +62,9 @@ class Modes(Functional):
 
 MODES = """\
 fc1        Linear  fastops.nn.Linear fused with its ReLU
-relu(fc1)  ReLU    fused with fc1 in evaluation mode only
+relu(fc1)  ReLU    fused with fc1
 fc2        Linear  fastops.nn.Linear fused with its ReLU
-relu(fc2)  ReLU    fused with fc2 in training mode only
+relu(fc2)  ReLU    fused with fc2
 fc3        Linear  fastops.nn.Linear
 3 of 3 linear layers swapped, 2 of 2 ReLUs fused"""
 
@@ -100,18 +101,18 @@ HOOKED = """\
 4  Linear  fastops.nn.Linear
 3 of 3 linear layers swapped, 1 of 2 ReLUs fused"""
 
-STALE = """\
-0  Linear  fastops.nn.Linear
-1  ReLU    not fused: the model was changed since it was swapped: swap again
-2  Linear  fastops.nn.Linear
-3  ReLU    not fused: the model was changed since it was swapped: swap again
+CHANGED = """\
+0  Linear  fastops.nn.Linear fused with its ReLU
+1  ReLU    fused with 0
+2  Linear  fastops.nn.Linear fused with its ReLU
+3  ReLU    fused with 2
 4  Linear  fastops.nn.Linear
 5  Linear  not swapped
-3 of 4 linear layers swapped, 0 of 2 ReLUs fused"""
+3 of 4 linear layers swapped, 2 of 2 ReLUs fused"""
 
 TWICE = """\
-relu(fc)  ReLU    not fused: the output of fc is used elsewhere too
-fc        Linear  fastops.nn.Linear
+relu(z)  ReLU    not fused: the output of fc is used elsewhere too
+fc       Linear  fastops.nn.Linear
 1 of 1 linear layers swapped, 0 of 1 ReLUs fused"""
 
 
@@ -127,11 +128,11 @@ fc        Linear  fastops.nn.Linear
         (Modes, fastops.swap, MODES),
         (Residual, level_0, LEVEL_0),
         (sequential, with_hook, HOOKED),
-        (sequential, with_another_layer, STALE),
+        (sequential, with_another_layer, CHANGED),
         (UsedTwice, fastops.swap, TWICE),
         (nn.MSELoss, plain, "(model)  MSELoss  not swapped\n0 of 1 losses swapped"),
         (nn.MSELoss, fastops.swap, "(model)  MSELoss  fastops.nn.MSELoss\n1 of 1 losses swapped"),
-        (nn.ReLU, plain, "(model)  ReLU  not fused: no traced forward calls it\n0 of 1 ReLUs fused"),
+        (nn.ReLU, plain, "(model)  ReLU  not fused: no call of it was found in the source\n0 of 1 ReLUs fused"),
         (nn.Tanh, plain, "nothing here that fastops knows"),
         (
             lambda: fastops.nn.LinearReLU(2, 2),
@@ -158,11 +159,81 @@ def test_counts(case: object) -> None:
     assert report.swapped == sum(isinstance(m, ours) for m in model.modules())
     assert report.fused == sum(row.outcome.startswith("fused with") for row in report.rows)
     reasons = [row.outcome for row in report.rows if not row.done]
-    assert all(reason.startswith(("not swapped", "not fused: ", "not traced: ")) for reason in reasons)
+    assert all(reason.startswith(("not swapped", "not fused: ", "not looked into: ")) for reason in reasons)
     assert fastops.report(fastops.unswap(model)).fused == fastops.report(model).swapped == 0
 
 
-def test_torch_wrappers_are_not_traced_but_what_they_hold_is() -> None:
+def test_torch_wrappers_are_not_looked_into_but_what_they_hold_is() -> None:
     report = fastops.report(fastops.swap(nn.DataParallel(sequential())))
-    assert report.rows[0].outcome.startswith("not traced: its class DataParallel comes from torch")
+    assert report.rows[0].outcome == "not looked into: its class DataParallel comes from torch"
     assert (report.swapped, report.fused) == (3, 2)
+
+
+def activation(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+class Unclear(Functional):
+    """What `report` cannot judge, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.ReLU()])
+
+    def over_layers(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def in_try(self, x: Tensor) -> Tensor:
+        try:
+            x = self.fc1(x)
+            x = torch.relu(x)
+        finally:
+            pass
+        return x
+
+    def outside(self, x: Tensor) -> Tensor:
+        return activation(self.fc1(x))
+
+    @staticmethod
+    def act(x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    looks = lambda self, x: torch.relu(self.fc1(x))  # noqa: E731
+
+    def reads_its_variables(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x))
+        return x * len(locals())
+
+
+def test_what_shows_only_when_it_runs_and_what_was_not_looked_into() -> None:
+    model = fastops.swap(Unclear())
+    outcomes = {row.name: row.outcome for row in fastops.report(model).rows}
+    assert outcomes["over_layers over self.layers"].endswith("is decided when it runs")
+    assert outcomes["relu(x)"] == "not fused: the output of fc1 is in a block that may catch an exception"
+    assert outcomes["activation(..)"] == "activation was not looked into: it is a function outside of a class"
+    assert outcomes["act"] == "act was not looked into: it is a static method"
+    assert outcomes["looks"] == "looks was not looked into: it is a lambda"
+    reason = "it calls locals, which may look at its variables"
+    assert outcomes["reads_its_variables"] == f"reads_its_variables was not looked into: {reason}"
+
+
+def test_replaced_after_the_swap_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastops.swap(Functional())
+    monkeypatch.setattr(Functional, "forward", Modes.forward)
+    assert "not fused: the model was changed since it was swapped: swap again" in str(fastops.report(model))
+    assert fastops.report(fastops.swap(model)).fused == 2
+
+
+def test_lenet_of_the_tutorial_is_fused_whole() -> None:
+    class Net(LeNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
+            x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+            x = x.view(-1, self.num_flat_features(x))
+            x = F.relu(self.fc1(x))
+            x = F.relu(self.fc2(x))
+            return self.fc3(x)
+
+    assert fastops.report(fastops.swap(Net())).fused == 4

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
+from .overrides import overrides, replaced
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d"]
 
@@ -25,25 +26,43 @@ def convolved(
     return function(input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
+def _is_changed(layer: Any, kind: type) -> bool:
+    """Whether somebody put another convolution into torch's class, or onto ``layer`` itself."""
+    return replaced(kind) or "_conv_forward" in layer.__dict__
+
+
+def _forward(function: Callable[..., Tensor], layer: Any, input: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    if overrides(input, weight, bias):
+        return layer._conv_forward(input, weight, bias)
+    return convolved(function, layer, input, weight, bias)
+
+
 class Conv1d(torch.nn.Conv1d):
     """`torch.nn.Conv1d` on `fastops.functional.conv1d`: [N, C, L] or [C, L] -> [N, O, L'] or [O, L']."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv1d, self, input, self.weight, self.bias)
+        if _is_changed(self, torch.nn.Conv1d):
+            return super().forward(input)
+        return _forward(FF.conv1d, self, input)
 
 
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` on `fastops.functional.conv2d`: [N, C, H, W] or [C, H, W] -> [N, O, H', W'] or [O, H', W']."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv2d, self, input, self.weight, self.bias)
+        if _is_changed(self, torch.nn.Conv2d):
+            return super().forward(input)
+        return _forward(FF.conv2d, self, input)
 
 
 class Conv3d(torch.nn.Conv3d):
     """`torch.nn.Conv3d` on `fastops.functional.conv3d`: [N, C, D, H, W] or [C, D, H, W] -> the same with O channels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolved(FF.conv3d, self, input, self.weight, self.bias)
+        if _is_changed(self, torch.nn.Conv3d):
+            return super().forward(input)
+        return _forward(FF.conv3d, self, input)
 
 
 class ConvReLU1d(torch.nn.Conv1d):

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
+from .overrides import overrides, replaced
+
+
+def multiplied(
+    function: Callable[..., Tensor], layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``function`` of `fastops.functional` as a linear layer calls it; it has no options."""
+    return function(input, weight, bias)
+
 
 __all__ = ["Linear", "LinearReLU"]
 
@@ -14,7 +27,10 @@ class Linear(torch.nn.Linear):
     """`torch.nn.Linear` on `fastops.functional.linear`: [..., in_features] -> [..., out_features]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return FF.linear(input, self.weight, self.bias)
+        if replaced(torch.nn.Linear):
+            return super().forward(input)
+        weight, bias = self.weight, self.bias
+        return F.linear(input, weight, bias) if overrides(input, weight, bias) else FF.linear(input, weight, bias)
 
 
 class LinearReLU(torch.nn.Linear):

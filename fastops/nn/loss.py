@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as FF
+from .overrides import replaced
 
 __all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "MSELoss"]
 
@@ -16,6 +17,8 @@ class MSELoss(torch.nn.MSELoss):
     """`torch.nn.MSELoss` on `fastops.functional.mse_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.MSELoss):
+            return super().forward(input, target)
         return FF.mse_loss(input, target, reduction=self.reduction)
 
 
@@ -23,6 +26,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` on `fastops.functional.cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.CrossEntropyLoss):
+            return super().forward(input, target)
         return FF.cross_entropy(
             input,
             target,
@@ -37,6 +42,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """`torch.nn.BCEWithLogitsLoss` on `fastops.functional.binary_cross_entropy_with_logits`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.BCEWithLogitsLoss):
+            return super().forward(input, target)
         return FF.binary_cross_entropy_with_logits(
             input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
         )
@@ -61,6 +68,8 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss` on `fastops.functional.linear_cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.LinearCrossEntropyLoss):
+            return super().forward(input, target)
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return FF.linear_cross_entropy(

@@ -1,0 +1,138 @@
+"""How many of the ReLUs that models apply run in one call with what is before them, and whether results stay.
+
+    python bench/relus.py          # a model of each large family of torchvision, and of timm where that is installed
+    python bench/relus.py --all    # every model of torchvision, and 60 of timm
+
+Counted are applications in one forward pass in evaluation mode without gradients: eager, how often a ReLU runs;
+swapped, how many of these are left. The output is compared with eager's, bit for bit, on the torch expression.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+import fastops
+from fastops.dispatch import Explanation
+from fastops.fusions import RELU_FUNCTIONS
+
+FAMILIES = {
+    "classification": "alexnet vgg11_bn resnet18 resnet50 densenet121 googlenet inception_v3 regnet_y_400mf "
+    "shufflenet_v2_x1_0 squeezenet1_1 mnasnet0_5 mobilenet_v2",
+    "segmentation": "fcn_resnet50 deeplabv3_resnet50 lraspp_mobilenet_v3_large",
+    "video": "r3d_18 mc3_18 r2plus1d_18",
+    "detection": "fasterrcnn_resnet50_fpn retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large fcos_resnet50_fpn",
+}
+TIMM = 60
+INPUTS: dict[str, Callable[[], Any]] = {
+    "classification": lambda: torch.randn(2, 3, 96, 96),
+    "segmentation": lambda: torch.randn(1, 3, 64, 64),
+    "video": lambda: torch.randn(1, 3, 16, 56, 56),
+    "detection": lambda: [torch.rand(3, 96, 96)],
+}
+
+
+class Relus(TorchFunctionMode):
+    """Counts the ReLUs that run by themselves: as functions and as methods, those of modules too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.inside = 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        relu = func in (*RELU_FUNCTIONS, torch.Tensor.relu, torch.Tensor.relu_)
+        self.count += relu and not self.inside
+        outer, self.inside = self.inside, self.inside or relu or "fastops" in getattr(func, "__module__", "")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.inside = outer
+
+
+def left(model: nn.Module, x: Any) -> int:
+    """ReLUs by themselves, with the sums fused that a kernel would take: on a CPU sums in place stay what they are."""
+    kernel = mock.patch("fastops.promises.explain", lambda *_: Explanation("triton", "counted as if"))
+    with torch.no_grad(), kernel, Relus() as relus:
+        model(x)
+    return relus.count
+
+
+def alike(eager: nn.Module, swapped: nn.Module, x: Any) -> bool:
+    """Whether outputs are the same to the last bit, in evaluation and, where the input allows that, in training."""
+
+    def run(model: nn.Module) -> list[Any]:
+        torch.manual_seed(1)
+        given = [t.clone() for t in x] if isinstance(x, list) else x.clone()
+        with fastops.backend("torch"), torch.no_grad():
+            return tree_leaves(model(given))
+
+    pairs = zip(run(eager.eval()), run(swapped.eval()), strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
+    try:
+        expected = run(eager.train())
+    except (RuntimeError, ValueError, AssertionError):  # too small a batch or an image, or targets are wanted
+        return same
+    return same and all(
+        torch.equal(a, b) for a, b in zip(expected, run(swapped.train()), strict=True) if isinstance(a, torch.Tensor)
+    )
+
+
+def models(everything: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    """Family, name and maker of each."""
+    for family, names in FAMILIES.items():
+        module = torchvision.models if family == "classification" else getattr(torchvision.models, family)
+        for name in torchvision.models.list_models(module) if everything else names.split():
+            options = {"weights_backbone": None} if family in ("segmentation", "detection") else {}
+            options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            yield family, name, lambda n=name, o=options: torchvision.models.get_model(n, weights=None, **o)
+    try:
+        import timm
+    except ImportError:
+        print("timm is not installed: its models are left out")
+        return
+    names = timm.list_models()
+    for name in names[:: len(names) // (4 * TIMM if everything else TIMM)]:  # about one in four has a ReLU
+        yield "timm", name, lambda n=name: timm.create_model(n, pretrained=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every model")
+    warnings.simplefilter("ignore")
+    totals: dict[str, list[list[float]]] = defaultdict(list)
+    for family, name, make in models(parser.parse_args().all):
+        torch.manual_seed(0)
+        x = INPUTS.get(family, INPUTS["classification"])()
+        try:
+            eager = make().eval()
+            relus = left(eager, x)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            print(f"{family:15} {name:32} skipped: {str(error).splitlines()[0][:60]}")
+            continue
+        if not relus:
+            continue
+        shares = []
+        for fold in (False, True):
+            swapped = fastops.swap(copy.deepcopy(eager), fold_batchnorm=fold)
+            shares.append(1 - left(swapped, x) / relus)
+        same = alike(eager, fastops.swap(copy.deepcopy(eager)), x)
+        totals[family].append(shares)
+        print(f"{family:15} {name:32} {relus:4} ReLUs {shares[0]:5.2f} {shares[1]:5.2f} {'' if same else 'DIFFERS'}")
+    for family, found in totals.items():
+        plain, folded = (sum(share) / len(found) for share in zip(*found, strict=True))
+        print(f"{family:15} {len(found):3} models {plain:5.2f} {folded:5.2f} with batch norms folded")
+
+
+if __name__ == "__main__":
+    main()

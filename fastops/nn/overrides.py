@@ -1,0 +1,62 @@
+"""What others put in the place of torch's own: then a layer of ours computes what they want, as torch's layer would.
+
+Libraries replace methods of torch's classes (``nn.Linear.forward = ...``) and functions (``F.linear = ...``), and give
+layers weights of a class that overrides functions. Each call looks again: they may do so at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import OPS
+
+_Part = tuple[object, str, object]  # an owner, the name of an attribute and what torch has there
+
+
+def _part(owner: object, name: str) -> _Part:
+    """What ``owner.name`` is now, if torch defined it; else something that it never is."""
+    found = getattr(owner, name)
+    home = getattr(found, "__globals__", {"__name__": "torch"})  # built-in functions have none
+    return owner, name, found if str(home["__name__"]).partition(".")[0] == "torch" else object()
+
+
+def _layer(kind: Any, function: str, *methods: str) -> tuple[_Part, ...]:
+    return (*(_part(kind, name) for name in ("forward", *methods)), _part(F, function))
+
+
+_PARTS: Final[dict[type, tuple[_Part, ...]]] = {
+    nn.Module: (_part(nn.Module, "__call__"), _part(nn.Module, "_call_impl")),
+    nn.BatchNorm1d: _layer(nn.BatchNorm1d, "batch_norm"),
+    nn.BatchNorm2d: _layer(nn.BatchNorm2d, "batch_norm"),
+    nn.BatchNorm3d: _layer(nn.BatchNorm3d, "batch_norm"),
+    nn.ReLU: (*_layer(nn.ReLU, "relu"), *(_part(o, n) for o in (torch, Tensor) for n in ("relu", "relu_"))),
+    **{
+        op.module: _layer(op.module, op.name, *(["_conv_forward"] if hasattr(op.module, "_conv_forward") else []))
+        for op in OPS.values()
+        if op.module is not None
+    },
+}
+_PLAIN: Final = (Tensor, nn.Parameter)
+
+
+def replaced(kind: type) -> bool:
+    """Whether somebody replaced what a module of torch's class ``kind`` runs."""
+    for owner, name, torchs in _PARTS[kind]:  # noqa: SIM110  (a generator takes longer than all the rest)
+        if getattr(owner, name, None) is not torchs:
+            return True
+    return False
+
+
+def overrides(*tensors: Tensor | None) -> bool:
+    """Whether one of them is of a class that has its own idea of what functions of torch do."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if tensor is not None and kind not in _PLAIN:
+            own = getattr(kind, "__torch_function__", None)
+            if own is not torch._C._disabled_torch_function_impl:
+                return True
+    return False

@@ -1,0 +1,42 @@
+"""Rewrites a LeNet without torch: prints how many ReLUs there are, and how many with a layer.
+
+python callsites_alone.py path/to/callsites.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+spec = importlib.util.spec_from_file_location("callsites", sys.argv[1])
+callsites = importlib.util.module_from_spec(spec)
+sys.modules["callsites"] = callsites
+spec.loader.exec_module(callsites)
+
+F = SimpleNamespace(relu=lambda x: x, max_pool2d=lambda x, size: x)
+
+
+class LeNet:
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
+        x = F.max_pool2d(self.conv2(x).relu(), 2)
+        x = x.view(-1, self.num_flat_features(x))
+        x = self.fc1(x)
+        x = self.relu(x)
+        return self.fc3(self.relu(self.fc2(x)))
+
+    def num_flat_features(self, x):
+        features = 1
+        for size in x.size()[1:]:
+            features *= size
+        return features
+
+
+around = callsites.Surroundings(lambda v: False, lambda v: v is F.relu, lambda v: False, ("relu", "relu_"))
+helpers = {f"_fastops_{n}": print for n in ("hold", "link", "apply", "join", "method", "now", "shown")}
+found = callsites.rewrite(LeNet.forward, around, helpers)
+assert found.code is not None
+callsites.twin_of(LeNet.forward, found.code, helpers)
+relus = [site for site in found.sites if site.function is None or "relu" in callsites.tail(site.function)]
+print(len(relus), sum(bool(site.inputs) for site in relus))

@@ -83,7 +83,7 @@ def test_resnet18_on_the_torch_path_is_eager_to_the_last_bit(training: bool) -> 
 def test_resnet18_through_the_kernels(backend: str) -> None:
     """One step, output and gradients in evaluation mode: eager's error against float64 twice, no more.
 
-    One draw is enough: each of the 63 results has 64 numbers or more, none of them by itself.
+    One draw: each of the 63 results has 64 numbers or more to know the error of torch from.
     """
     model = resnet().eval()
     exact = step(copy.deepcopy(model).double(), *(t.double() for t in image()))

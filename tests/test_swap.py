@@ -469,9 +469,14 @@ def test_threads_may_run_while_another_copies() -> None:
     fastops.swap(model)
     x = torch.randn(5, 6, dtype=torch.float64)
     expected = reference(x)
+
+    def run() -> Tensor:
+        with fastops.backend("torch"):  # in each thread anew
+            return model(x)
+
     with ThreadPoolExecutor(4) as pool:
         copies = [pool.submit(copy.deepcopy, model) for _ in range(20)]
-        results = [pool.submit(model, x) for _ in range(20)]
+        results = [pool.submit(run) for _ in range(20)]
         assert all(torch.equal(result.result(), expected) for result in results)
         assert all(torch.equal(twin.result()(x), expected) for twin in copies)
     assert fastops.report(model).fused == 2

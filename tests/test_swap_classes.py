@@ -346,7 +346,8 @@ def test_threads_serve_while_others_swap_and_report() -> None:
     def serve() -> None:
         while not stop.is_set():
             try:
-                assert torch.equal(served(X), expected[0]) and torch.equal(other(X), expected[1])
+                with fastops.backend("torch"):  # in each thread anew
+                    assert torch.equal(served(X), expected[0]) and torch.equal(other(X), expected[1])
             except Exception as error:
                 errors.append(error)
 

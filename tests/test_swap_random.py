@@ -6,6 +6,7 @@ import copy
 import linecache
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def program(steps: list[tuple[str, int, int, int]]) -> type[Program]:
     source = "class Random(Program):\n  def forward(self, x):\n" + "".join(f"    {line}\n" for line in lines)
     filename = f"<program {hash(source)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = dict(globals())
+    namespace = {**globals(), "F": F}
     exec(compile(source, filename, "exec"), namespace)
     return namespace["Random"]  # type: ignore[no-any-return]
 

@@ -25,20 +25,10 @@ from . import functional as FF
 from . import nn as fnn
 from .dispatch import explain
 from .fold import BATCH_NORMS, folded_weights
+from .fusions import COUNTERPARTS, RELU_FUNCTIONS
 from .nn.conv import convolved
 from .trace import Assumptions, LeftAlone, Tracer, in_place, trace
 
-# What takes the place of what: one line for each layer.
-COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
-    nn.Linear: fnn.Linear,
-    nn.Conv1d: fnn.Conv1d,
-    nn.Conv2d: fnn.Conv2d,
-    nn.Conv3d: fnn.Conv3d,
-    nn.MSELoss: fnn.MSELoss,
-    nn.CrossEntropyLoss: fnn.CrossEntropyLoss,
-    nn.BCEWithLogitsLoss: fnn.BCEWithLogitsLoss,
-    nn.LinearCrossEntropyLoss: fnn.LinearCrossEntropyLoss,
-}
 # How layers run with given weights, without and with a ReLU behind them, known by their forward: parametrized layers
 # share it.
 _Run = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
@@ -49,8 +39,6 @@ WITH_RELU: Final[dict[Callable[..., Any], tuple[_Run, _Run]]] = {
     fnn.Conv3d.forward: (lambda *a: convolved(FF.conv3d, *a), lambda *a: convolved(FF.conv_relu3d, *a)),
 }
 ORIGINALS: Final = {swapped: original for original, swapped in COUNTERPARTS.items()}
-
-_RELU_FUNCTIONS: Final = (F.relu, torch.relu, torch.relu_, F.relu_, torch.ops.aten.relu.default)
 
 
 def plain_class(found: type) -> type:
@@ -201,7 +189,7 @@ def _relu_of(node: fx.Node, root: nn.Module) -> tuple[str | None, bool, fx.Node]
         path = str(node.target)
     elif node.op == "call_method" and node.target in ("relu", "relu_"):
         replaces = node.target == "relu_"
-    elif node.op == "call_function" and node.target in _RELU_FUNCTIONS:
+    elif node.op == "call_function" and node.target in RELU_FUNCTIONS:
         flag = node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace")
         replaces = node.target in (torch.relu_, F.relu_) or flag is True
     else:

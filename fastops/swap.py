@@ -24,7 +24,6 @@ from torch import nn
 
 from . import nn as fnn
 from .fuse import (
-    COUNTERPARTS,
     ORIGINALS,
     WITH_RELU,
     Site,
@@ -36,6 +35,7 @@ from .fuse import (
     traced,
     untouched,
 )
+from .fusions import COUNTERPARTS
 from .ops.conv import is_channels_last
 from .trace import LeftAlone
 from .tuning import Example, calls_of

@@ -1,9 +1,9 @@
-"""The MSE kernels in the interpreter."""
+"""The kernels of the losses of a pair in the interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +15,20 @@ from torch import Tensor
 from fastops.kernels import elementwise, mse
 from fastops.kernels.launch import Plan, launch
 
+
+class Loss(NamedTuple):
+    """Both launchers of a loss, torch's function, and its own option, as the launchers and as torch take it."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+    torchs: Callable[..., Tensor]
+    numbers: tuple[float, ...] = ()
+
+
+LOSSES = {
+    "mse": Loss(mse.mse_loss, mse.mse_loss_backward, F.mse_loss),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 LAYOUTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
@@ -41,94 +55,109 @@ def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def check(make: Callable[[], tuple[Tensor, Tensor]], reduction: str, grad_output: Tensor | None = None) -> None:
+def check(
+    loss: Loss, make: Callable[[], tuple[Tensor, Tensor]], reduction: str, grad_output: Tensor | None = None
+) -> None:
     """Loss and both gradients against torch's: of a run under guard, and where rounded sums count of 15 more."""
 
     def torchs(input: Tensor, target: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
         input, target = input.detach().requires_grad_(), target.detach().requires_grad_()
-        loss = F.mse_loss(input, target, reduction=reduction)
-        return loss.detach(), *torch.autograd.grad(loss, (input, target), grad_output)
+        result = loss.torchs(input, target, reduction=reduction)
+        return result.detach(), *torch.autograd.grad(result, (input, target), grad_output)
 
     def run(call: Callable[..., Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         input, target = make()
-        loss = call(mse.mse_loss, input, target, reduction)
-        grad = torch.randn_like(loss) if grad_output is None else grad_output
-        gradients = call(mse.mse_loss_backward, grad, input, target, reduction, True, True)
-        return (loss, *gradients), (input, target, grad)
+        result = call(loss.forward, input, target, reduction, *loss.numbers)
+        grad = torch.randn_like(result) if grad_output is None else grad_output
+        gradients = call(loss.backward, grad, input, target, reduction, *loss.numbers, True, True)
+        return (result, *gradients), (input, target, grad)
 
     guarded = run(run_guarded)
     more = 0 if reduction == "none" or guarded[1][0].dtype.itemsize == 2 else 15
     assert_as_accurate_as_torch(torchs, guarded, *(run(call_plainly) for _ in range(more)))
 
 
+@every_loss
 @pytest.mark.usefixtures("tile_of_16")
 @pytest.mark.parametrize("size", [1, 13, 15, 16, 17, 37])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes(dtype: torch.dtype, reduction: str, size: int) -> None:
-    check(lambda: (torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)), reduction)
+def test_sizes(loss: Loss, dtype: torch.dtype, reduction: str, size: int) -> None:
+    check(loss, lambda: (torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)), reduction)
 
 
+@every_loss
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_layouts(reduction: str, layout: str) -> None:
-    check(LAYOUTS[layout], reduction)
+def test_layouts(loss: Loss, reduction: str, layout: str) -> None:
+    check(loss, LAYOUTS[layout], reduction)
     input, target = LAYOUTS[layout]()
-    loss = mse.mse_loss(input, target, reduction)
-    assert loss.stride() == F.mse_loss(input, target, reduction=reduction).stride()
+    result = loss.forward(input, target, reduction, *loss.numbers)
+    assert result.stride() == loss.torchs(input, target, reduction=reduction).stride()
 
 
+@every_loss
 @pytest.mark.parametrize(
     "grad_output",
     [torch.tensor(3.0).expand(5, 7), torch.arange(5.0)[:, None].expand(5, 7), torch.arange(35.0).view(7, 5).t()],
     ids=["scalar", "column", "transposed"],
 )
-def test_none_takes_every_gradient(grad_output: Tensor) -> None:
-    check(LAYOUTS["contiguous"], "none", grad_output)
+def test_none_takes_every_gradient(loss: Loss, grad_output: Tensor) -> None:
+    check(loss, LAYOUTS["contiguous"], "none", grad_output)
 
 
+@every_loss
 @pytest.mark.usefixtures("tile_of_16")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_spread_as_in_torch(value: float, reduction: str) -> None:
+def test_nan_and_inf_spread_as_in_torch(loss: Loss, value: float, reduction: str) -> None:
     def make() -> tuple[Tensor, Tensor]:
         input, target = torch.randn(40), torch.randn(40)
         input[3] = input[20] = target[20] = value
         return input, target
 
-    check(make, reduction)
+    check(loss, make, reduction)
 
 
+@every_loss
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_only_needed_gradients(reduction: str) -> None:
+def test_only_needed_gradients(loss: Loss, reduction: str) -> None:
     input, target = torch.randn(40), torch.randn(40)
-    grad_output = torch.randn_like(mse.mse_loss(input, target, reduction))
-    both = mse.mse_loss_backward(grad_output, input, target, reduction, True, True)
-    for_input = run_guarded(mse.mse_loss_backward, grad_output, input, target, reduction, True, False)
-    for_target = run_guarded(mse.mse_loss_backward, grad_output, input, target, reduction, False, True)
+    grad_output = torch.randn_like(loss.forward(input, target, reduction, *loss.numbers))
+    arguments = grad_output, input, target, reduction, *loss.numbers
+    both = loss.backward(*arguments, True, True)
+    for_input = run_guarded(loss.backward, *arguments, True, False)
+    for_target = run_guarded(loss.backward, *arguments, False, True)
     assert for_input[1] is None and torch.equal(for_input[0], both[0])
     assert for_target[0] is None and torch.equal(for_target[1], both[1])
 
 
+@every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mean_accumulates_in_float32(dtype: torch.dtype) -> None:
+def test_mean_accumulates_in_float32(loss: Loss, dtype: torch.dtype) -> None:
     """A sum of 3000 ones stops growing at 256 in bfloat16 and at 2048 in float16."""
-    assert mse.mse_loss(torch.ones(3000, dtype=dtype), torch.zeros(3000, dtype=dtype), "mean") == 1
+    ones, zeros = torch.ones(3000, dtype=dtype), torch.zeros(3000, dtype=dtype)
+    assert loss.forward(ones, zeros, "mean", *loss.numbers) == loss.torchs(ones[0].double(), zeros[0].double()).to(
+        dtype
+    )
 
 
+@every_loss
 @pytest.mark.usefixtures("tile_of_16")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_two_runs_are_equal(reduction: str) -> None:
+def test_two_runs_are_equal(loss: Loss, reduction: str) -> None:
     input, target = torch.randn(100), torch.randn(100)
-    first, second = (mse.mse_loss(input, target, reduction) for _ in range(2))
+    first, second = (loss.forward(input, target, reduction, *loss.numbers) for _ in range(2))
     assert same_bits(first, second)
 
 
-def test_second_backward_is_independent_of_the_first() -> None:
+@every_loss
+def test_second_backward_is_independent_of_the_first(loss: Loss) -> None:
     input, target = torch.randn(40), torch.randn(40)
-    first, _ = mse.mse_loss_backward(torch.tensor(1.0), input, target, "mean", True, False)
-    second, _ = mse.mse_loss_backward(torch.tensor(-4.0), input, target, "mean", True, False)
+    options = "mean", *loss.numbers, True, False
+    first, _ = loss.backward(torch.tensor(1.0), input, target, *options)
+    second, _ = loss.backward(torch.tensor(-4.0), input, target, *options)
     assert torch.equal(second, -4 * first)
 
 

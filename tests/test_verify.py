@@ -237,9 +237,9 @@ def put(defect: Defect, monkeypatch: pytest.MonkeyPatch, op: Op, function: str) 
     if function not in ("forward", "backward"):
         monkeypatch.setattr(op, function, defect(getattr(op, function)))
         return
-    forward, backward = op._launchers
+    forward, backward = op.launchers
     wrong = (defect(forward), backward) if function == "forward" else (forward, defect(backward))
-    monkeypatch.setattr(op, "_launchers", wrong)
+    monkeypatch.setattr(op, "launchers", wrong)
 
 
 @pytest.mark.parametrize(("op", "name", "function", "defect", "words"), DEFECTS.values(), ids=DEFECTS)

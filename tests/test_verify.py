@@ -26,6 +26,8 @@ TYPICAL = {op.name: [op.examples[0].name] for op in OPS.values()} | {
     "linear": ["vector"],
     "linear_relu": ["matrix"],
     "mse_loss": ["none, transposed target", "mean", "mean, element weights"],
+    "smooth_l1_loss": ["none, beta 0.3"],
+    "huber_loss": ["none, delta 0.3"],
     "binary_cross_entropy_with_logits": ["mean, weight, pos_weight", "none"],
     "cross_entropy": ["indices, mean, weight, smoothing, ignore_index", "probabilities, none, weight"],
     "linear_cross_entropy": ["indices, none, weight", "probabilities, mean, weight"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import elementwise, mse
+from fastops.kernels import elementwise, huber, l1, mse, smooth_l1
 from fastops.kernels.launch import Plan, launch
 
 
@@ -27,6 +28,17 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "mse": Loss(mse.mse_loss, mse.mse_loss_backward, F.mse_loss),
+    "l1": Loss(l1.l1_loss, l1.l1_loss_backward, F.l1_loss),
+    **{
+        f"smooth_l1, beta {beta}": Loss(
+            smooth_l1.smooth_l1_loss,
+            smooth_l1.smooth_l1_loss_backward,
+            partial(F.smooth_l1_loss, beta=beta),
+            (beta,),
+        )
+        for beta in (0.3, 0.0)
+    },
+    "huber, delta 0.3": Loss(huber.huber_loss, huber.huber_loss_backward, partial(F.huber_loss, delta=0.3), (0.3,)),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -118,6 +130,32 @@ def test_nan_and_inf_spread_as_in_torch(loss: Loss, value: float, reduction: str
         return input, target
 
     check(loss, make, reduction)
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_ties_and_kinks(loss: Loss, dtype: torch.dtype, reduction: str) -> None:
+    """Where input and target are equal, and where they differ by just the option."""
+    differences = torch.tensor([0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 0.300000005], dtype=dtype)  # the last: below float32's
+    check(loss, lambda: (differences, torch.zeros(7, dtype=dtype)), reduction)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinity less infinity, as in torch
+@pytest.mark.parametrize("number", [1e-320, 1e30, 1e300, float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("option", ["beta", "delta"])
+def test_options_that_float32_cannot_hold(option: str, dtype: torch.dtype, number: float) -> None:
+    """There they are 0 or infinite."""
+    torchs, kernels = (F.smooth_l1_loss, smooth_l1) if option == "beta" else (F.huber_loss, huber)
+    input = torch.tensor([1.0, -2.0, float("inf"), float("-inf"), float("nan")], dtype=dtype).requires_grad_()
+    target, ones = torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)
+    expected = torchs(input, target, reduction="none", **{option: number})
+    arguments = input.detach(), target, "none", number
+    loss = getattr(kernels, torchs.__name__)(*arguments)
+    gradient, _ = getattr(kernels, f"{torchs.__name__}_backward")(ones, *arguments, True, False)
+    torch.testing.assert_close(loss, expected.detach(), equal_nan=True)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, input, ones), equal_nan=True)
 
 
 @every_loss

@@ -253,6 +253,86 @@ def mse_loss(
 
 
 @_overridable
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean absolute error, as `torch.nn.functional.l1_loss`; both arguments get gradients, 0 where they are equal.
+
+    Args:
+        input: any shape.
+        target: the same shape (another one is broadcast with torch's warning).
+        size_average, reduce: deprecated in torch, see ``reduction``.
+        reduction: ``"none"`` (one value per element), ``"mean"`` or ``"sum"`` (0-d).
+        weight: one factor per element, or None.
+
+    Raises:
+        ValueError: if ``reduction`` is none of the three.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    loss: Tensor = call(OPS["l1_loss"], input, target, weight, reduction)
+    return loss
+
+
+@_overridable
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """Smooth L1 loss, as `torch.nn.functional.smooth_l1_loss`; both arguments get gradients.
+
+    Args:
+        input: any shape.
+        target: the same shape (another one is broadcast with torch's warning).
+        size_average, reduce: deprecated in torch, see ``reduction``.
+        reduction: ``"none"`` (one value per element), ``"mean"`` or ``"sum"`` (0-d).
+        beta: the difference from which an element's loss is linear instead of quadratic; 0 gives `l1_loss`.
+
+    Raises:
+        RuntimeError: if ``beta`` is negative.
+        ValueError: if ``reduction`` is none of the three.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    loss: Tensor = call(OPS["smooth_l1_loss"], input, target, None, reduction, beta)
+    return loss
+
+
+@_overridable
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Huber loss, as `torch.nn.functional.huber_loss`; both arguments get gradients.
+
+    Args:
+        input: any shape.
+        target: the same shape (another one is broadcast with torch's warning).
+        reduction: ``"none"`` (one value per element), ``"mean"`` or ``"sum"`` (0-d).
+        delta: the difference from which an element's loss is linear instead of quadratic.
+        weight: one factor per element, or None.
+
+    Raises:
+        RuntimeError: if ``delta`` is not positive.
+        ValueError: if ``reduction`` is none of the three.
+    """
+    loss: Tensor = call(OPS["huber_loss"], input, target, weight, reduction, delta)
+    return loss
+
+
+@_overridable
 def cross_entropy(
     input: Tensor,
     target: Tensor,

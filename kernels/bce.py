@@ -41,7 +41,7 @@ from .elementwise import (
 
 @triton.jit
 def load_factor(factor_ptr, start, size, repeats, DENSE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """A weight for a tile: one for each element, or number i // inner % period for element i; ``repeats``: both."""
+    """A weight for a tile: one for each element, or for element i number i // inner % period; ``repeats``: both."""
     if DENSE:
         factor = load_tile(factor_ptr, start, size, EVEN, BLOCK)
     else:

@@ -131,7 +131,7 @@ def accumulated_gradients(
     needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input [N, K], weight [C, K] and bias [C] from those of the logits, a tile at a time.
+    """Gradients of input [N, K], weight [C, K] and bias [C], if needed, from those of the logits, a tile at a time.
 
     ``logit_gradients(rows, classes)`` computes the gradient of a tile of logits. ``product`` multiplies [M, K] x [K, N]
     and returns the accumulators' dtype; sums are rounded once, at the end. Classes are the outer loop, so that only one

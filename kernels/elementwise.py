@@ -63,7 +63,7 @@ def elementwise_config(size: int, device: torch.device) -> tuple[int, int]:
     return min(block, triton.next_power_of_2(size)), num_warps
 
 
-def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: bool) -> Plan:
+def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: float) -> Plan:
     """A kernel over ``size`` elements, its first number."""
     block, num_warps = elementwise_config(size, device)
     return Plan(
@@ -109,8 +109,11 @@ class LossPlan(NamedTuple):
 
 
 @planned
-def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **constants: bool) -> LossPlan:
-    """`elementwise_loss`; ``numbers`` and ``constants`` are the kernel's own."""
+def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **constants: float) -> LossPlan:
+    """`elementwise_loss`; ``numbers`` and ``constants`` are the kernel's own.
+
+    A float is a constant: as a number Triton would round it to float32, in kernels for float64 too.
+    """
     size, reduced = elements.shape.numel(), reduction != "none"
     divisor = size if reduction == "mean" else 1
     alone = elementwise_config(size, elements.device)[0] >= size
@@ -157,7 +160,7 @@ def loss_backward_plan(
     reduction: str,
     choices: tuple[bool, bool, bool],
     *numbers: int,
-    **constants: bool,
+    **constants: float,
 ) -> LossBackwardPlan:
     """`elementwise_loss_backward`; ``choices``: whether the loss has one gradient for all elements, and which of input
     and target need one.

@@ -78,12 +78,21 @@ def torch_add_relu(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _elementwise_cases() -> Iterator[Case]:
-    for reduction in ("none", "mean", "sum"):
-        ours = functools.partial(FF.mse_loss, reduction=reduction)
-        torchs = functools.partial(F.mse_loss, reduction=reduction)
-        yield Case("mse_loss", reduction, ours, torchs, ((4, 3), (4, 3)))
+    losses: dict[str, dict[str, Any]] = {
+        "mse_loss": {},
+        "l1_loss": {},
+        "smooth_l1_loss": {"beta": 0.3},
+        "huber_loss": {"delta": 0.3},
+    }
+    for op, options in losses.items():
+        ours, torchs = (functools.partial(getattr(of, op), **options) for of in (FF, F))
+        for reduction in ("none", "mean", "sum"):
+            reduced = (functools.partial(function, reduction=reduction) for function in (ours, torchs))
+            yield Case(op, reduction, *reduced, ((4, 3), (4, 3)))
+        yield Case(op, "0d", ours, torchs, ((), ()))
+    smooth = (functools.partial(of.smooth_l1_loss, beta=0) for of in (FF, F))
+    yield Case("smooth_l1_loss", "beta_0", *smooth, ((4, 3), (4, 3)))
     yield Case("add_relu", "pair", FF.add_relu, torch_add_relu, ((4, 3), (4, 3)))
-    yield Case("mse_loss", "0d", FF.mse_loss, F.mse_loss, ((), ()))
 
 
 def _of_indices(function: Callable[..., Tensor], target: Tensor, options: dict[str, Any], input: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 
 import pytest
@@ -58,14 +59,12 @@ def test_second_derivatives(case: Case, backend: str, monkeypatch: pytest.Monkey
 @every_case
 def test_forward_over_reverse(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     onednn_in_float64(monkeypatch)
-    assert gradgradcheck(
-        case.ours,
-        case.tensors(),
-        fast_mode=True,
-        check_fwd_over_rev=True,
-        check_rev_over_rev=False,
-        check_undefined_grad=False,
-    )
+    options = {"check_fwd_over_rev": True, "check_rev_over_rev": False, "check_undefined_grad": False}
+    try:
+        assert gradgradcheck(case.ours, case.tensors(), fast_mode=True, **options)
+    except NotImplementedError as error:  # what torch lacks is missing in its words
+        with pytest.raises(NotImplementedError, match=re.escape(str(error))):
+            gradgradcheck(case.torchs, case.tensors(), fast_mode=True, **options)
 
 
 @one_case_per_op

@@ -111,10 +111,13 @@ class Everything(nn.Module):
         plane = self.wrapped(torch.relu(self.conv2(x.view(-1, 1, 2, 3))))
         cube = self.conv3(x.view(-1, 1, 1, 2, 3).expand(-1, -1, 2, -1, -1)).relu_()
         logits = self.head(self.hidden(input=x).relu())
-        losses = F.cross_entropy(logits, target, label_smoothing=0.1), F.mse_loss(logits, logits.detach() + 1)
+        other = logits.detach() + 1
+        pairs = F.mse_loss(logits, other), F.l1_loss(logits, other), F.smooth_l1_loss(logits, other, beta=0.3)
+        losses = *pairs, F.huber_loss(logits, other, delta=0.3), F.cross_entropy(logits, target, label_smoothing=0.1)
         return sum(losses) + line.sum() + plane.sum() + cube.sum()
 
 
+LOSSES = ("cross_entropy", "huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss")
 OF_EVERYTHING = (
     "conv_relu1d",
     "conv_relu2d",
@@ -122,8 +125,7 @@ OF_EVERYTHING = (
     "conv_relu3d",
     "linear_relu",
     "linear",
-    "cross_entropy",
-    "mse_loss",
+    *LOSSES,
 )
 
 
@@ -148,8 +150,8 @@ def test_every_op_with_every_compiler(way: str, compiler: str) -> None:
     report = fastops.compile.report()
     assert report.fused == (0 if way == "torch" else 4)
     replaced = [row.outcome.split()[0].rpartition(".")[2] for row in report.rows if row.done and row.layer != "relu"]
-    losses = () if way == "onednn" else ("cross_entropy", "mse_loss")
-    products = [op for op in OF_EVERYTHING if op not in ("cross_entropy", "mse_loss")]
+    losses = () if way == "onednn" else LOSSES
+    products = [op for op in OF_EVERYTHING if op not in LOSSES]
     assert sorted(replaced) == ([] if way == "torch" else sorted((*products, *losses)))
 
 

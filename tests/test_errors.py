@@ -299,6 +299,22 @@ HEAD: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     *(((x, q, indices), {"ignore_index": value}) for value in (0, 1.5, 2**70)),
     ((x[:0], q, indices[:0]), {}),
 ]
+BOUNDS = {"smooth_l1_loss": "beta", "huber_loss": "delta"}
+BOUND: list[Any] = [
+    0,
+    -0.0,
+    -1.0,
+    2,
+    True,
+    float("inf"),
+    float("nan"),
+    10**400,
+    None,
+    "a",
+    torch.tensor(0.5),
+    torch.tensor([0.5, 2.0]),
+    torch.tensor(0.5, requires_grad=True),
+]
 BCE: list[tuple[Any, ...]] = [
     ([1], x),
     (x, None),
@@ -363,7 +379,16 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("conv2d", all_seven(*call), {}) for call in CONV2D),
     *(("conv_relu2d", all_seven(*call), {}) for call in CONV2D),
     *(("conv3d", all_seven(*call), {}) for call in CONV3D),
-    *(("mse_loss", arguments, {}) for arguments in MSE_LOSS),
+    *((op, arguments, {}) for op in ("mse_loss", "l1_loss") for arguments in MSE_LOSS),
+    *((op, arguments, {}) for op in BOUNDS for arguments in MSE_LOSS if len(arguments) == 2),
+    *((op, (x, x + 1), {BOUNDS[op]: bound}) for op in BOUNDS for bound in BOUND),
+    ("smooth_l1_loss", (x, x), {"reduction": "bad"}),
+    ("smooth_l1_loss", (x, x, False), {}),
+    ("smooth_l1_loss", (x, x), {"weight": x}),
+    ("huber_loss", (x, x, "bad"), {}),
+    ("huber_loss", (x, x, "mean", 0.3, x), {}),
+    ("huber_loss", (x, x, "mean", 0.3, x[:2]), {}),
+    ("huber_loss", (x, x, "mean", -1.0, x), {}),
     *(("cross_entropy", arguments, {}) for arguments in CROSS_ENTROPY),
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
     *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
@@ -445,7 +470,9 @@ def test_outcome_is_torchs_without_the_interpreter(
         assert (type(found), str(found)) == (type(expected), str(expected))
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "op", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy", "binary_cross_entropy_with_logits"]
+)
 def test_deprecated_arguments_warn_as_torch_does(op: str, backend: str) -> None:
     target = indices if op == "cross_entropy" else q
     for legacy in ({"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -47,7 +48,13 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], tuple[Tensor, ...]], obje
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_function_transforms(case: Case, transform: str, backend: str) -> None:
     tensors = case.tensors(requires_grad=False)
-    torch.testing.assert_close(TRANSFORMS[transform](case.ours, tensors), TRANSFORMS[transform](case.torchs, tensors))
+    try:
+        expected = TRANSFORMS[transform](case.torchs, tensors)
+    except NotImplementedError as error:  # what torch lacks is missing in its words
+        with pytest.raises(NotImplementedError, match=re.escape(str(error))):
+            TRANSFORMS[transform](case.ours, tensors)
+        return
+    torch.testing.assert_close(TRANSFORMS[transform](case.ours, tensors), expected)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from cases import Case, every_case, no_fallback, onednn_in_float64
 
 import fastops
 import fastops.functional as FF
+from fastops.ops import OPS
+from fastops.ops.op import TINY
 
 pytestmark = no_fallback
 
@@ -24,9 +26,7 @@ def test_values(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize(
-    "op", ["mse_loss", "cross_entropy", "binary_cross_entropy_with_logits", "linear_cross_entropy"]
-)
+@pytest.mark.parametrize("op", [op.name for op in OPS.values() if any(map(inspect.isfunction, op.replaces))])
 def test_signature_is_torchs(op: str) -> None:
     def parameters(function: object) -> list[tuple[str, object]]:
         return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]  # type: ignore[arg-type]
@@ -45,10 +45,9 @@ def test_signature_of_linear(op: str) -> None:
     torch.testing.assert_close(function(input, weight, bias), expected)
 
 
-@pytest.mark.parametrize(
-    "op", ["linear", "linear_relu", "mse_loss", "cross_entropy", "binary_cross_entropy_with_logits"]
-)
+@pytest.mark.parametrize("op", OPS)
 def test_every_public_function_explains_itself(op: str) -> None:
-    arguments = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]) if op == "cross_entropy" else torch.randn(4, 3)
+    example = OPS[op].examples[0]
+    variables, constants = example.draw(TINY, torch.Generator())
     with fastops.backend("triton"):
-        assert fastops.explain(op, *arguments).backend == "triton"
+        assert fastops.explain(op, **variables, **constants, **example.options).backend == "triton"

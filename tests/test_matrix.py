@@ -68,6 +68,21 @@ def test_a_defect_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "FAILED higher order / create_graph / linear_relu / triton: AssertionError" in printed
 
 
+@pytest.mark.parametrize(("who", "cell"), [("both", "not in torch"), ("torch", "NOT ON triton")])
+def test_what_torch_lacks(
+    who: str, cell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds if fastops says so too."""
+
+    def lacking(subject: matrix.Subject) -> torch.Tensor:
+        raise NotImplementedError("no such derivative")
+
+    ours = lacking if who == "both" else lambda subject: torch.ones(())
+    monkeypatch.setattr(matrix, "FAMILIES", {"family": {"property": matrix.Property(ours, lacking)}})
+    assert matrix.run(["add_relu"], ["triton"], torch.device("cpu")) == (who == "torch")
+    assert tables(capsys.readouterr().out)["family"]["add_relu"]["property"] == cell
+
+
 def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(matrix, "FAMILIES", {"precision": matrix.FAMILIES["precision"]})
     assert matrix.run(["linear"], ["auto"], torch.device("cpu")) == 0

@@ -216,12 +216,13 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         "strided": torch.randn(8, 6)[::2, ::2],
         "expanded": torch.randn(4, 1).expand(4, 3),
     }
-    for input in layouts.values():
-        for target in layouts.values():
-            yield "mse_loss", (input, target, "none", "triton")
-        yield "mse_loss", (input, a, "mean", "triton")
-        yield "mse_loss_backward", (a, input, a, "none", True, True, "triton")
-    yield "mse_loss_backward", (torch.tensor(2.0), a, a, "mean", False, True, "triton")
+    for op, numbers in (("mse_loss", ()), ("l1_loss", ()), ("smooth_l1_loss", (0.3,)), ("huber_loss", (0.3,))):
+        for input in layouts.values():
+            for target in layouts.values():
+                yield op, (input, target, "none", *numbers, "triton")
+            yield op, (input, a, "mean", *numbers, "triton")
+            yield f"{op}_backward", (a, input, a, "none", *numbers, True, True, "triton")
+        yield f"{op}_backward", (torch.tensor(2.0), a, a, "mean", *numbers, False, True, "triton")
     for target in layouts.values():
         weights = (torch.rand(3), torch.rand(4, 1))
         yield "binary_cross_entropy_with_logits", (a, target, *weights, "none", "triton")

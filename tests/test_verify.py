@@ -26,6 +26,8 @@ TYPICAL = {op.name: [op.examples[0].name] for op in OPS.values()} | {
     "linear": ["vector"],
     "linear_relu": ["matrix"],
     "mse_loss": ["none, transposed target", "mean", "mean, element weights"],
+    "smooth_l1_loss": ["none, beta 0.3"],
+    "huber_loss": ["none, delta 0.3"],
     "binary_cross_entropy_with_logits": ["mean, weight, pos_weight", "none"],
     "cross_entropy": ["indices, mean, weight, smoothing, ignore_index", "probabilities, none, weight"],
     "linear_cross_entropy": ["indices, none, weight", "probabilities, mean, weight"],
@@ -237,9 +239,9 @@ def put(defect: Defect, monkeypatch: pytest.MonkeyPatch, op: Op, function: str) 
     if function not in ("forward", "backward"):
         monkeypatch.setattr(op, function, defect(getattr(op, function)))
         return
-    forward, backward = op._launchers
+    forward, backward = op.launchers
     wrong = (defect(forward), backward) if function == "forward" else (forward, defect(backward))
-    monkeypatch.setattr(op, "_launchers", wrong)
+    monkeypatch.setattr(op, "launchers", wrong)
 
 
 @pytest.mark.parametrize(("op", "name", "function", "defect", "words"), DEFECTS.values(), ids=DEFECTS)

@@ -26,6 +26,7 @@ from fastops.cli.table import MarkdownTable
 from fastops.ops import OPS, Op
 from fastops.ops.op import TINY
 
+NOT_IN_TORCH: Final = "not in torch"
 Transform = Callable[[Function], Function]
 
 
@@ -307,12 +308,26 @@ def _subjects(op: Op, device: torch.device) -> tuple[Subject, Subject, Callable[
     return subject(getattr(FF, op.name)), subject(torch_function(op)), backend
 
 
+def _same_error(property: Property, ours: Subject, expected: NotImplementedError) -> str:
+    try:
+        property.of(ours)
+    except NotImplementedError as error:
+        if str(error) == str(expected):
+            return NOT_IN_TORCH
+        raise
+    return f"no error, but torch: {expected}"
+
+
 def _failure(property: Property, ours: Subject, torchs: Subject) -> str | None:
+    """What is wrong, or `NOT_IN_TORCH` if torch lacks it and fastops says so in torch's words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", fastops.FallbackWarning)
-            expected = (property.expected or property.of)(torchs)
+            try:
+                expected = (property.expected or property.of)(torchs)
+            except NotImplementedError as error:
+                return _same_error(property, ours, error)
             found = property.of(ours)
             if isinstance(found, str):
                 return None if found == expected else f"{found}, not {expected}"
@@ -344,15 +359,17 @@ def run(names: list[str], ways: Sequence[str], device: torch.device) -> int:
             row = [op]
             checked = [way for way in ways if taken[op, way] == way or way == "auto"]
             for name, property in properties.items():
-                bad = []
+                bad, good = [], "yes"
                 for way in checked:
                     with fastops.backend(way):
                         failure = _failure(property, ours, torchs)
-                    if failure is not None:
+                    if failure == NOT_IN_TORCH:
+                        good = NOT_IN_TORCH
+                    elif failure is not None:
                         bad.append(way)
                         failures.append(f"{family} / {name} / {op} / {way}: {failure}")
                 cells += len(checked)
-                row.append(f"NOT ON {', '.join(bad)}" if bad else "yes" if checked else "-")
+                row.append(f"NOT ON {', '.join(bad)}" if bad else good if checked else "-")
             table.row(row)
     print()
     for failure in failures:

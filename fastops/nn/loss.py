@@ -10,7 +10,16 @@ from torch import Tensor
 from .. import functional as FF
 from .overrides import replaced
 
-__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "MSELoss"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
+    "MSELoss",
+    "SmoothL1Loss",
+]
 
 
 class MSELoss(torch.nn.MSELoss):
@@ -20,6 +29,33 @@ class MSELoss(torch.nn.MSELoss):
         if replaced(torch.nn.MSELoss):
             return super().forward(input, target)
         return FF.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    """`torch.nn.L1Loss` on `fastops.functional.l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.L1Loss):
+            return super().forward(input, target)
+        return FF.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """`torch.nn.SmoothL1Loss` on `fastops.functional.smooth_l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.SmoothL1Loss):
+            return super().forward(input, target)
+        return FF.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """`torch.nn.HuberLoss` on `fastops.functional.huber_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if replaced(torch.nn.HuberLoss):
+            return super().forward(input, target)
+        return FF.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -25,9 +25,11 @@ def pair_loss(
     load: Callable[[], tuple[Callable[..., Any], Callable[..., Tensors]]],
     plain: Callable[..., Tensor],
     number: str = "",
-    number_accepted: Callable[[Any], bool] = lambda number: True,
+    number_accepted: Callable[[float], bool] = lambda number: True,
 ) -> Op:
-    """The record of such a loss.
+    """The record of such a loss. A call of it is ``(input, target, weight, reduction, number)``.
+
+    In a call the weight of each element is None where the function has none, and the number is left out likewise.
 
     Args:
         function: torch's, which has the name of the op.
@@ -36,8 +38,8 @@ def pair_loss(
         load: imports the launchers; forward ``(input, target, reduction, number)``, backward ``(grad_output, input,
             target, reduction, number, need_input, need_target)``, without the number if there is none.
         plain: the same as the forward launcher, by ATen, for tensors of one shape.
-        number: the name of the loss's own option, if it has one.
-        number_accepted: whether kernels take that.
+        number: the name of the loss's own option, a float, if it has one.
+        number_accepted: whether kernels take that float. torch gets the others, and what is no float.
     """
 
     def accepts(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *numbers: Any) -> str | None:
@@ -47,7 +49,10 @@ def pair_loss(
             return unfit
         if input.shape != target.shape:
             return "input and target shapes differ"
-        return None if all(map(number_accepted, numbers)) else f"{number} is not valid"
+        for value in numbers:
+            if not (isinstance(value, (int, float)) and number_accepted(value)):
+                return f"no kernel for this {number}"
+        return None
 
     def expression(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *numbers: Any) -> Tensor:
         options = dict(zip((number,), numbers, strict=False)) | ({} if weight is None else {"weight": weight})
@@ -77,7 +82,7 @@ def pair_loss(
         fake_backward=lambda grad_output, input, target, *rest: fake_gradients(input, input + target, rest[-3:-1]),
         tensors=2,
         variables=2,
-        examples=tuple(_examples("weight" in inspect.signature(function).parameters)),
+        examples=tuple(_examples("weight" in inspect.signature(function).parameters, number)),
         timed=timed_pairs(torch.randn),
         audit=partial(_audit, load, (1.0,) if number else ()),
     )
@@ -106,19 +111,25 @@ def _audit(load: Callable[[], tuple[Callable[..., Any], ...]], numbers: tuple[An
         yield from streams(4 + each, backward, loss, a, a, *options, True, True)[1]
 
 
-def _examples(weights: bool) -> Iterator[Example]:
-    def example(name: str, reduction: str, other_order: bool = False, weight: bool = False) -> Example:
+def _examples(weights: bool, number: str) -> Iterator[Example]:
+    def example(
+        name: str, reduction: str, other_order: bool = False, weight: bool = False, value: float | None = None
+    ) -> Example:
         def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
             shape = sizes.rows, sizes.features
             input, target, factors = (torch.randn(shape, generator=generator) for _ in range(3))
             variables = {"input": input, "target": transposed(target) if other_order else target}
             return variables, {"weight": factors.abs()} if weight else {}
 
-        return Example(f"{reduction}{name}", draw, {"reduction": reduction})
+        return Example(
+            f"{reduction}{name}", draw, {"reduction": reduction} | ({} if value is None else {number: value})
+        )
 
     for reduction in ("none", "mean", "sum"):
         yield example("", reduction)
         yield example(", transposed target", reduction, other_order=True)
+    if number:  # a default of 1 hides a missing factor, and 0.5 that a kernel for float64 rounds it to float32
+        yield example(f", {number} 0.3", "none", value=0.3)
     if weights:
         yield example(", element weights", "mean", weight=True)
 

@@ -60,7 +60,7 @@ def _gradients(
     scale = grad_output / input.numel() if reduction == "mean" else grad_output
     scale = scale if weight is None else scale * weight
     v = 1 if pos_weight is None else pos_weight
-    for_input = (1 - target) * torch.sigmoid(input) - v * target * torch.sigmoid(-input)
+    for_input = (1 + (v - 1) * target) * torch.sigmoid(input) - v * target  # whose derivative has no difference
     for_target = -input if pos_weight is None else F.logsigmoid(-input) - v * F.logsigmoid(input)
     return wanted(scale * for_input, scale * for_target, needs=needs)
 

@@ -247,7 +247,19 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.Call) and len(node.args) == 2 and self.around.is_sum(self.resolve(node.func)):
             starred = any(isinstance(argument, ast.Starred) for argument in node.args)
             return None if starred or node.keywords else (node.args[0], node.args[1])
+        if self._is_add_method(node) and not isinstance(node.args[0], ast.Starred):  # type: ignore[attr-defined]
+            return node.func, node.args[0]  # type: ignore[attr-defined]
         return None
+
+    def _is_add_method(self, node: ast.AST) -> bool:
+        """Whether it is ``x.add(y)``: what that adds shows when it runs."""
+        return (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "add"
+            and (len(node.args), len(node.keywords)) == (1, 0)
+            and self.resolve(node.func) is UNKNOWN
+        )
 
     # What happens to a variable ---------------------------------------------------------------------------------------
 
@@ -553,6 +565,8 @@ class _Rewriter(ast.NodeTransformer):
         """``node``, a producer, as an expression that may give a promise. ``following`` is what is applied to it."""
         pair, found = self.summands(node), self.unary(node)
         if pair is not None:
+            if self._is_add_method(node):
+                return _call(node, "hold_sum_method", *map(self.visit, pair)), Call(None)
             by = [self.visit(node.func)] if isinstance(node, ast.Call) else []
             return _call(node, "hold_sum_by" if by else "hold_sum", *by, *map(self.visit, pair)), Call(None)
         assert found is not None and isinstance(node, ast.Call)

@@ -11,14 +11,12 @@ and b' are kept beside the model, and computed anew after any of the tensors tha
 from __future__ import annotations
 
 import weakref
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class _Folded(NamedTuple):

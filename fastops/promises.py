@@ -8,7 +8,7 @@ after the other, exactly as Python would have. Only these functions ever see a p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import FunctionType
+from types import BuiltinMethodType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -183,6 +183,16 @@ def hold_sum_by(function: Any, left: Any, right: Any) -> Any:
     return function(left, right)
 
 
+def hold_sum_method(method: Any, right: Any) -> Any:
+    """``method(right)``, or a promise of it if that is ``left.add`` of a tensor, or a layer of that name."""
+    if torch.compiler.is_compiling():  # TorchDynamo knows no such method by itself
+        return method(right)
+    if type(method) is not BuiltinMethodType or method.__name__ != "add":
+        return hold(method, right)
+    left: Any = method.__self__
+    return SumPromise(left, right, in_place=False) if _is_plain(left) and _is_plain(right) else method(right)
+
+
 def hold_sum_in_place(left: Any, right: Any, is_fresh: bool) -> Any:
     """What ``left`` is after ``left += right``, or a promise of it.
 
@@ -282,7 +292,7 @@ def sequential_forward(self: nn.Sequential, input: Any) -> Any:
 HELPERS: Final[dict[str, Callable[..., Any]]] = {
     f"_fastops_{helper.__name__}": helper
     for helper in (
-        *(hold, hold_keyword, hold_sum, hold_sum_by, hold_sum_in_place, link),
+        *(hold, hold_keyword, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place, link),
         *(apply, join, method, now, shown, mark, chain, user_class),
     )
 }

@@ -442,7 +442,7 @@ FORMS: dict[str, type[Sum]] = {
     "alpha": Alpha,
     "number": Number,
 }
-FUSED = ("operator", "torch.add", "in place", "in place, a branch between", "broadcast", "number")
+FUSED = ("operator", "torch.add", "method", "in place", "in place, a branch between", "broadcast", "number")
 
 
 @pytest.mark.parametrize("name", FORMS)

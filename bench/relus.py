@@ -109,9 +109,13 @@ def models(everything: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every model")
+    parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)} and timm alone")
     warnings.simplefilter("ignore")
     totals: dict[str, list[list[float]]] = defaultdict(list)
-    for family, name, make in models(parser.parse_args().all):
+    words = parser.parse_args()
+    for family, name, make in models(words.all):
+        if words.family not in (None, family):
+            continue
         torch.manual_seed(0)
         x = INPUTS.get(family, INPUTS["classification"])()
         try:
@@ -127,11 +131,14 @@ def main() -> None:
             swapped = fastops.swap(copy.deepcopy(eager), fold_batchnorm=fold)
             shares.append(1 - left(swapped, x) / relus)
         same = alike(eager, fastops.swap(copy.deepcopy(eager)), x)
-        totals[family].append(shares)
+        totals[family].append([relus, *shares])
         print(f"{family:15} {name:32} {relus:4} ReLUs {shares[0]:5.2f} {shares[1]:5.2f} {'' if same else 'DIFFERS'}")
     for family, found in totals.items():
-        plain, folded = (sum(share) / len(found) for share in zip(*found, strict=True))
-        print(f"{family:15} {len(found):3} models {plain:5.2f} {folded:5.2f} with batch norms folded")
+        count = sum(row[0] for row in found)
+        plain, folded = (sum(row[0] * row[n] for row in found) / count for n in (1, 2))
+        print(
+            f"{family:15} {len(found):3} models {count:5.0f} ReLUs {plain:5.2f} {folded:5.2f} with batch norms folded"
+        )
 
 
 if __name__ == "__main__":

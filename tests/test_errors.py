@@ -411,7 +411,7 @@ def describe(value: Any) -> str:
 
 def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
     op, arguments, options = call
-    return f"{op}({', '.join([*map(describe, arguments), *(f'{k}={v!r}' for k, v in options.items())])})"
+    return f"{op}({', '.join([*map(describe, arguments), *(f'{k}={describe(v)}' for k, v in options.items())])})"
 
 
 def torchs_of(op: str) -> Callable[..., Tensor]:

@@ -140,7 +140,7 @@ def _target(statement: ast.stmt) -> str | None:
 
 @dataclass(frozen=True)
 class _Pending:
-    """The variable ``name`` whose value `HELD` has, and the calls that may have made it."""
+    """The variable ``name`` whose value lies in `HELD`, where it may still be a promise, and what may have made it."""
 
     name: str
     calls: tuple[Call, ...]
@@ -194,12 +194,12 @@ class _Rewriter(ast.NodeTransformer):
         return UNKNOWN
 
     def inert(self, node: ast.AST) -> bool:
-        """Whether running it has no effect but on local variables, and calls nobody's code."""
+        """Whether running it changes nothing but local variables and calls nobody, as far as the source shows."""
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             value = node.value
             return _target(node) is not None and value is not None and self.inert(value)
-        if isinstance(node, (ast.Expr, ast.Assert)):
-            return self.inert(node.value if isinstance(node, ast.Expr) else node.test)
+        if isinstance(node, ast.Expr):
+            return self.inert(node.value)
         if isinstance(node, ast.If):
             return all(map(self.inert, [node.test, *node.body, *node.orelse]))
         return isinstance(node, ast.Pass) or all(

@@ -70,8 +70,8 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class backend:
-    """Context manager that selects the backend of all calls inside it.
+class backend(contextlib.ContextDecorator):
+    """Context manager, and decorator, that selects the backend of all calls inside it.
 
     ``"auto"`` (the default, or what the environment variable ``FASTOPS_BACKEND`` says) takes the fastest way known for
     device and shape; ``"triton"`` the kernels wherever one exists for the arguments, forward and backward; ``"onednn"``

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .ops.op import PLAIN
+
 
 class _Folded(NamedTuple):
     eps: float
@@ -45,8 +47,7 @@ def folded_weights(layer: Any, norm: Any) -> tuple[Tensor, Tensor] | None:
         return None
     first = present[0]
     if any(
-        type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != first.dtype or tensor.device != first.device
-        for tensor in present
+        type(tensor) not in PLAIN or tensor.dtype != first.dtype or tensor.device != first.device for tensor in present
     ):
         return None
     # A batch norm changes its statistics unseen by their version counters; the count of its batches tells.

@@ -89,7 +89,6 @@ class SumPromise:
         return pair
 
 
-_Promise = LayerPromise | SumPromise
 _PROMISES: Final = (LayerPromise, SumPromise)
 _TO_FOLD: Final = {ours: torchs for torchs, ours in FOLDED_NORMS.items()}
 

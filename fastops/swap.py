@@ -18,6 +18,7 @@ import copy
 import copyreg
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FunctionType, MemberDescriptorType
@@ -54,7 +55,7 @@ def swap(
         fold_batchnorm: whether batch norms in evaluation mode run as part of the convolution before them wherever no
             gradient of the parameters is wanted. That changes results by rounding, and parameters not at all: the
             folded weights are derived, kept beside the model, and follow every change of a parameter that autograd
-            would notice (one through ``.data`` is not).
+            would notice: not one through ``.data``, nor what `torch.nn.functional.batch_norm` writes to the buffers.
         memory_format: `torch.channels_last`, say: what ``model.to(memory_format=...)`` does to the weights, and so to
             the outputs of their layers. It helps with large feature maps and costs with small ones. `unswap` leaves it.
 
@@ -213,8 +214,19 @@ def _method(user: type, name: str, twin: Callable[..., Any]) -> Callable[..., An
         return getattr(super(ours, self), name)(*args, **kwargs)
 
     # torch.compile keeps its results by code object, a limited number for each: every method needs its own.
-    method.__code__ = method.__code__.replace()  # type: ignore[attr-defined]
+    method.__code__ = method.__code__.replace(co_name=name)  # type: ignore[attr-defined]
     return method
+
+
+def _class_method(name: str, original: Any) -> classmethod[Any, Any, Any]:
+    """A class method that gets the user's class, as it would without us."""
+
+    def method(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(user_class(cls), name)(*args, **kwargs)
+
+    with suppress(AttributeError, TypeError):  # whatever was made a class method need not be a function
+        functools.update_wrapper(method, original.__func__)
+    return classmethod(method)
 
 
 def _variant(module: nn.Module) -> tuple[type, ...]:
@@ -236,7 +248,7 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
     if not is_users(user) and user is not nn.Sequential:
         return user
     bases = tuple(new for base in user.__bases__ if (new := site_class(base, variant)) is not base)
-    methods: dict[str, Callable[..., Any]] = {}
+    methods: dict[str, Any] = {}
     if user is nn.Sequential:
         if _is_torchs_sequential():
             methods["forward"] = _method(user, "forward", sequential_forward)
@@ -249,7 +261,12 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
                 methods[name] = _method(user, name, twin_of(value, rewritten[0], HELPERS))
             elif (rewritten is None or rewritten[0] is None) and _finds_itself_by_its_class(value):
                 raise LeftAlone(f"its {name} calls super() with the class of the object")
-    return _derived(user, bases, methods, variant) if bases or methods else user
+    if not (bases or methods):
+        return user
+    for name, value in vars(user).items():
+        if isinstance(value, classmethod) and name not in ("__init_subclass__", "__class_getitem__"):
+            methods[name] = _class_method(name, value)
+    return _derived(user, bases, methods, variant)
 
 
 def is_users(found: type | FunctionType) -> bool:
@@ -327,9 +344,7 @@ def _finds_itself_by_its_class(value: object) -> bool:
     return "super" in names and bool(names & {"type", "__class__"})
 
 
-def _derived(
-    user: type, bases: tuple[type, ...], methods: dict[str, Callable[..., Any]], variant: tuple[type, ...] = ()
-) -> type:
+def _derived(user: type, bases: tuple[type, ...], methods: dict[str, Any], variant: tuple[type, ...] = ()) -> type:
     """A subclass of ``user`` under its name, with ``bases`` after it: the same one for the same methods.
 
     Raises:
@@ -350,8 +365,9 @@ def _derived(
         **methods,
         **(_copying(user) if issubclass(user, nn.Module) else {}),
     }
-    # Not the metaclass of the user, only its type, and nothing of the user's is told: making this class is not the
-    # user's business. Each class needs a base of its own that keeps ``__init_subclass__`` silent, to have it first.
+    # `type.__new__` and not a call of the user's metaclass, so that nothing of the user's runs: no ``__new__``,
+    # ``__init__`` or ``__init_subclass__``. Each class needs a base of its own that keeps the last one silent, to have
+    # it first.
     layout = (nn.Module,) if issubclass(user, nn.Module) else ()
     silent = type("_Silent", layout, {"__slots__": (), "__init_subclass__": classmethod(lambda cls: None)})
     try:
@@ -385,14 +401,18 @@ def _copying(user: type) -> dict[str, Any]:
     }
 
 
+_copies: Final = threading.RLock()
+
+
 def _as_user(module: Any, user: type, action: Callable[[Any], Any]) -> Any:
     """What ``action`` makes of ``module`` as a module of class ``user``; a copy gets the class of the original."""
-    found = type(module)
-    set_class(module, user)
-    try:
-        result = action(module)
-    finally:
-        set_class(module, found)
+    with _copies:  # two threads that copy one module must not take each other's class for its own
+        found = type(module)
+        set_class(module, user)
+        try:
+            result = action(module)
+        finally:
+            set_class(module, found)
     if type(result) is user:
         object.__setattr__(result, "__class__", found)
     return result

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,20 @@ def test_triton_that_cannot_run_says_so(
 def test_unknown_backend(name: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown backend .*: expected one of 'auto', 'triton', 'onednn', 'torch'"):
         fastops.backend(name)
+
+
+def test_backend_is_a_decorator_too() -> None:
+    assert fastops.backend("onednn")(dispatch.selected_backend)() == "onednn"
+    assert dispatch.selected_backend() == "auto"
+
+
+def test_a_backend_is_selected_for_a_thread(machine: Machine) -> None:
+    """One context manager, entered by several threads at a time."""
+    selected, seen = fastops.backend("torch"), list[str]()
+    with selected, ThreadPoolExecutor(1) as pool:
+        seen.append(pool.submit(dispatch.selected_backend).result())
+        seen.append(pool.submit(selected(dispatch.selected_backend)).result())
+    assert seen == [dispatch.selected_backend(), "torch"]
 
 
 def test_contexts_nest_and_can_be_used_again() -> None:

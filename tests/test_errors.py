@@ -470,6 +470,15 @@ def test_outcome_is_torchs_without_the_interpreter(
         assert (type(found), str(found)) == (type(expected), str(expected))
 
 
+@pytest.mark.parametrize("op", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "cross_entropy"])
+@pytest.mark.parametrize("reduction", [[], {}, None, 1], ids=repr)
+def test_a_reduction_that_is_no_word(op: str, reduction: Any, backend: str) -> None:
+    arguments = (x, indices if op == "cross_entropy" else x)
+    expected = outcome(getattr(F, op), arguments, {"reduction": reduction})
+    found = outcome(getattr(FF, op), arguments, {"reduction": reduction})
+    assert (type(found), str(found)) == (type(expected), str(expected))
+
+
 @pytest.mark.parametrize(
     "op", ["mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy", "binary_cross_entropy_with_logits"]
 )

@@ -581,3 +581,46 @@ def test_source_is_believed_in_every_python(version: str) -> None:
         pytest.skip(f"python{version} does not start")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["4", "4"], sys.version
+
+
+class Counting(Net):
+    """Keeps count in the class, and makes others like it."""
+
+    calls = 0
+
+    @classmethod
+    def count(cls) -> type:
+        cls.calls += 1
+        return cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count()
+        return F.relu(self.fc(x))
+
+
+def test_class_methods_get_the_users_class() -> None:
+    model = fastops.swap(Counting())
+    before = Counting.calls
+    model(X)
+    assert Counting.calls == before + 1
+    assert model.count() is Counting and fastops.report(model).fused == 1
+
+
+def test_swapped_models_with_gradients_are_traced() -> None:
+    """torch.jit.trace runs a function twice, with gradients and without, and compares what it saw."""
+    model = fastops.swap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(2, 3, 2), nn.ReLU()))
+    x = torch.randn(1, 2, 4)
+    for backend in ("triton", "onednn", "torch"):
+        with fastops.backend(backend):
+            assert torch.equal(torch.jit.trace(model, x)(x), fastops.unswap(copy.deepcopy(model))(x))
+
+
+def test_two_threads_that_copy_leave_the_model_swapped() -> None:
+    model = fastops.swap(Net())
+    kind = type(model)
+    threads = [threading.Thread(target=lambda: [copy.deepcopy(model) for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert type(model) is kind

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import OPS
+from ..ops.op import PLAIN
 
 _Part = tuple[object, str, object]  # an owner, the name of an attribute and what torch has there
 
@@ -40,7 +41,6 @@ _PARTS: Final[dict[type, tuple[_Part, ...]]] = {
         if op.module is not None
     },
 }
-_PLAIN: Final = (Tensor, nn.Parameter)
 
 
 def replaced(kind: type) -> bool:
@@ -55,7 +55,7 @@ def overrides(*tensors: Tensor | None) -> bool:
     """Whether one of them is of a class that has its own idea of what functions of torch do."""
     for tensor in tensors:
         kind = type(tensor)
-        if tensor is not None and kind not in _PLAIN:
+        if tensor is not None and kind not in PLAIN:
             own = getattr(kind, "__torch_function__", None)
             if own is not torch._C._disabled_torch_function_impl:
                 return True

@@ -127,21 +127,11 @@ def row_scale(grad_output: Tensor, input: Tensor, denominator: Tensor, reduction
     return (grad_output / denominator).to(grad_output.dtype) if reduction == "mean" else grad_output
 
 
-def _gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    log_sum_exp: Tensor,
-    denominator: Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
-) -> Tensors:
+def _gradients(grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensors:
+    _, denominator, reduction, ignore_index, label_smoothing, *needs = rest
     for_input, for_target = unscaled_gradients(input, target, weight, ignore_index, label_smoothing)
     scale = row_scale(grad_output, input, denominator, reduction)
-    return wanted(scale * for_input, scale * for_target, needs=needs)
+    return wanted(scale * for_input, scale * for_target, needs=tuple(needs))
 
 
 # The raw op: the loss, and for its backward pass the log-sum-exp of each row and the denominator of the mean ----------

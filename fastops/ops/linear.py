@@ -53,8 +53,10 @@ def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     output: Tensor = F.linear(input, weight, bias)
-    # In place, autograd would have a history to rewrite, which costs more than memory does.
-    return output.relu() if output.requires_grad else output.relu_()
+    # In place, autograd would have a history to rewrite, which costs more than memory does. jit.trace runs a function
+    # twice, with gradients and without, and compares what it saw.
+    traced = not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None
+    return output.relu() if output.requires_grad or traced else output.relu_()
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -29,18 +29,8 @@ from .op import FUSES, Audit, Example, Explanation, Named, Op, Sizes, Tensors, c
 # The way --------------------------------------------------------------------------------------------------------------
 
 
-def _accepts(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    options: LinearCrossEntropyOptions | None,
-    original: tuple[Any, ...] | None,
-) -> str | None:
+def _accepts(*call: Any) -> str | None:
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, _ = call
     unfit = (
         mismatch(input, linear_weight, optional=(linear_bias,))
         or mismatch(input, target, indices=target)
@@ -189,19 +179,10 @@ def _positions(
         yield linear_weight[p::count], bias, Target(target[..., p], weight, ignore_index, label_smoothing, classes)
 
 
-def _forward(
-    statistics: Callable[..., chunked_logits.Statistics],
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    float32_loss: bool,
-    budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(statistics: Callable[..., chunked_logits.Statistics], *arguments: Any) -> tuple[Tensor, ...]:
+    """``(loss, maximum, exponentials, mass, denominator)`` of the raw arguments up to the budget."""
+    input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, *rest = arguments
+    float32_loss, budget = rest
     exact = accumulator_dtype(input.dtype)
     indices = not target.is_floating_point()
     results, denominator = [], torch.zeros((), dtype=exact, device=input.device)
@@ -222,20 +203,9 @@ def _forward(
 ROWS_AT_ONCE = 64  # if so many rows of logits fit the budget, products of them are as fast as of tiles
 
 
-def _forward_with_gradients(
-    needs: Any,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    float32_loss: bool,
-    budget: int,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+def _forward_with_gradients(needs: Any, *arguments: Any) -> tuple[tuple[Tensor, ...], Tensors]:
     """As `_forward` for one position, and the gradients of the reduced loss."""
+    input, linear_weight, linear_bias, target, weight, reduction, ignore_index, label_smoothing, _, budget = arguments
     goal = Target(target[..., 0], weight, ignore_index, label_smoothing, len(linear_weight))
     scale = torch.ones_like(input[:, 0])
     if not goal.probabilities:
@@ -245,29 +215,16 @@ def _forward_with_gradients(
     if reduction == "mean":
         denominator = scale.sum() if goal.probabilities else goal.own_weight(scale.dtype).sum()
         scale = (scale / denominator).where(scale != 0, 0)  # and not 0 / 0, where nothing counts
-    arguments = (input, linear_weight, linear_bias, goal, scale, needs, budget)
-    (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*arguments)
+    layer = (input, linear_weight, linear_bias)
+    (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*layer, goal, scale, needs, budget)
     return (loss.sum() / denominator, *(part.unsqueeze(1) for part in saved), denominator), gradients
 
 
-def _backward(
-    gradients: Callable[..., tuple[Tensor | None, ...]],
-    grad_output: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    maximum: Tensor,
-    exponentials: Tensor,
-    mass: Tensor,
-    denominator: Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    budget: int,
-    *needs: bool,
-) -> tuple[Tensor | None, ...]:
+def _backward(backward: Callable[..., Tensors], grad_output: Tensor, *arguments: Any) -> Tensors:
+    """The gradients, of the arguments of a backward pass without what a forward pass may have made of them."""
+    input, linear_weight, linear_bias, target, weight, maximum, exponentials, mass, denominator, *rest = arguments
+    reduction, ignore_index, label_smoothing, budget, *all_needs = rest
+    needs = tuple(all_needs)
     scale = grad_output.to(mass.dtype) / denominator
     scale = scale if reduction == "none" else scale.expand_as(mass)
     if not target.is_floating_point():
@@ -276,7 +233,7 @@ def _backward(
     positions = _positions(linear_weight, linear_bias, target, weight, ignore_index, label_smoothing)
     for p, (w, b, goal) in enumerate(positions):
         saved = (saved[:, p].contiguous() for saved in (maximum, exponentials, mass))
-        parts.append(gradients(scale[:, p].contiguous(), input, w, b, goal, *saved, needs, budget))
+        parts.append(backward(scale[:, p].contiguous(), input, w, b, goal, *saved, needs, budget))
     if count == 1:
         grad_input, grad_weight, grad_bias, grad_target = parts[0]
         return grad_input, grad_weight, grad_bias, None if grad_target is None else grad_target.unsqueeze(-1)

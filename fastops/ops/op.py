@@ -101,7 +101,7 @@ def mismatch(*tensors: Tensor, optional: Tensors = (), indices: Tensor | None = 
 
 def loss_options(reduction: Any, label_smoothing: Any = 0.0) -> str | None:
     """Why no loss has these options, or None."""
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         return f"{reduction!r} is no reduction"
     if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
         return "label_smoothing is not a number from 0 to 1"
@@ -217,6 +217,7 @@ class Op:
     # Which way a call goes. `accepts(*call)`: why no kernel takes these arguments, or None. `cpu` and `gpu` are what
     # "auto" does there, of the call: `cpu` is asked before `accepts`, `gpu` after. `onednn`: whether there is a product
     # that oneDNN could take. `autocast`: "lower" (the dtype that autocast has), "float32", or None (as it comes).
+    # `cpu` comes first because it is asked most often and decides alone on a CPU: it must bear wrong arguments.
     # `saves_memory(*call)`: whether the torch expression would take more memory than the user allows.
     accepts: Callable[..., str | None]
     cpu: Callable[..., Explanation] = lambda *_: ATEN_IS_FASTER
@@ -235,7 +236,9 @@ class Op:
     plain_backward: Callable[..., Tensors] | None = None
 
     # Raw ops: schemas without the way, and the results of both without values. `tensors` counts the tensors among the
-    # raw arguments and `variables` those that are differentiable; `save` chooses what the backward pass gets.
+    # raw arguments and `variables` those that are differentiable; `save` chooses what the backward pass gets, `finish`
+    # makes the result of the call of that of the raw op. `overwrite` is a backward pass that may write into what was
+    # saved, tried where the graph goes with it; None where it cannot.
     schema: str
     backward_schema: str
     fake: Callable[..., Any]

@@ -170,8 +170,8 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     found = None
     if selected == "auto" and (tuned or selection.asked is not None):
         found = _measured(op, arguments, selection)
-    device = input.device.type
-    on_cpu = device == "cpu"
+    on_cpu = input.is_cpu  # a third of the price of `device.type`
+    device = "cpu" if on_cpu else input.device.type
     if found is not None:
         pass
     elif selected == "onednn":

@@ -29,8 +29,8 @@ def _overridable(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
 
     @functools.wraps(function)
     def door(*arguments: _P.args, **keywords: _P.kwargs) -> Tensor:
-        if has_torch_function_variadic(*arguments, *keywords.values()):
-            relevant = (*arguments, *keywords.values())
+        relevant = (*arguments, *keywords.values()) if keywords else arguments
+        if has_torch_function_variadic(*relevant):
             result: Tensor = handle_torch_function(door, relevant, *arguments, **keywords)
             return result
         return function(*arguments, **keywords)

@@ -42,16 +42,15 @@ SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
 
 
 class Layer(NamedTuple):
-    """How a layer of ours runs with given weights."""
+    """How a layer of ours runs with given weights: the functions without and with a ReLU, and how they are called."""
 
-    op: str
     original: type[nn.Module]
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]]
     call: Callable[..., Tensor]
 
     def run(self, layer: nn.Module, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``layer`` with ``weight`` and ``bias``, and a ReLU behind it in the same call on request."""
-        function = getattr(functional, FUSIONS[self.op, "relu"] if relu else self.op)
-        return self.call(function, layer, input, weight, bias)
+        return self.call(self.functions[relu], layer, input, weight, bias)
 
 
 def _layers() -> dict[Callable[..., Any], Layer]:
@@ -60,7 +59,8 @@ def _layers() -> dict[Callable[..., Any], Layer]:
         op = next(op.name for op in OPS.values() if op.module is original)
         if (op, "relu") in FUSIONS:
             call = linear.multiplied if issubclass(original, nn.Linear) else conv.convolved
-            found[ours.forward] = Layer(op, original, call)
+            functions = getattr(functional, op), getattr(functional, FUSIONS[op, "relu"])
+            found[ours.forward] = Layer(original, functions, call)
     return found
 
 

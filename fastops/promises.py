@@ -124,10 +124,9 @@ def is_relu(function: Any, options: int = 0) -> bool:
     """Whether ``function(x)`` is a ReLU and nothing else; ``options`` is the number of its further arguments."""
     if type(function) is nn.ReLU:
         return not options and untouched(function) and not replaced(nn.ReLU)
-    for index, relu in enumerate(RELU_FUNCTIONS):
-        if function is relu:
-            return (not options or (index == 0 and options == 1)) and not replaced(nn.ReLU)
-    return False
+    if function is RELU_FUNCTIONS[0]:  # `torch.nn.functional.relu`, which alone has an option
+        return options <= 1 and not replaced(RELU_FUNCTIONS[0])
+    return not options and any(function is relu for relu in RELU_FUNCTIONS) and not replaced(nn.ReLU)
 
 
 def is_fresh(function: Any) -> bool:
@@ -298,7 +297,9 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
 
 
 def _with_relu(relu: Callable[[Any], Any], kind: Layer, layer: Any, input: Tensor) -> Any:
-    weight, bias = layer.weight, layer.bias
+    own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed
+    weight = own["weight"] if "weight" in own else layer.weight  # noqa: SIM401  (looked up only then)
+    bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401
     if overrides(weight, bias):
         if isinstance(layer, nn.Linear):
             return relu(torch.nn.functional.linear(input, weight, bias))

@@ -79,6 +79,8 @@ FUSED = {
     "generator as input": 2,
     "keyword-only and extra inputs": 1,
     "a child's result tested": 1,
+    "input changed between layer and relu": 1,
+    "helper methods": 2,
     "tied weights": 2,  # and the sum with its ReLU
 }
 

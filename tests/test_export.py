@@ -76,7 +76,9 @@ def test_export_on_every_way(strict: bool, backend: str) -> None:
     for exported in (program, program.run_decompositions()):
         torch.testing.assert_close(exported.module()(input), model(input))
         names = [str(node.target) for node in exported.graph.nodes]
-        assert ("fastops.linear_relu.default" in names) == (backend != "torch")
+        # Without strictness torch replaces the call of modules, and nothing is fused then.
+        op = "fastops.linear_relu.default" if strict else "fastops.linear.default"
+        assert (op in names) == (backend != "torch")
 
 
 def test_exported_program_can_be_trained(backend: str) -> None:

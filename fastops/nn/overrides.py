@@ -29,7 +29,8 @@ def _layer(kind: Any, function: str, *methods: str) -> tuple[_Part, ...]:
     return (*(_part(kind, name) for name in ("forward", *methods)), _part(F, function))
 
 
-_PARTS: Final[dict[type, tuple[_Part, ...]]] = {
+_PARTS: Final[dict[object, tuple[_Part, ...]]] = {
+    F.relu: (_part(torch, "relu"), _part(torch, "relu_")),
     nn.Module: (_part(nn.Module, "__call__"), _part(nn.Module, "_call_impl")),
     nn.BatchNorm1d: _layer(nn.BatchNorm1d, "batch_norm"),
     nn.BatchNorm2d: _layer(nn.BatchNorm2d, "batch_norm"),
@@ -43,8 +44,8 @@ _PARTS: Final[dict[type, tuple[_Part, ...]]] = {
 }
 
 
-def replaced(kind: type) -> bool:
-    """Whether somebody replaced what a module of torch's class ``kind`` runs."""
+def replaced(kind: object) -> bool:
+    """Whether somebody replaced what ``kind`` runs, a class of torch's modules or `torch.nn.functional.relu`."""
     for owner, name, torchs in _PARTS[kind]:  # noqa: SIM110  (a generator takes longer than all the rest)
         if getattr(owner, name, None) is not torchs:
             return True

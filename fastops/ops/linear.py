@@ -45,18 +45,24 @@ onednn_from = onednn.FASTER_FROM_MULTIPLY_ADDS
 
 
 def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
-    if onednn_from is None or not isinstance(weight, Tensor):
+    if onednn_from is None or not isinstance(weight, Tensor) or input.numel() * weight.numel() < onednn_from:
         return ATEN_IS_FASTER
     pays = input.numel() * weight.shape[:1].numel() >= onednn_from
     return _ONEDNN_PAYS if pays else ATEN_IS_FASTER
+
+
+# By name: a lookup through modules at each call adds up.
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_tracing_state: Final = torch._C._get_tracing_state
 
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     output: Tensor = F.linear(input, weight, bias)
     # In place, autograd would have a history to rewrite, which costs more than memory does. jit.trace runs a function
     # twice, with gradients and without, and compares what it saw.
-    traced = not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None
-    return output.relu() if output.requires_grad or traced else output.relu_()
+    if output.requires_grad or (not _is_dynamo_compiling() and _tracing_state() is not None):
+        return output.relu()
+    return output.relu_()
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -113,8 +113,9 @@ REDUCTIONS: Final = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
 
 def constant(*weights: Tensor | None) -> str | None:
     """Why kernels, which take weights of classes and elements for constants, do not take these, or None."""
-    if any(weight is not None and weight.requires_grad for weight in weights):
-        return "a weight requires a gradient"
+    for weight in weights:
+        if weight is not None and weight.requires_grad:
+            return "a weight requires a gradient"
     return None
 
 

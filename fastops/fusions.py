@@ -42,15 +42,15 @@ SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
 
 
 class Layer(NamedTuple):
-    """How a layer of ours runs with given weights: the functions without and with a ReLU, and how they are called."""
+    """How a layer of ours runs with given weights: its ops without and with a ReLU, and how they are called."""
 
     original: type[nn.Module]
-    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    ops: tuple[str, str]
     call: Callable[..., Tensor]
 
     def run(self, layer: nn.Module, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``layer`` with ``weight`` and ``bias``, and a ReLU behind it in the same call on request."""
-        return self.call(self.functions[relu], layer, input, weight, bias)
+        return self.call(getattr(functional, self.ops[relu]), layer, input, weight, bias)
 
 
 def _layers() -> dict[Callable[..., Any], Layer]:
@@ -59,8 +59,7 @@ def _layers() -> dict[Callable[..., Any], Layer]:
         op = next(op.name for op in OPS.values() if op.module is original)
         if (op, "relu") in FUSIONS:
             call = linear.multiplied if issubclass(original, nn.Linear) else conv.convolved
-            functions = getattr(functional, op), getattr(functional, FUSIONS[op, "relu"])
-            found[ours.forward] = Layer(original, functions, call)
+            found[ours.forward] = Layer(original, (op, FUSIONS[op, "relu"]), call)
     return found
 
 

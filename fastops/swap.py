@@ -86,7 +86,7 @@ def swap(
                 set_class(module, known[key])
         if memory_format is not None:
             model.to(memory_format=memory_format)
-    except BaseException:
+    except BaseException:  # an interrupt too: half a swap must not stay; it is raised again
         for module, found in before:
             set_class(module, found)
         raise

@@ -32,9 +32,11 @@ from .elementwise import (
     elementwise_loss,
     elementwise_loss_backward,
     in_layout,
+    load_grad_output,
     load_tile,
     loss_backward_plan,
     loss_plan,
+    store_loss,
     store_tile,
 )
 
@@ -78,8 +80,7 @@ def bce_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements: their losses, or the sum of them over ``divisor``."""
-    program = tl.program_id(0).to(tl.int64)
-    start = program * BLOCK
+    start = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_tile(input_ptr, start, size, EVEN, BLOCK)
     y = load_tile(target_ptr, start, size, EVEN, BLOCK)
     log_sigmoid = tl.where(x < 0, x, 0.0) - log_of_1_plus(tl.exp(-tl.abs(x)))
@@ -90,11 +91,8 @@ def bce_kernel(
     loss = (1.0 - y) * x - log_sigmoid
     if HAS_WEIGHT:
         loss *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
-    if SUM:
-        part = tl.sum(tl.where(start + tl.arange(0, BLOCK) < size, loss, 0.0), 0) / divisor
-        tl.store(loss_ptr + program, part.to(loss_ptr.dtype.element_ty))
-    else:
-        store_tile(loss_ptr, loss, start, size, EVEN, BLOCK)
+    loss = tl.where(start + tl.arange(0, BLOCK) < size, loss, 0.0)
+    store_loss(loss_ptr, loss, start, size, divisor, SUM, EVEN, BLOCK)
 
 
 @triton.jit
@@ -123,13 +121,8 @@ def bce_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements of the gradients."""
-    ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
-
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    if SCALAR_GRAD:
-        scale = tl.load(grad_output_ptr).to(ACCUMULATOR)
-    else:
-        scale = load_tile(grad_output_ptr, start, size, EVEN, BLOCK)
+    scale = load_grad_output(grad_output_ptr, input_ptr, start, size, SCALAR_GRAD, EVEN, BLOCK)
     if HAS_WEIGHT:
         scale *= load_factor(weight_ptr, start, size, (weight_inner, weight_period), WEIGHT_DENSE, EVEN, BLOCK)
     v = 1.0

@@ -51,6 +51,26 @@ def store_tile(pointer, values, start, size, EVEN: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def store_loss(pointer, loss, start, size, divisor, SUM: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tile of losses, 0 past the end, or the program's sum of them over ``divisor``."""
+    if SUM:
+        part = tl.sum(loss, 0) / divisor
+        tl.store(pointer + tl.program_id(0), part.to(pointer.dtype.element_ty))
+    else:
+        store_tile(pointer, loss, start, size, EVEN, BLOCK)
+
+
+@triton.jit
+def load_grad_output(pointer, input_ptr, start, size, SCALAR: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of a tile, or the ``SCALAR`` one of all elements, in the dtype to compute in."""
+    if SCALAR:
+        grad_output = tl.load(pointer).to(tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    else:
+        grad_output = load_tile(pointer, start, size, EVEN, BLOCK)
+    return grad_output
+
+
+@triton.jit
 def total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr):
     """One program: the sum of all partial sums over ``divisor``."""
     total = sum_of_partials(partials_ptr, programs, BLOCK) / divisor
@@ -63,7 +83,7 @@ def elementwise_config(size: int, device: torch.device) -> tuple[int, int]:
     return min(block, triton.next_power_of_2(size)), num_warps
 
 
-def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: float) -> Plan:
+def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: float | str) -> Plan:
     """A kernel over ``size`` elements, its first number."""
     block, num_warps = elementwise_config(size, device)
     return Plan(
@@ -109,7 +129,7 @@ class LossPlan(NamedTuple):
 
 
 @planned
-def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **constants: float) -> LossPlan:
+def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **constants: float | str) -> LossPlan:
     """`elementwise_loss`; ``numbers`` and ``constants`` are the kernel's own.
 
     A float is a constant: as a number Triton would round it to float32, in kernels for float64 too.
@@ -160,7 +180,7 @@ def loss_backward_plan(
     reduction: str,
     choices: tuple[bool, bool, bool],
     *numbers: int,
-    **constants: float,
+    **constants: float | str,
 ) -> LossBackwardPlan:
     """`elementwise_loss_backward`; ``choices``: whether the loss has one gradient for all elements, and which of input
     and target need one.

@@ -157,10 +157,11 @@ def test_unlisted_gpu_takes_the_nearest_older_entry_of_its_line(name: str, entry
 
 def test_every_kernel_of_a_loss_is_held_to_its_width() -> None:
     pairs = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"]
-    ops = ["add_relu", "cross_entropy", *pairs]
-    found = launches.launches("sm90", [*ops, "binary_cross_entropy_with_logits"])
+    found = launches.launches("sm90", ["add_relu", "cross_entropy", "binary_cross_entropy_with_logits", *pairs])
     held = {(launch.kernel, launch.width) for launch in found if launch.stream}
-    names = [f"{op}{way}_kernel" for op in (*ops, "bce") for way in ("", "_backward")]
+    names = [
+        f"{op}{way}_kernel" for op in ("add_relu", "cross_entropy", "bce", "pair_loss") for way in ("", "_backward")
+    ]
     assert held == {(name, width) for name in names for width in (128, 64)}
     assert {launch.kernel for launch in found if not launch.stream} == {"total_kernel", "cross_entropy_total_kernel"}
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.kernels import add_relu, bce, conv, cross_entropy, elementwise, huber, l1, linear, mse, smooth_l1
+from fastops.kernels import add_relu, bce, conv, cross_entropy, elementwise, linear
 from fastops.kernels.launch import Plan
+from fastops.kernels.pair_loss import pair_loss, pair_loss_backward
 
 OWN = str(Path(fastops.__file__).parent)  # with the kernels, which are linked there
 
@@ -66,14 +67,8 @@ LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "conv_backward, vendor": (lambda: conv.conv_backward(*backward, last, vendor=True), 10),
     "add_relu": (lambda: add_relu.add_relu(x, x), 4),
     "add_relu_backward": (lambda: add_relu.add_relu_backward(x, x), 4),
-    "mse": (lambda: mse.mse_loss(x, x, "mean"), 6),
-    "mse_backward": (lambda: mse.mse_loss_backward(one, x, x, "mean", True, True), 6),
-    "l1": (lambda: l1.l1_loss(x, x, "mean"), 6),
-    "l1_backward": (lambda: l1.l1_loss_backward(one, x, x, "mean", True, True), 6),
-    "smooth_l1": (lambda: smooth_l1.smooth_l1_loss(x, x, "mean", 0.3), 6),
-    "smooth_l1_backward": (lambda: smooth_l1.smooth_l1_loss_backward(one, x, x, "mean", 0.3, True, True), 6),
-    "huber": (lambda: huber.huber_loss(x, x, "mean", 0.3), 6),
-    "huber_backward": (lambda: huber.huber_loss_backward(one, x, x, "mean", 0.3, True, True), 6),
+    "pair_loss": (lambda: pair_loss("huber_loss", x, x, "mean", 0.3), 6),
+    "pair_loss_backward": (lambda: pair_loss_backward("huber_loss", one, x, x, "mean", 0.3, True, True), 6),
     "bce": (lambda: bce.bce(x, x, None, None, "mean"), 6),
     "bce_backward": (lambda: bce.bce_backward(one, x, x, None, None, "mean", True, False), 6),
     "cross_entropy": (lambda: cross_entropy.cross_entropy(logits, classes, None, "mean", -100, 0.0), 6),

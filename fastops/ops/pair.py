@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .op import Audit, Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
+from .op import REDUCTIONS, Audit, Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
 
 
 def pair_loss(
     function: Callable[..., Tensor],
     module: type[torch.nn.Module],
     slope: Callable[..., Tensor],
-    load: Callable[[], tuple[Callable[..., Any], Callable[..., Tensors]]],
-    plain: Callable[..., Tensor],
     number: str = "",
     number_accepted: Callable[[float], bool] = lambda number: True,
 ) -> Op:
@@ -32,12 +30,9 @@ def pair_loss(
     In a call the weight of each element is None where the function has none, and the number is left out likewise.
 
     Args:
-        function: torch's, which has the name of the op.
+        function: torch's, which has the name of the op, of its kernels and of ATen's own.
         module: torch's.
         slope: f'(d), of d and the ``number``, as a differentiable torch expression.
-        load: imports the launchers; forward ``(input, target, reduction, number)``, backward ``(grad_output, input,
-            target, reduction, number, need_input, need_target)``, without the number if there is none.
-        plain: the same as the forward launcher, by ATen, for tensors of one shape.
         number: the name of the loss's own option, a float, if it has one.
         number_accepted: whether kernels take that float. torch gets the others, and what is no float.
     """
@@ -63,9 +58,19 @@ def pair_loss(
         grad = grad / input.numel() if reduction == "mean" else grad
         return wanted(grad, -grad, needs=rest[-2:])
 
+    def load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+        from ..kernels.pair_loss import pair_loss, pair_loss_backward
+
+        return partial(pair_loss, name), partial(pair_loss_backward, name)
+
+    def plain(input: Tensor, target: Tensor, reduction: str, *numbers: float) -> Tensor:
+        loss: Tensor = getattr(torch.ops.aten, name)(input, target, REDUCTIONS[reduction], *numbers)
+        return loss
+
+    name = function.__name__
     float_number = f", float {number}" if number else ""
     return Op(
-        name=function.__name__,
+        name=name,
         replaces=(function,),
         module=module,
         accepts=accepts,

@@ -13,8 +13,9 @@ from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import elementwise, huber, l1, mse, smooth_l1
+from fastops.kernels import elementwise
 from fastops.kernels.launch import Plan, launch
+from fastops.kernels.pair_loss import pair_loss, pair_loss_backward
 
 
 class Loss(NamedTuple):
@@ -26,19 +27,18 @@ class Loss(NamedTuple):
     numbers: tuple[float, ...] = ()
 
 
+def both(function: Callable[..., Tensor], **options: float) -> Loss:
+    name = function.__name__
+    launchers = partial(pair_loss, name), partial(pair_loss_backward, name)
+    return Loss(*launchers, partial(function, **options), tuple(options.values()))
+
+
 LOSSES = {
-    "mse": Loss(mse.mse_loss, mse.mse_loss_backward, F.mse_loss),
-    "l1": Loss(l1.l1_loss, l1.l1_loss_backward, F.l1_loss),
-    **{
-        f"smooth_l1, beta {beta}": Loss(
-            smooth_l1.smooth_l1_loss,
-            smooth_l1.smooth_l1_loss_backward,
-            partial(F.smooth_l1_loss, beta=beta),
-            (beta,),
-        )
-        for beta in (0.3, 0.0)
-    },
-    "huber, delta 0.3": Loss(huber.huber_loss, huber.huber_loss_backward, partial(F.huber_loss, delta=0.3), (0.3,)),
+    "mse": both(F.mse_loss),
+    "l1": both(F.l1_loss),
+    "smooth_l1, beta 0.3": both(F.smooth_l1_loss, beta=0.3),
+    "smooth_l1, beta 0": both(F.smooth_l1_loss, beta=0.0),
+    "huber, delta 0.3": both(F.huber_loss, delta=0.3),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -147,13 +147,13 @@ def test_ties_and_kinks(loss: Loss, dtype: torch.dtype, reduction: str) -> None:
 @pytest.mark.parametrize("option", ["beta", "delta"])
 def test_options_that_float32_cannot_hold(option: str, dtype: torch.dtype, number: float) -> None:
     """There they are 0 or infinite."""
-    torchs, kernels = (F.smooth_l1_loss, smooth_l1) if option == "beta" else (F.huber_loss, huber)
+    torchs = F.smooth_l1_loss if option == "beta" else F.huber_loss
     input = torch.tensor([1.0, -2.0, float("inf"), float("-inf"), float("nan")], dtype=dtype).requires_grad_()
     target, ones = torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)
     expected = torchs(input, target, reduction="none", **{option: number})
     arguments = input.detach(), target, "none", number
-    loss = getattr(kernels, torchs.__name__)(*arguments)
-    gradient, _ = getattr(kernels, f"{torchs.__name__}_backward")(ones, *arguments, True, False)
+    loss = pair_loss(torchs.__name__, *arguments)
+    gradient, _ = pair_loss_backward(torchs.__name__, ones, *arguments, True, False)
     torch.testing.assert_close(loss, expected.detach(), equal_nan=True)
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, input, ones), equal_nan=True)
 

@@ -444,7 +444,11 @@ class _Rewriter(ast.NodeTransformer):
         return [new, self.release(statement)] if ends else [new], None
 
     def is_producer(self, node: ast.expr) -> bool:
-        return self.summands(node) is not None or self.unary(node) is not None
+        """Whether the call may be one of a layer, or a sum: what is applied to a ReLU never joins it."""
+        found = self.unary(node)
+        return self.summands(node) is not None or (
+            found is not None and not self.around.is_relu(self.resolve(found[0]))
+        )
 
     def put_off(self, statement: ast.stmt, name: str, rest: list[ast.stmt]) -> tuple[list[ast.stmt], _Pending | None]:
         """``name = f(x)`` with a call that waits for what follows."""

@@ -29,6 +29,7 @@ WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
 triton_installed = importlib.util.find_spec("triton") is not None
 # By name: a lookup through modules at each call adds up.
+_is_any_autocast_enabled: Final = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 _transforms_active: Final = torch._C._are_functorch_transforms_active
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -104,7 +105,7 @@ def selected_backend() -> str:
 
 def call(op: Op, *arguments: Any) -> Any:
     """What ``functional.<op>`` returns for the arguments of a call (`Op`)."""
-    if torch._C._is_any_autocast_enabled() and (dtype := autocast_dtype(op.autocast, arguments[0])) is not None:
+    if _is_any_autocast_enabled() and (dtype := autocast_dtype(op.autocast, arguments[0])) is not None:
         # Casting here, once, keeps the gradients of the originals in their own dtype.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return call(op, *(autocast_to(dtype, argument) for argument in arguments))
@@ -172,6 +173,8 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         found = _measured(op, arguments, selection)
     on_cpu = input.is_cpu  # a third of the price of `device.type`
     device = "cpu" if on_cpu else input.device.type
+    if found is None and selected == "auto" and on_cpu and not _INTERPRETER:
+        found = op.cpu(*arguments)
     if found is not None:
         pass
     elif selected == "onednn":
@@ -189,7 +192,7 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         hint = ": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if on_cpu else ""
         raise RuntimeError(f"backend 'triton' is selected but Triton cannot run on {device!r} tensors{hint}")
     else:
-        found = op.cpu(*arguments) if on_cpu else Explanation("torch", f"no kernel for device {device!r}")
+        found = Explanation("torch", f"no kernel for device {device!r}")
     if found is not None and found.backend == "torch":
         return found
     if _transforms_active() or (

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import functional
 from . import nn as fnn
-from .nn import conv, linear, norm
+from .dispatch import call
+from .nn import conv, norm
 from .ops import OPS
 
 # Two ops in a row, the second one applied to the result of the first, and the op that is both.
@@ -38,6 +39,7 @@ CALLS: Final[dict[Any, str]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, "add", "add_"), "add"),
     **dict.fromkeys((*RELU_FUNCTIONS, Tensor.relu, Tensor.relu_, *RELU_METHODS), "relu"),
 }
+_is_mode_active: Final = torch._C._is_torch_function_mode_enabled
 SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
 
 
@@ -46,11 +48,19 @@ class Layer(NamedTuple):
 
     original: type[nn.Module]
     ops: tuple[str, str]
-    call: Callable[..., Tensor]
+    with_options: Callable[..., Tensor] | None
 
     def run(self, layer: nn.Module, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``layer`` with ``weight`` and ``bias``, and a ReLU behind it in the same call on request."""
-        return self.call(getattr(functional, self.ops[relu]), layer, input, weight, bias)
+        """``layer`` with ``weight`` and ``bias``, and a ReLU behind it in the same call on request.
+
+        All of them are plain tensors: a mode is the only one that may want to see the call.
+        """
+        name = self.ops[relu]
+        if self.with_options is not None:
+            return self.with_options(getattr(functional, name), layer, input, weight, bias)
+        if _is_mode_active():
+            return getattr(functional, name)(input, weight, bias)
+        return call(OPS[name], input, weight, bias)
 
 
 def _layers() -> dict[Callable[..., Any], Layer]:
@@ -58,8 +68,8 @@ def _layers() -> dict[Callable[..., Any], Layer]:
     for original, ours in COUNTERPARTS.items():
         op = next(op.name for op in OPS.values() if op.module is original)
         if (op, "relu") in FUSIONS:
-            call = linear.multiplied if issubclass(original, nn.Linear) else conv.convolved
-            found[ours.forward] = Layer(original, (op, FUSIONS[op, "relu"]), call)
+            with_options = None if issubclass(original, nn.Linear) else conv.convolved
+            found[ours.forward] = Layer(original, (op, FUSIONS[op, "relu"]), with_options)
     return found
 
 

@@ -19,7 +19,7 @@ from . import functional as FF
 from .dispatch import explain
 from .fold import folded_weights
 from .fusions import FOLDED_NORMS, LAYERS, RELU_FUNCTIONS, Layer
-from .nn.overrides import overrides, replaced
+from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
 
 _NORMS: Final = (*FOLDED_NORMS, *FOLDED_NORMS.values())
 
@@ -105,8 +105,8 @@ def untouched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
-        or type(module).__call__ is not nn.Module.__call__
-        or replaced(nn.Module)
+        or type(module).__call__ is not MODULE_CALL
+        or nn.Module._call_impl is not MODULE_CALL_IMPL
         or _has_any_global_hook()
     )
 
@@ -300,7 +300,7 @@ def _with_relu(relu: Callable[[Any], Any], kind: Layer, layer: Any, input: Tenso
     own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed
     weight = own["weight"] if "weight" in own else layer.weight  # noqa: SIM401  (looked up only then)
     bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401
-    if overrides(weight, bias):
+    if (type(weight) is not nn.Parameter and overrides(weight)) or (type(bias) is not nn.Parameter and overrides(bias)):
         if isinstance(layer, nn.Linear):
             return relu(torch.nn.functional.linear(input, weight, bias))
         return relu(layer._conv_forward(input, weight, bias))

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import CASES, Case, Functional
+from swap_models import CASES, Case, Functional, count_fused
 from torch import Tensor, nn
 
 import fastops
-from fastops import functional as FF
 from fastops.ops import OPS
 
 
@@ -32,15 +31,7 @@ def exact() -> Iterator[None]:
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The weight shapes of all fused calls so far."""
-    calls: list[tuple[int, ...]] = []
-    original = FF.linear_relu
-
-    def counted(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        calls.append(tuple(weight.shape))
-        return original(input, weight, bias)
-
-    monkeypatch.setattr(FF, "linear_relu", counted)
-    return calls
+    return count_fused(monkeypatch)
 
 
 def leaves(output: Any) -> list[Tensor]:

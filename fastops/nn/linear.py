@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
 from .overrides import overrides, replaced
-
-
-def multiplied(
-    function: Callable[..., Tensor], layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """``function`` of `fastops.functional` as a linear layer calls it; it has no options."""
-    return function(input, weight, bias)
-
 
 __all__ = ["Linear", "LinearReLU"]
 

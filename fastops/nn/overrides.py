@@ -43,6 +43,8 @@ _PARTS: Final[dict[object, tuple[_Part, ...]]] = {
     },
 }
 
+MODULE_CALL, MODULE_CALL_IMPL = (torchs for _, _, torchs in _PARTS[nn.Module])
+
 
 def replaced(kind: object) -> bool:
     """Whether somebody replaced what ``kind`` runs, a class of torch's modules or `torch.nn.functional.relu`."""

@@ -4,14 +4,14 @@ With weight w and bias b of the convolution, and weight g, bias a, mean m and va
 
     w' = w g / sqrt(v + eps),   b' = (b - m) g / sqrt(v + eps) + a
 
-The convolution with w' and b' is both at once, up to rounding. Parameters and buffers stay what and where they are; w'
-and b' are kept beside the model, and computed anew after any of the tensors that they depend on has changed.
+The convolution with w' and b' is both at once, up to rounding. Nothing is remembered: w' and b' are computed in the
+call that uses them, because no one can tell whether a tensor has changed. (Fused optimizers, collectives, writes
+through ``.data`` and other processes leave its version counter alone.)
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,65 +20,40 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .ops.op import PLAIN
 
-
-class _Folded(NamedTuple):
-    eps: float
-    sources: tuple[tuple[Any, int, int] | None, ...]
-    weight: Tensor
-    bias: Tensor
+# Folding passes over the weight instead of the output. It must be so much smaller to make up for the smaller steps.
+SMALLER: Final = 4
+_DIMENSIONS: Final = ((nn.BatchNorm1d, 3), (nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5))
 
 
-_folded: weakref.WeakKeyDictionary[nn.Module, _Folded] = weakref.WeakKeyDictionary()
+def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a convolution with the batch norm behind it, or None where the two are to run on their own.
 
-
-def folded_weights(layer: Any, norm: Any) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of a convolution with the batch norm behind it, or None where the two must run on their own.
-
-    They must where the batch norm uses the statistics of the batch, where a gradient or a tangent of the parameters may
-    be wanted, and under the transforms and compilers of torch, which see and fuse the two by themselves.
+    They are where the batch norm uses the statistics of the batch or does not fit, where the output is not much larger
+    than the weight, where a gradient or a tangent of the parameters may be wanted, and under the transforms and
+    compilers of torch, which see and fuse the two by themselves.
     """
     if norm.training or norm.running_mean is None or norm.running_var is None or torch.compiler.is_compiling():
         return None
-    tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    present = [tensor for tensor in tensors if tensor is not None]
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return None
+    weight, statistics = layer.weight, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    present = [tensor for tensor in (weight, layer.bias, *statistics) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return None
-    first = present[0]
     if any(
-        type(tensor) not in PLAIN or tensor.dtype != first.dtype or tensor.device != first.device for tensor in present
+        type(tensor) not in PLAIN or tensor.dtype != weight.dtype or tensor.device != weight.device
+        for tensor in present
     ):
         return None
-    # A batch norm changes its statistics unseen by their version counters; the count of its batches tells.
-    batches = norm.num_batches_tracked
-    if batches is None or any(tensor.is_inference() for tensor in (*present, batches)):  # nothing tells of changes
-        return _fold(norm.eps, *tensors)
-    watched = (*tensors, batches)
-    known = _folded.get(layer)
-    if known is None or known.eps != norm.eps or not all(map(_unchanged, watched, known.sources)):
-        sources = tuple(None if t is None else (weakref.ref(t), t._version, t.data_ptr()) for t in watched)
-        known = _folded[layer] = _Folded(norm.eps, sources, *_fold(norm.eps, *tensors))
-    return known.weight, known.bias
-
-
-def _unchanged(tensor: Tensor | None, source: tuple[Any, int, int] | None) -> bool:
-    if tensor is None or source is None:
-        return tensor is None and source is None
-    reference, version, address = source
-    return reference() is tensor and tensor._version == version and tensor.data_ptr() == address
-
-
-def _fold(
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-) -> tuple[Tensor, Tensor]:
-    # A normal tensor, also under inference_mode: it may be used outside of that, later.
-    with torch.inference_mode(False), torch.no_grad():
-        fused = fuse_conv_bn_weights(weight, bias, mean, variance, eps, norm_weight, norm_bias)
-        return fused[0].detach(), fused[1].detach()
+    fits = all(tensor is None or tensor.shape == weight.shape[:1] for tensor in statistics)
+    if not (fits and (input.dim(), True) in [(dim, isinstance(norm, kind)) for kind, dim in _DIMENSIONS]):
+        return None
+    positions = input.shape[0]
+    for size, stride in zip(input.shape[2:], layer.stride, strict=True):
+        positions *= size // stride
+    if weight.numel() * SMALLER > positions * weight.shape[0]:
+        return None
+    with torch.no_grad():
+        return fuse_conv_bn_weights(
+            weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )

@@ -52,7 +52,7 @@ class LayerPromise:
             return None
         if not untouched(norm) or replaced(_TO_FOLD[type(norm)]) or self.input.dim() != self.layer.weight.dim():
             return None
-        weights = folded_weights(self.layer, norm)
+        weights = folded_weights(self.layer, norm, self.input)
         return None if weights is None else LayerPromise(self.kind, self.layer, self._take(), weights)
 
     def _take(self) -> Tensor:

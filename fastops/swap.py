@@ -53,9 +53,8 @@ def swap(
         model: any module, a loss too.
         fuse: whether layers may run in one call with a ReLU behind them. If not, only classes of layers change.
         fold_batchnorm: whether batch norms in evaluation mode run as part of the convolution before them wherever no
-            gradient of the parameters is wanted. That changes results by rounding, and parameters not at all: the
-            folded weights are derived, kept beside the model, and follow every change of a parameter that autograd
-            would notice: not one through ``.data``, nor what `torch.nn.functional.batch_norm` writes to the buffers.
+            gradient of the parameters is wanted and the output is much larger than the weight. That changes results by
+            rounding, and parameters not at all: the folded weight is computed anew in each call.
         memory_format: `torch.channels_last`, say: what ``model.to(memory_format=...)`` does to the weights, and so to
             the outputs of their layers. It helps with large feature maps and costs with small ones. `unswap` leaves it.
 

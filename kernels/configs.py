@@ -216,26 +216,35 @@ def _measured(*product: Any) -> Tile | None:
 
 
 def matmul_config(
-    device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int, aligned: bool
+    device: torch.device, dtype: torch.dtype, precision: str, M: int, N: int, access: int
 ) -> MatmulConfig:
     """The largest tile that gives every multiprocessor of ``device`` a tile of an ``M`` x ``N`` result.
 
-    Operands that are not ``aligned`` are loaded element by element, and the addresses take registers: only the smallest
-    tile, spread over 8 warps, does not spill. The interpreter runs programs one after the other: it gets the smallest
-    tile if that holds the result, else the largest.
+    Operands are loaded ``access`` bytes at a time. Below 16 more addresses take registers: tiles of more than 128 x 128
+    would spill, and where each element has its own address, so would others than the largest that is left, in short
+    steps. The interpreter runs programs one after the other: it gets the smallest tile if that holds the result, else
+    the largest.
     """
     candidates = matmul_candidates(architecture(device), dtype, precision)
-    if aligned and isinstance(tile := _measured(device, dtype, precision, M, N), MatmulConfig):
+    if access == 16 and isinstance(tile := _measured(device, dtype, precision, M, N), MatmulConfig):
         return tile
     if device.type == "cpu":
         return candidates[-1] if max(M, N) <= candidates[-1].BLOCK_M else candidates[0]
-    if not aligned:
-        return candidates[-1]._replace(num_warps=8)
+    if access < 16:
+        candidates = tuple(tile for tile in candidates if tile.BLOCK_M * tile.BLOCK_N <= 128 * 128)
+    if access == dtype.itemsize:
+        return candidates[0]._replace(BLOCK_K=min(candidates[0].BLOCK_K, 32), num_warps=8)
     wanted = multiprocessors(device)
     for config in candidates:
         if -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N) >= wanted:
             return config
     return candidates[-1]
+
+
+def narrow_config(device: torch.device, dtype: torch.dtype, precision: str) -> MatmulConfig:
+    """The tile where something beside the product takes registers, and operands are not loaded 16 bytes at a time."""
+    smallest = matmul_candidates(architecture(device), dtype, precision)[-1]
+    return smallest._replace(BLOCK_K=min(smallest.BLOCK_K, 32), num_warps=8)
 
 
 def persistent_config(
@@ -278,11 +287,10 @@ def conv_config(kind: Kind, positions: int, columns: int, products: int, channel
 
     The tile of `matmul_config`, no wider than the ``columns`` and with steps that divide the ``channels``.
     """
-    tile = matmul_config(*kind, positions, columns * products, aligned)
-    if kind[0].type == "cpu":
+    on_cpu = kind[0].type == "cpu"
+    tile = matmul_config(*kind, positions, columns * products, 16) if aligned or on_cpu else narrow_config(*kind)
+    if on_cpu:
         tile = tile._replace(BLOCK_M=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
-    elif not aligned:  # the addresses of single elements would take too many registers
-        tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32))
     block_k, flat = _channel_block(channels, tile.BLOCK_K)
     block_n = _power_of_2_within(columns, tile.BLOCK_N)
     return ConvConfig(tile.BLOCK_M, block_n, block_k, _warps(tile, tile.BLOCK_M * block_n), tile.num_stages, flat)
@@ -314,9 +322,13 @@ def _warps(tile: MatmulConfig, elements: int) -> int:
     return tile.num_warps if elements > 128 * 64 else min(4, tile.num_warps)
 
 
-def register_limit(device: torch.device) -> dict[str, int]:
-    """Compiler options for GPUs where ptxas spills before it has used all of a thread's 255 registers."""
-    return {"maxnreg": 255} if architecture(device) in ("sm75", "sm100", "sm120") else {}
+def register_limit(device: torch.device, epilogue: bool = False) -> dict[str, int]:
+    """Compiler options for GPUs where ptxas spills before it has used all of a thread's 255 registers.
+
+    It does so on all of NVIDIA's in a product with an ``epilogue`` that takes many.
+    """
+    spilling = ("sm",) if epilogue else ("sm75", "sm100", "sm120")
+    return {"maxnreg": 255} if architecture(device).startswith(spilling) else {}
 
 
 def inner_splits(device: torch.device, tiles: int, steps: int, partial: int, operands: int) -> int:

@@ -34,8 +34,11 @@ from .add_relu import add_relu_backward
 from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import MaskPlan, mask_and_sum, mask_plan, matmul, relu_mask_and_column_sum, tile_lanes, tile_start
+from .linear import MaskPlan, mask_and_sum, mask_plan, matmul, relu_mask_and_column_sum, tile_positions
 from .onednn import convolution_backward
+
+# Sizes that vary from one batch of images to the next, so that no kernel is made for some of them; but a size of 1 is.
+_SIZES = [f"{tensor}_{side}" for tensor in ("input", "output") for side in ("depth", "height", "width")]
 
 
 @triton.jit
@@ -46,6 +49,25 @@ def unravel(index, size):
     row = index % size[1]
     index = index // size[1]
     return index // size[0], index % size[0], row, column
+
+
+@triton.jit
+def quotient(index, divisor, magic, shift):
+    """``index // divisor`` of int32 numbers from 0 on by a product with a `magic` number; as it is of int64, and by the
+    constant 1."""
+    if index.dtype == tl.int64 or isinstance(divisor, tl.constexpr):
+        return index // divisor
+    n = index.to(tl.uint32)
+    product = tl.umulhi(n, tl.zeros_like(n) + tl.cast(magic, tl.uint32)) + n
+    return (product >> tl.cast(shift, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def unravel_by_magic(index, size, magic_height, shift_height, magic_width, shift_width):
+    """`unravel`, for the inner loop: a division takes five times as many instructions as a product."""
+    row = quotient(index, size[2], magic_width, shift_width)
+    depth = quotient(row, size[1], magic_height, shift_height)
+    return depth // size[0], depth % size[0], row - depth * size[1], index - row * size[2]
 
 
 @triton.jit
@@ -71,15 +93,19 @@ def tap_and_channel(block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl
         return tl.full((), 0, tl.int32) + block // BLOCKS, block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"], do_not_specialize_on_alignment=_SIZES)
 def conv_kernel(
     input_ptr,  # [batch, *input_size, channels], contiguous
     weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
     bias_ptr,  # [out_channels]
     output_ptr,  # [positions, out_channels], contiguous
     positions,
-    input_size,
-    output_size,
+    input_depth,
+    input_height,
+    input_width,
+    output_depth,
+    output_height,
+    output_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
     OUT_CHANNELS: tl.constexpr,  # of a group
@@ -92,12 +118,13 @@ def conv_kernel(
     INPUT_PRECISION: tl.constexpr,
     LARGE: tl.constexpr,
     FLAT: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program per BLOCK_M positions and BLOCK_N output channels of a group, the channels fastest."""
+    input_size = input_depth, input_height, input_width
+    output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
@@ -107,7 +134,7 @@ def conv_kernel(
     tile_n = program % TILES_N
     group = program // TILES_N % GROUPS
     own_rows = (program // (TILES_N * GROUPS)).to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_start(tile_n, OUT_CHANNELS, BLOCK_N, ALIGNMENT_N) + tile_lanes(OUT_CHANNELS, BLOCK_N, ALIGNMENT_N)
+    columns, own_columns = tile_positions(tile_n, OUT_CHANNELS, BLOCK_N)
     columns += group * OUT_CHANNELS
 
     rows = tl.minimum(own_rows, positions - 1)
@@ -143,9 +170,6 @@ def conv_kernel(
         accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
     if RELU:
         accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
-    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < OUT_CHANNELS
-    if ALIGNMENT_N != 0:
-        own_columns = columns >= group * OUT_CHANNELS + tile_n * BLOCK_N
     output_ptrs = output_ptr + rows[:, None].to(tl.int64) * (GROUPS * OUT_CHANNELS) + columns[None, :]
     own = (own_rows < positions)[:, None] & own_columns[None, :]
     tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
@@ -162,15 +186,19 @@ def first_tap(residue, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.c
     return tap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "tiles_m"], do_not_specialize_on_alignment=_SIZES)
 def conv_grad_input_kernel(
     grad_ptr,  # [positions, out_channels], contiguous
     weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
     output_ptr,  # [batch, *input_size, channels], contiguous
     batch_size,
     tiles_m,
-    input_size,
-    output_size,
+    input_depth,
+    input_height,
+    input_width,
+    output_depth,
+    output_height,
+    output_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
     OUT_CHANNELS: tl.constexpr,  # of a group
@@ -182,12 +210,13 @@ def conv_grad_input_kernel(
     INPUT_PRECISION: tl.constexpr,
     LARGE: tl.constexpr,
     FLAT: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program per BLOCK_M input positions of a residue class and BLOCK_N channels of a group, the class slowest."""
+    input_size = input_depth, input_height, input_width
+    output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
@@ -208,7 +237,7 @@ def conv_grad_input_kernel(
     members = depths.to(POSITION) * rows_ * columns_ * batch_size
     own_rows = tile_m.to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tile_m.to(POSITION) * BLOCK_M < members:
-        columns = tile_start(tile_n, CHANNELS, BLOCK_N, ALIGNMENT_N) + tile_lanes(CHANNELS, BLOCK_N, ALIGNMENT_N)
+        columns, own_columns = tile_positions(tile_n, CHANNELS, BLOCK_N)
         batch, depth, row, column = unravel(tl.minimum(own_rows, members - 1)[:, None], (depths, rows_, columns_))
         depth = depth * STRIDE[0] + depth0
         row = row * STRIDE[1] + row0
@@ -253,24 +282,39 @@ def conv_grad_input_kernel(
             grad = tl.load(grad_ptrs, mask=met, other=0.0)
             accumulator = tl.dot(grad, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
-        own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < CHANNELS
-        if ALIGNMENT_N != 0:
-            own_columns = columns >= tile_n * BLOCK_N
         position = flat_position(batch, depth, row, column, input_size).to(tl.int64)
         output_ptrs = output_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + columns)[None, :]
         own = (own_rows < members)[:, None] & own_columns[None, :]
         tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "positions_per_split",
+        "magic_height",
+        "shift_height",
+        "magic_width",
+        "shift_width",
+    ],
+    do_not_specialize_on_alignment=_SIZES,
+)
 def conv_grad_weight_kernel(
     grad_ptr,  # [positions, out_channels], contiguous
     input_ptr,  # [batch, *input_size, channels], contiguous
     partial_ptr,  # [splits, out_channels, taps, CHANNELS], contiguous
     positions,
     positions_per_split,
-    input_size,
-    OUTPUT_SIZE: tl.constexpr,
+    input_depth,
+    input_height,
+    input_width,
+    output_depth,
+    output_height,
+    output_width,
+    magic_height,
+    shift_height,
+    magic_width,
+    shift_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
     OUT_CHANNELS: tl.constexpr,  # of a group
@@ -281,12 +325,13 @@ def conv_grad_weight_kernel(
     INPUT_PRECISION: tl.constexpr,
     LARGE: tl.constexpr,
     FLAT: tl.constexpr,
-    ALIGNMENT_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program per BLOCK_M output channels, BLOCK_N taps and channels, group and part of the positions."""
+    input_size = input_depth, input_height, input_width
+    output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
     INNER: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2] * CHANNELS
@@ -298,7 +343,7 @@ def conv_grad_weight_kernel(
     tile_n = program // TILES_M % TILES_N
     group = program // (TILES_M * TILES_N) % GROUPS
     split = program // (TILES_M * TILES_N * GROUPS)
-    rows = tile_start(tile_m, OUT_CHANNELS, BLOCK_M, ALIGNMENT_M) + tile_lanes(OUT_CHANNELS, BLOCK_M, ALIGNMENT_M)
+    rows, own_rows = tile_positions(tile_m, OUT_CHANNELS, BLOCK_M)
     rows += group * OUT_CHANNELS
     tap, channel = tap_and_channel(tile_n, CHANNELS, BLOCK_N, FLAT)
     across = tap[None, :] if FLAT else tap
@@ -314,7 +359,9 @@ def conv_grad_weight_kernel(
         position = tl.minimum(own, end - 1)
         grad_ptrs = grad_ptr + position[None, :].to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows[:, None]
         grad = tl.load(grad_ptrs, mask=(own < end)[None, :], other=0.0)
-        batch, depth, row, column = unravel(position[:, None], OUTPUT_SIZE)
+        batch, depth, row, column = unravel_by_magic(
+            position[:, None], output_size, magic_height, shift_height, magic_width, shift_width
+        )
         depth = depth * STRIDE[0] + d
         row = row * STRIDE[1] + r
         column = column * STRIDE[2] + c
@@ -326,23 +373,22 @@ def conv_grad_weight_kernel(
         x = tl.load(x_ptrs, mask=met, other=0.0)
         accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
-    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < OUT_CHANNELS
-    if ALIGNMENT_M != 0:
-        own_rows = rows >= group * OUT_CHANNELS + tile_m * BLOCK_M
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     partial_rows = (split.to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows) * INNER
     partial_ptrs = partial_ptr + partial_rows[:, None] + column[None, :]
     tl.store(partial_ptrs, accumulator, mask=own_rows[:, None] & (column < INNER)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def conv_sum_of_splits_kernel(
     partial_ptr,  # [splits, out_channels, TAPS, CHANNELS], contiguous
     output_ptr,  # [out_channels, channels, taps], any strides
     splits,
     size,
     channels,  # without the channels that only pad
-    output_strides,
+    output_channel_stride,
+    channel_stride,
+    tap_stride,
     TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -356,10 +402,17 @@ def conv_sum_of_splits_kernel(
         index += size
     index = tl.minimum(own, size - 1)
     channel = index % CHANNELS
-    offsets = index // (TAPS * CHANNELS) * output_strides[0] + channel * output_strides[1]
-    offsets += index // CHANNELS % TAPS * output_strides[2]
+    offsets = index // (TAPS * CHANNELS) * output_channel_stride + channel * channel_stride
+    offsets += index // CHANNELS % TAPS * tap_stride
     own_element = (own < size) & (channel < channels)
     tl.store(output_ptr + offsets, total.to(output_ptr.dtype.element_ty), mask=own_element)
+
+
+def magic(divisor: int) -> tuple[int, int]:
+    """The magic number and the shift of `quotient`, for numbers below 2**31; the former's 32 bits as int32."""
+    shift = (divisor - 1).bit_length()
+    number = (((1 << shift) - divisor) << 32) // divisor + 1
+    return number - (number >> 31 << 32), shift
 
 
 def channels_last(tensor: Tensor, channels: int) -> Tensor:
@@ -442,12 +495,11 @@ def conv_plan(
         conv_kernel,
         (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
         positions,
-        sizes.input,
-        sizes.output,
+        *sizes.input,
+        *sizes.output,
         CHANNELS=channels,
         HAS_BIAS=has_bias,
         RELU=relu,
-        ALIGNMENT_N=alignment(outputs, config.BLOCK_N),
         **sizes.constants(kind),
         **config._asdict(),
     )
@@ -501,11 +553,6 @@ class Sizes(NamedTuple):
 def is_large(*positions: int) -> bool:
     """Whether so many flat positions, and those of a last tile behind them, need 64 bits."""
     return max(positions) >= 2**31 - 2**12
-
-
-def alignment(size: int, block: int) -> int:
-    """The `tile_start` alignment of a dimension whose size the kernel knows."""
-    return math.gcd(size, block, 16) if size >= block else 0
 
 
 def conv_backward(
@@ -627,11 +674,10 @@ def grad_input_plan(kind: Kind, sizes: Sizes) -> Plan:
         (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
         sizes.batch,
         tiles_m,
-        sizes.input,
-        sizes.output,
+        *sizes.input,
+        *sizes.output,
         CHANNELS=channels,
         STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
-        ALIGNMENT_N=alignment(channels, config.BLOCK_N),
         **sizes.constants(kind),
         **config._asdict(),
     )
@@ -658,10 +704,11 @@ def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) 
         (tiles * splits,),
         positions,
         positions_per_split,
-        sizes.input,
-        OUTPUT_SIZE=sizes.output,
+        *sizes.input,
+        *sizes.output,
+        *magic(sizes.output[1]),
+        *magic(sizes.output[2]),
         CHANNELS=channels,
-        ALIGNMENT_M=alignment(outputs, config.BLOCK_M),
         **sizes.constants(kind),
         **config._asdict(),
     )
@@ -672,7 +719,7 @@ def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) 
         splits,
         size,
         sizes.channels,
-        result_strides,
+        *result_strides,
         TAPS=taps,
         CHANNELS=channels,
         BLOCK=block,

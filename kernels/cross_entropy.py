@@ -142,7 +142,7 @@ def store_total(loss_ptr, denominator_ptr, loss, weight, MEAN: tl.constexpr):
         tl.store(denominator_ptr, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inner"])
 def cross_entropy_kernel(
     input_ptr,  # [outer, classes, inner]
     target_ptr,  # [outer, inner] class indices or [outer, classes, inner] probabilities
@@ -261,7 +261,7 @@ def cross_entropy_kernel(
         tl.store(loss_ptr + position, loss.to(loss_ptr.dtype.element_ty), mask=own_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def cross_entropy_total_kernel(
     partial_losses_ptr,  # [programs]
     partial_weights_ptr,  # [programs]
@@ -277,7 +277,7 @@ def cross_entropy_total_kernel(
     store_total(loss_ptr, denominator_ptr, loss, weight, MEAN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inner"])
 def cross_entropy_backward_kernel(
     grad_output_ptr,  # [outer, inner]
     input_ptr,  # [outer, classes, inner]
@@ -477,7 +477,7 @@ def cross_entropy(
     elif programs == 1:
         loss, denominator = input.new_empty(()), input.new_empty((), dtype=exact)
     else:
-        loss, denominator = input.new_empty((2, programs), dtype=exact)
+        loss, denominator = input.new_empty((2, programs + -programs % 4), dtype=exact)  # both from 16 bytes on
     launch(plan, input, target, input if weight is None else weight.contiguous(), loss, denominator, log_sum_exp)
     if total is None:
         return loss, log_sum_exp, denominator

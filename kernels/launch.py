@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,15 @@ def _start(compiled: Any, plan: Plan, tensors: int) -> Start:
 
     start.compiled = compiled  # type: ignore[attr-defined]  # keeps it alive: when it is freed, the function is unloaded
     return start
+
+
+def units_of(dtype: torch.dtype, *numbers: int) -> tuple[int, ...]:
+    """What each number, of elements, has in common with 16 bytes of them.
+
+    A kernel gets numbers divided by these units and multiplies them again. So its code tells Triton of each how wide an
+    access it allows, of multiples of 8 as of 16, where Triton by itself asks for 16 elements.
+    """
+    return tuple(math.gcd(number, 16 // dtype.itemsize) for number in numbers)
 
 
 def reshaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:

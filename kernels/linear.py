@@ -17,6 +17,7 @@ aligned matrices where the GPU has descriptors.
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -36,28 +37,17 @@ from .configs import (
     planned,
     register_limit,
 )
-from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped
+from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped, units_of
 
 
 @triton.jit
-def tile_start(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """First position, in int64, of tile number ``index`` along a dimension of ``size``.
+def tile_positions(index, size, BLOCK: tl.constexpr):
+    """Positions, in int64, of tile number ``index`` along a dimension of ``size``, and which of them lie inside.
 
-    The last tile is moved back to end at the edge, so that no load leaves the tensor and none needs a mask.
-    ``ALIGNMENT`` is a power of two that divides ``size`` and ``BLOCK``, or 0 if ``size`` < ``BLOCK``.
+    Those past the edge start over at 0, so that no load leaves the tensor and none needs a mask.
     """
-    if ALIGNMENT == 0:
-        return tl.full((), 0, tl.int64)
-    return tl.multiple_of(tl.minimum(index * BLOCK, size - BLOCK).to(tl.int64), ALIGNMENT)
-
-
-@triton.jit
-def tile_lanes(size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Positions inside a tile; those past the edge of a dimension smaller than the tile repeat its last element."""
-    lanes = tl.arange(0, BLOCK)
-    if ALIGNMENT == 0:
-        lanes = tl.minimum(lanes, size - 1)
-    return lanes
+    positions = index * BLOCK + tl.arange(0, BLOCK)
+    return (positions % size).to(tl.int64), positions < size
 
 
 @triton.jit
@@ -79,7 +69,6 @@ def product_tile(
     last_step,
     K,
     INPUT_PRECISION: tl.constexpr,
-    ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
     """Tile [BLOCK_M, BLOCK_N] of A B from some of its steps of BLOCK_K, in the accumulators' dtype."""
@@ -88,19 +77,14 @@ def product_tile(
 
     accumulator = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[1]), ACCUMULATOR)
     for step in range(first_step, last_step):
-        start = tile_start(step, K, BLOCK_K, ALIGNMENT_K)
+        start = tl.cast(step * BLOCK_K, tl.int64)
         if EVEN_K:
             a = tl.load(a_ptrs + start * k_strides[0])
             b = tl.load(b_ptrs + start * k_strides[1])
         else:
-            # The last step starts early, so that it ends at the edge: elements of the step before, and those that
-            # `tile_lanes` repeats, are loaded as zeros.
-            if ALIGNMENT_K == 0:
-                fresh = tl.arange(0, BLOCK_K) < K
-            else:
-                fresh = start + tl.arange(0, BLOCK_K) >= step * BLOCK_K
-            a = tl.load(a_ptrs + start * k_strides[0], mask=fresh[None, :], other=0.0)
-            b = tl.load(b_ptrs + start * k_strides[1], mask=fresh[:, None], other=0.0)
+            inside = tl.arange(0, BLOCK_K) < K - step * BLOCK_K
+            a = tl.load(a_ptrs + start * k_strides[0], mask=inside[None, :], other=0.0)
+            b = tl.load(b_ptrs + start * k_strides[1], mask=inside[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     return accumulator
 
@@ -115,7 +99,10 @@ def with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.cons
     return accumulator
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "N", "K"],
+    do_not_specialize_on_alignment=["stride_am", "stride_ak", "stride_bk", "stride_bn"],
+)
 def matmul_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
@@ -128,13 +115,11 @@ def matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    UNITS: tl.constexpr,  # of the sizes and strides
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ALIGNMENT_M: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
-    ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,11 +127,14 @@ def matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     """One program per tile of C = relu(A B + bias); with SPLIT one for each part of the inner dimension too."""
+    M, N, K = M * UNITS[0], N * UNITS[1], K * UNITS[2]
+    stride_am, stride_ak = stride_am * UNITS[3], stride_ak * UNITS[4]
+    stride_bk, stride_bn = stride_bk * UNITS[5], stride_bn * UNITS[6]
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
-    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
-    columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
-    inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
+    columns, own_columns = tile_positions(tile_n, N, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak
     b_ptrs = b_ptr + inner[:, None] * stride_bk + columns[None, :] * stride_bn
 
@@ -157,10 +145,8 @@ def matmul_kernel(
         first_step, last_step = split * steps, tl.minimum((split + 1) * steps, last_step)
         c_ptr += split.to(tl.int64) * M * N
     strides = stride_ak, stride_bk
-    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
+    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, EVEN_K)
     accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, None, HAS_BIAS, RELU)
-    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
-    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
     c_ptrs = c_ptr + rows[:, None] * N + columns[None, :]
     tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
 
@@ -185,7 +171,7 @@ def described_tile(descriptor, row, column, TRANSPOSED: tl.constexpr):
         return descriptor.load([row, column])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_a", "stride_b"])
 def persistent_matmul_kernel(
     a_ptr,  # [M, K], [K, M] if A_TRANSPOSED: rows contiguous, each from a multiple of 16 bytes
     b_ptr,  # [K, N], [N, K] if B_TRANSPOSED, likewise
@@ -210,8 +196,7 @@ def persistent_matmul_kernel(
 ):
     """C = relu(A B + bias), one tile after the other, as many at a time as there are programs.
 
-    Its results equal those of `matmul_kernel` bit by bit, unless K is larger than BLOCK_K and no multiple of it: then
-    the last step of `matmul_kernel` starts early, and its elements are added up in another order.
+    Its results equal those of `matmul_kernel` bit by bit.
     """
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N  # that are stored at once
@@ -244,49 +229,41 @@ def persistent_matmul_kernel(
             c_tiles.store([row, column], accumulator.to(c_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "M", "N"])
 def sum_of_splits_kernel(
     partial_ptr,  # [splits, M, N], contiguous
     bias_ptr,  # [N]
     c_ptr,  # [M, N], contiguous
     splits,
-    size,
+    M,
     N,
+    UNIT: tl.constexpr,  # of N
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per BLOCK elements of C: relu(the sum of its parts, one after the other, + bias)."""
-    program = tl.program_id(0)
-    elements = tile_start(program, size, BLOCK, ALIGNMENT) + tile_lanes(size, BLOCK, ALIGNMENT)
+    N = N * UNIT
+    elements, own = tile_positions(tl.program_id(0), M * N, BLOCK)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
     for split in range(0, splits):  # only results of few tiles are split, so offsets fit 32 bits
-        total += tl.load(partial_ptr + split * size + elements)
+        total += tl.load(partial_ptr + split * M * N + elements)
     if HAS_BIAS:
         total += tl.load(bias_ptr + elements % N).to(total.dtype)
     if RELU:
         total = tl.where(total <= 0, 0.0, total)
-    own = tl.arange(0, BLOCK) < size if ALIGNMENT == 0 else elements >= program * BLOCK
     tl.store(c_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
 
 
-def alignment(size: int, block: int) -> int:
-    """The ``ALIGNMENT`` of `tile_start`: 0, 16 where the size is a multiple (Triton specializes on that too), or 1."""
-    if size < block:
-        return 0
-    return 16 if size % 16 == 0 else 1
-
-
-def is_aligned(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a matrix has rows or columns that are contiguous and do not overlap, and that start at multiples of 16
-    bytes if the first one does.
+def row_unit(dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements are sure to lie side by side wherever a multiple of so many starts in a row (or column) of a
+    matrix: at most 16 bytes of them; 1 where neither rows nor columns are contiguous, or where they overlap.
     """
     if 1 not in strides:
-        return False
+        return 1
     inner = strides.index(1)
     stride = strides[1 - inner]
-    return stride % 8 == 0 and stride >= shape[inner]
+    return math.gcd(stride, 16 // dtype.itemsize) if stride >= shape[inner] else 1
 
 
 def matmul(
@@ -354,10 +331,15 @@ def product_plan(
     """The product of two matrices of ``sizes`` M, N, K and these ``strides``, with bias and ReLU."""
     device, dtype, precision = kind
     (M, N, K), (a_strides, b_strides) = sizes, strides
-    aligned = aligned_addresses and is_aligned((M, K), a_strides) and is_aligned((K, N), b_strides)
-    if config is None and aligned and is_aligned((M, N), (N, 1)):
+    matrices = ((M, K), a_strides), ((K, N), b_strides), ((M, N), (N, 1))
+    row_units = [row_unit(dtype, *matrix) if aligned_addresses else 1 for matrix in matrices]
+    if config is None and all(unit * dtype.itemsize == 16 for unit in row_units):
         config = persistent_config(*kind, M, N)
-    config = config or matmul_config(*kind, M, N, aligned)
+    # Of sizes, kernels know only those along contiguous rows, which tell how wide an access can be: not a batch's.
+    inner = 1 in (a_strides[1], b_strides[0])
+    known = M if a_strides[0] == 1 else 1, N, K if inner else 1
+    unit = math.gcd(*row_units[:2], K if a_strides[1] == 1 else M, K if b_strides[0] == 1 else N)
+    config = config or matmul_config(*kind, M, N, unit * dtype.itemsize)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     constants = {"HAS_BIAS": has_bias, "RELU": relu}
     if isinstance(config, PersistentConfig):
@@ -378,6 +360,7 @@ def product_plan(
         )
         return ProductPlan(product)
 
+    units = units_of(dtype, *known, *a_strides, *b_strides)
     steps, exact = triton.cdiv(K, config.BLOCK_K), accumulator_dtype(dtype)
     splits = inner_splits(device, tiles, steps, M * N * exact.itemsize, (M + N) * K * dtype.itemsize)
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
@@ -385,17 +368,11 @@ def product_plan(
     product = Plan(
         matmul_kernel,
         (tiles, splits),
-        M,
-        N,
-        K,
-        *a_strides,
-        *b_strides,
+        *(number // unit for number, unit in zip((M, N, K, *a_strides, *b_strides), units, strict=True)),
+        UNITS=units,
         SPLIT=not single,
         INPUT_PRECISION=precision,
-        ALIGNMENT_M=alignment(M, config.BLOCK_M),
-        ALIGNMENT_N=alignment(N, config.BLOCK_N),
-        ALIGNMENT_K=alignment(K, config.BLOCK_K),
-        EVEN_K=K % config.BLOCK_K == 0,
+        EVEN_K=inner and K % config.BLOCK_K == 0,
         GROUP_M=8,
         **(constants if single else dict.fromkeys(constants, False)),
         **config._asdict(),
@@ -408,9 +385,9 @@ def product_plan(
         sum_of_splits_kernel,
         (triton.cdiv(M * N, block),),
         splits,
-        M * N,
-        N,
-        ALIGNMENT=alignment(M * N, block),
+        M,
+        N // units[1],
+        UNIT=units[1],
         BLOCK=block,
         **constants,
         **register_limit(device),
@@ -429,7 +406,10 @@ def launch_with_descriptors(plan: Plan, *tensors: Tensor) -> None:
     launch(plan, *tensors)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "N", "ROWS_PER_PROGRAM"],
+    do_not_specialize_on_alignment=["grad_row_stride", "grad_column_stride"],
+)
 def relu_mask_and_column_sum_kernel(
     grad_ptr,  # [M, N]
     output_ptr,  # [M, N], contiguous
@@ -440,19 +420,18 @@ def relu_mask_and_column_sum_kernel(
     grad_row_stride,
     grad_column_stride,
     ROWS_PER_PROGRAM,
+    UNITS: tl.constexpr,  # of N and the strides
     MASK: tl.constexpr,
     SUM: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program per ROWS_PER_PROGRAM x BLOCK_N strip: masked = grad where not output <= 0, and its column sums."""
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
 
+    N, grad_row_stride, grad_column_stride = N * UNITS[0], grad_row_stride * UNITS[1], grad_column_stride * UNITS[2]
     strip = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
-    columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
-    own_columns = tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
+    columns, own_columns = tile_positions(tl.program_id(0), N, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for step in range(0, ROWS_PER_PROGRAM, BLOCK_M):
         rows = strip * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_M)
@@ -517,32 +496,33 @@ def mask_plan(
     device, dtype = kind
     if not (mask or need_sum):
         return MaskPlan((), False, dtype)
-    stages = [column_sum_plan(device, shape, strides, mask, need_sum)]
+    stages = [column_sum_plan(kind, shape, strides, mask, need_sum)]
+    sums = device, accumulator_dtype(dtype)
     while need_sum and (strips := stages[-1].grid[1]) > 1:
-        stages.append(column_sum_plan(device, (strips, shape[1]), (shape[1], 1), False, True))
-    return MaskPlan(tuple(stages), need_sum, dtype if len(stages) == 1 else accumulator_dtype(dtype))
+        stages.append(column_sum_plan(sums, (strips, shape[1]), (shape[1], 1), False, True))
+    return MaskPlan(tuple(stages), need_sum, dtype if len(stages) == 1 else sums[1])
 
 
 def column_sum_plan(
-    device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], mask: bool, need_sum: bool
+    kind: tuple[torch.device, torch.dtype], shape: tuple[int, ...], strides: tuple[int, ...], mask: bool, need_sum: bool
 ) -> Plan:
     """One stage: the second axis of its grid are the strips."""
-    M, N = shape
+    (device, dtype), (M, N) = kind, shape
     block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
     if device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
         block_n = min(1024, triton.next_power_of_2(N))
+    units = units_of(dtype, N, *strides)
     steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
     rows_per_program = steps * block_m
     return Plan(
         relu_mask_and_column_sum_kernel,
         (triton.cdiv(N, block_n), triton.cdiv(M, rows_per_program)),
         M,
-        N,
-        *strides,
+        *(number // unit for number, unit in zip((N, *strides), units, strict=True)),
         rows_per_program,
+        UNITS=units,
         MASK=mask,
         SUM=need_sum,
-        ALIGNMENT_N=alignment(N, block_n),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         **register_limit(device),

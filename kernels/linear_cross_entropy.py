@@ -17,6 +17,7 @@ logits would be computed twice.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunked_logits import Statistics, Target, accumulated_gradients
-from .configs import MatmulConfig, class_splits, matmul_config, planned, register_limit
-from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import alignment, matmul, product_tile, tile_lanes, tile_of_program, tile_start
+from .configs import MatmulConfig, class_splits, matmul_config, narrow_config, planned, register_limit
+from .launch import Plan, accumulator_dtype, input_precision, launch, units_of
+from .linear import matmul, product_tile, tile_of_program, tile_positions
+
+_MATRICES = ("input", "row", "k"), ("weight", "class", "k"), ("target", "row", "class"), ("grad_target", "row", "class")
+_STRIDES = [f"stride_{name}_{side}" for name, *sides in _MATRICES for side in sides]
 
 
 @triton.jit
@@ -37,19 +41,18 @@ def logit_tile(
     bias_ptr,
     rows,
     columns,
+    steps,
     K,
     HAS_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Logits of ``rows`` and ``columns``: [BLOCK_M, BLOCK_N]."""
-    inner = tile_lanes(K, BLOCK_K, ALIGNMENT_K).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = input[0] + rows[:, None] * input[1] + inner[None, :] * input[2]
     w_ptrs = weight[0] + inner[:, None] * weight[2] + columns[None, :] * weight[1]
-    strides, steps = (input[2], weight[2]), tl.cdiv(K, BLOCK_K)
-    z = product_tile(x_ptrs, w_ptrs, strides, 0, steps, K, INPUT_PRECISION, ALIGNMENT_K, EVEN_K)
+    z = product_tile(x_ptrs, w_ptrs, (input[2], weight[2]), 0, steps, K, INPUT_PRECISION, EVEN_K)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
     return z
@@ -85,7 +88,10 @@ def at_target(target, start, own, BLOCK_N: tl.constexpr):
     return lanes[None, :] == place[:, None]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "N", "K", "tiles_per_split"],
+    do_not_specialize_on_alignment=_STRIDES,
+)
 def linear_cross_entropy_kernel(
     input_ptr,  # [M, K]
     weight_ptr,  # [N, K]
@@ -105,14 +111,12 @@ def linear_cross_entropy_kernel(
     stride_weight_k,
     stride_target_row,
     stride_target_class,
+    UNITS: tl.constexpr,  # of N, K and the strides
     HAS_BIAS: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ALIGNMENT_M: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
-    ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,33 +126,31 @@ def linear_cross_entropy_kernel(
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
     NOTHING: tl.constexpr = float("-inf")
 
-    input = input_ptr, stride_input_row, stride_input_k
-    weight = weight_ptr, stride_weight_class, stride_weight_k
-    probabilities = target_ptr, stride_target_row, stride_target_class
+    N, K = N * UNITS[0], K * UNITS[1]
+    input = input_ptr, stride_input_row * UNITS[2], stride_input_k * UNITS[3]
+    weight = weight_ptr, stride_weight_class * UNITS[4], stride_weight_k * UNITS[5]
+    probabilities = target_ptr, stride_target_row * UNITS[6], stride_target_class * UNITS[7]
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, split = tl.program_id(0), tl.program_id(1)
-    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
-    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
     if not PROBABILITIES:
-        target = tl.load(target_ptr + rows * stride_target_row)
+        target = tl.load(target_ptr + rows * probabilities[1])
         counts = tl.max((target != ignore_index).to(tl.int32), 0)
         last = tl.where(counts > 0, last, first)
 
+    steps = tl.cdiv(K, BLOCK_K)
     maximum = tl.full((BLOCK_M,), NOTHING, ACCUMULATOR)
     exponentials = tl.zeros((BLOCK_M,), ACCUMULATOR)
     products = tl.zeros((BLOCK_M,), ACCUMULATOR)
     mass = tl.zeros((BLOCK_M,), ACCUMULATOR)
     target_logit = tl.zeros((BLOCK_M,), ACCUMULATOR)
     for tile in range(first, last):
-        columns = tile_start(tile, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
-        own = tile * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile * BLOCK_N
-        z = logit_tile(
-            input, weight, bias_ptr, rows, columns, K, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
-        )
+        columns, own = tile_positions(tile, N, BLOCK_N)
+        z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
         if not PROBABILITIES:
-            is_target = at_target(target, tile_start(tile, N, BLOCK_N, ALIGNMENT_N), own, BLOCK_N)
+            is_target = at_target(target, tile * BLOCK_N, own, BLOCK_N)
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(own[None, :], z, NOTHING)
         new_maximum = tl.maximum(maximum, tl.max(z, 1))
@@ -177,7 +179,7 @@ def linear_cross_entropy_kernel(
     tl.store(part + 4 * step, target_logit, mask=own_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K", "first_class"], do_not_specialize_on_alignment=_STRIDES)
 def logit_gradient_kernel(
     input_ptr,  # [M, K]
     weight_ptr,  # [N, K]
@@ -205,15 +207,13 @@ def logit_gradient_kernel(
     stride_target_class,
     stride_grad_target_row,
     stride_grad_target_class,
+    UNITS: tl.constexpr,  # of N, K and the strides
     NEED_TARGET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    ALIGNMENT_M: tl.constexpr,
-    ALIGNMENT_N: tl.constexpr,
-    ALIGNMENT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,25 +223,22 @@ def logit_gradient_kernel(
     """One program per tile of the gradient of a chunk of logits, whose class 0 is ``first_class`` to the targets."""
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
 
-    input = input_ptr, stride_input_row, stride_input_k
-    weight = weight_ptr, stride_weight_class, stride_weight_k
-    probabilities = target_ptr, stride_target_row, stride_target_class
+    N, K = N * UNITS[0], K * UNITS[1]
+    input = input_ptr, stride_input_row * UNITS[2], stride_input_k * UNITS[3]
+    weight = weight_ptr, stride_weight_class * UNITS[4], stride_weight_k * UNITS[5]
+    probabilities = target_ptr, stride_target_row * UNITS[6], stride_target_class * UNITS[7]
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_start(tile_m, M, BLOCK_M, ALIGNMENT_M) + tile_lanes(M, BLOCK_M, ALIGNMENT_M)
-    columns = tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N) + tile_lanes(N, BLOCK_N, ALIGNMENT_N)
-    own_rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M) < M if ALIGNMENT_M == 0 else rows >= tile_m * BLOCK_M
-    own_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N) < N if ALIGNMENT_N == 0 else columns >= tile_n * BLOCK_N
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
+    columns, own_columns = tile_positions(tile_n, N, BLOCK_N)
     own = own_rows[:, None] & own_columns[None, :]
     grad_ptrs = grad_ptr + rows[:, None] * N + columns[None, :]
 
-    steps = K
+    steps = tl.cdiv(K, BLOCK_K)
     if not PROBABILITIES:
-        target = tl.load(target_ptr + rows * stride_target_row)
-        steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, K, 0)  # no product where none counts
-    z = logit_tile(
-        input, weight, bias_ptr, rows, columns, steps, HAS_BIAS, INPUT_PRECISION, ALIGNMENT_K, EVEN_K, BLOCK_K
-    )
+        target = tl.load(target_ptr + rows * probabilities[1])
+        steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, steps, 0)  # no product where none counts
+    z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
     z -= tl.load(maximum_ptr + rows)[:, None]
     exponentials = tl.load(exponentials_ptr + rows)
     scale = tl.load(scale_ptr + rows)[:, None]
@@ -253,16 +250,15 @@ def logit_gradient_kernel(
             probabilities, class_weight_ptr, rows, columns, uniform, PROBABILITIES, HAS_WEIGHT, LABEL_SMOOTHING
         )
     if not PROBABILITIES:
-        start = first_class + tile_start(tile_n, N, BLOCK_N, ALIGNMENT_N)
-        is_target = at_target(target, start, own_columns, BLOCK_N)
+        is_target = at_target(target, first_class + tile_n * BLOCK_N, own_columns, BLOCK_N)
         grad -= tl.where(is_target, tl.load(share_ptr + rows)[:, None], 0.0)
     tl.store(grad_ptrs, (grad * scale).to(grad_ptr.dtype.element_ty), mask=own)
     if NEED_TARGET:
         grad = (tl.log(exponentials)[:, None] - z) * (1.0 - LABEL_SMOOTHING) * scale
         if HAS_WEIGHT:
             grad *= tl.load(class_weight_ptr + columns).to(ACCUMULATOR)[None, :]
-        pointers = grad_target_ptr + rows[:, None] * stride_grad_target_row
-        pointers += columns[None, :] * stride_grad_target_class
+        pointers = grad_target_ptr + rows[:, None] * (stride_grad_target_row * UNITS[8])
+        pointers += columns[None, :] * (stride_grad_target_class * UNITS[9])
         tl.store(pointers, grad.to(grad_target_ptr.dtype.element_ty), mask=own)
 
 
@@ -300,27 +296,32 @@ class Logits(NamedTuple):
 
     def constants(self) -> tuple[dict[str, bool | float | str], MatmulConfig]:
         """Those that both kernels take, and the tile."""
-        (M, N, K), strides = self.sizes, self.strides
-        aligned = self.aligned_addresses and all(
-            inner == 1 and row % 8 == 0 for row, inner in (strides[:2], strides[2:])
-        )
-        config = matmul_config(self.device, self.dtype, self.precision, M, N, aligned)
-        if self.device.type != "cpu":  # the epilogue takes registers, and so do the addresses of single elements
-            config = config._replace(BLOCK_K=min(config.BLOCK_K, 64 if aligned else 32))
-        most = (1024 if aligned else 512) * config.num_warps
+        (M, N, K), (row, inner, class_, inner_too) = self.sizes, self.strides
+        wide = inner == inner_too == 1 and math.gcd(row, class_, K) * self.dtype.itemsize % 16 == 0
+        kind, on_cpu = (self.device, self.dtype, self.precision), self.device.type == "cpu"
+        wide = on_cpu or (wide and self.aligned_addresses)
+        config = matmul_config(*kind, M, N, 16) if wide else narrow_config(*kind)
+        if not on_cpu:  # the epilogue takes registers
+            config = config._replace(BLOCK_K=min(config.BLOCK_K, 64))
+        most = (1024 if wide else 512) * config.num_warps
         if config.BLOCK_M * config.BLOCK_N > most:
             config = config._replace(BLOCK_N=most // config.BLOCK_M, BLOCK_K=min(config.BLOCK_K, 64))
         constants: dict[str, bool | float | str] = {
             "INPUT_PRECISION": self.precision,
-            "ALIGNMENT_M": alignment(M, config.BLOCK_M),
-            "ALIGNMENT_N": alignment(N, config.BLOCK_N),
-            "ALIGNMENT_K": alignment(K, config.BLOCK_K),
             "EVEN_K": K % config.BLOCK_K == 0,
             **dict(self.options),
             **config._asdict(),
-            **register_limit(self.device),
+            **register_limit(self.device, epilogue=True),
         }
         return constants, config
+
+    def numbers(self, *others: int, strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The numbers of a kernel, with these ``strides`` of the targets, and the units of N, K and all strides."""
+        M, N, K = self.sizes
+        sized = N, K, *self.strides, *strides
+        units = units_of(self.dtype, *sized)
+        N, K, *rest = (number // unit for number, unit in zip(sized, units, strict=True))
+        return (M, N, K, *others, self.ignore_index, *rest), units
 
 
 def target_strides(target: Tensor) -> tuple[int, int]:
@@ -349,21 +350,16 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
 @planned
 def statistics_plan(logits: Logits, target: tuple[int, int]) -> Plan:
     """`linear_cross_entropy`, as many programs along the second axis as share the classes; ``target``: its strides."""
-    M, N, K = logits.sizes
+    M, N, _ = logits.sizes
     constants, config = logits.constants()
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     per_split = triton.cdiv(tiles_n, class_splits(logits.device, tiles_m, tiles_n))
+    numbers, units = logits.numbers(logits.all_classes, per_split, strides=target)
     return Plan(
         linear_cross_entropy_kernel,
         (tiles_m, triton.cdiv(tiles_n, per_split)),
-        M,
-        N,
-        K,
-        logits.all_classes,
-        per_split,
-        logits.ignore_index,
-        *logits.strides,
-        *target,
+        *numbers,
+        UNITS=units,
         **constants,
     )
 
@@ -422,19 +418,14 @@ def linear_cross_entropy_backward(
 @planned
 def gradient_plan(logits: Logits, first_class: int, targets: tuple[int, ...], need_target: bool) -> Plan:
     """The gradient of logits; ``targets``: strides of the target and of its gradient."""
-    M, N, K = logits.sizes
+    M, N, _ = logits.sizes
     constants, config = logits.constants()
+    numbers, units = logits.numbers(first_class, logits.all_classes, strides=targets)
     return Plan(
         logit_gradient_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
-        M,
-        N,
-        K,
-        first_class,
-        logits.all_classes,
-        logits.ignore_index,
-        *logits.strides,
-        *targets,
+        *numbers,
+        UNITS=units,
         NEED_TARGET=need_target,
         GROUP_M=8,
         **constants,

@@ -220,7 +220,7 @@ def test_plan_of_tiles_that_changed_meanwhile(monkeypatch: pytest.MonkeyPatch) -
 
     @configs.planned
     def plan() -> configs.Tile:
-        tile = configs.matmul_config(*product, True)
+        tile = configs.matmul_config(*product, 16)
         if tile == small:
             configs.set_tiles({product: large})
         return tile

@@ -51,6 +51,20 @@ def test_the_rules_see_what_they_look_for() -> None:
         assert machine.accesses.keys() & {"128", "256"}
 
 
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+def test_accesses_are_as_wide_as_rows_allow(target: str) -> None:
+    """128 bits where rows begin at 16 bytes, 64 and 32 where they are multiples of 4 and 2; 128 of the result."""
+    widths = {1000: 128, 1004: 64, 1002: 32}
+    requests = []
+    for size in widths:
+        x, w = (torch.empty(512, size, dtype=torch.float16, device="meta") for _ in range(2))
+        requests += recorded(target, None, "ieee", linear.linear, x, w, None, True)[1]
+    for width, machine in zip(widths.values(), machine_code(requests, jobs=1), strict=True):
+        assert isinstance(machine, Machine)
+        assert machine.spilled_registers == 0
+        assert {*machine.accesses} == {"128", str(width)}
+
+
 def test_defects_would_show() -> None:
     """The check reads something: a tile with too many accumulators spills, and float32 takes no matrix unit."""
     x = torch.empty(512, 512, device="meta")
@@ -67,7 +81,7 @@ def test_a_narrow_stream_would_show() -> None:
     found = [launch for launch in launches("sm90", ["mse_loss", "cross_entropy"]) if launch.stream]
     chosen = {(launch.kernel, launch.width): launch for launch in found}.values()
     assert len(chosen) == 8
-    requests = [launch.request | {"unaligned": [*launch.request["unaligned"], "input_ptr"]} for launch in chosen]
+    requests = [launch.request | {"attributes": launch.request["attributes"] | {"input_ptr": ""}} for launch in chosen]
     for launch, machine in zip(chosen, machine_code(requests, jobs=1), strict=True):
         assert isinstance(machine, Machine)
         assert broken_rules(launch, machine).keys() == {"stream-width"}

@@ -417,12 +417,12 @@ def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(linear_kernels, "launch", launch)
     words = (*forward[:3], 6, 4)
-    assert configs.matmul_config(*words, True) == small
+    assert configs.matmul_config(*words, 16) == small
     with torch.no_grad():
         tuning = fastops.tune(layer, x, timer=timer)
     assert {choice.way for choice in tuning.choices if not choice.gradients} == {"triton"}
-    assert configs.measured[forward] == configs.matmul_config(*words, True) == large
-    assert configs.matmul_config(*words, False) == small  # operands that are not aligned have their own tile
+    assert configs.measured[forward] == configs.matmul_config(*words, 16) == large
+    assert configs.matmul_config(*words, 2) == small  # operands that are not aligned have their own tile
     assert configs.met is None
 
     configs.measured.clear()

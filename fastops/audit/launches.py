@@ -6,7 +6,6 @@ what would run.
 
 from __future__ import annotations
 
-import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,24 +16,18 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastops import kernels
 from fastops.kernels import configs
 from fastops.kernels.launch import Plan
 from fastops.ops import OPS
 
-from .machine_code import Request
+from .machine_code import Request, gpu_target
 from .targets import TARGETS
 
-TRITON_NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-}
 MODULES = [import_module(f"{kernels.__name__}.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)]
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "debug", "sanitize_overflow")
 
 
 class Launch(NamedTuple):
@@ -90,7 +83,7 @@ def recorded(
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(plan: Plan, *tensors: Tensor) -> None:
-        launches.append((plan.kernel.fn, (*tensors, *plan.numbers), plan.constants))
+        launches.append((plan.kernel, (*tensors, *plan.numbers), plan.constants))
 
     replacements = {
         "launch": record,
@@ -112,27 +105,30 @@ def recorded(
     return result, [_request(target, *launch) for launch in launches]
 
 
-def _request(target: str, function: Any, values: tuple[Any, ...], constants: dict[str, Any]) -> Request:
-    types: dict[str, str | list[str]] = {}
-    unaligned, fixed = [], dict(constants)
-    for name, value in zip(inspect.signature(function).parameters, values, strict=False):
-        if isinstance(value, Tensor):
-            types[name] = "*" + TRITON_NAMES[value.dtype]
-        elif isinstance(value, tuple):
-            types[name] = ["i32:1" if number == 1 else "i32" for number in value]
-        elif value == 1:
-            fixed[name] = 1
-        else:
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            unaligned += [name] if value % 16 else []
-    options = {name: fixed.pop(name) for name in OPTIONS if name in fixed}
-    kernel = f"{function.__module__}:{function.__name__}"
+def jit_function(kernel: Any) -> JITFunction[Any]:
+    """What Triton compiles, also where the kernel itself is interpreted."""
+    return kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+
+
+def _request(target: str, kernel: Any, values: tuple[Any, ...], constants: dict[str, Any]) -> Request:
+    function = jit_function(kernel)
+    # Triton's own look at the arguments of a launch: what has to be compiled for them?
+    binder = create_function_from_signature(function.signature, function.params, make_backend(gpu_target(target)))
+    bound, specialized, options = binder(*values, **constants)
+    types, attributes, fixed = {}, {}, {}
+    for (name, value), (type_, attribute) in zip(bound.items(), specialized, strict=True):
+        if type_ == "constexpr":
+            fixed[name] = value
+            continue
+        types[name] = type_
+        if attribute:
+            attributes[name] = attribute
     return {
-        "kernel": kernel,
+        "kernel": f"{function.module}:{function.__name__}",
         "architecture": target,
         "types": types,
         "constants": fixed,
-        "unaligned": unaligned,
+        "attributes": attributes,
         **options,
     }
 

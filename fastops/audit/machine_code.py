@@ -78,48 +78,47 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def compiled(
-    kernel: str,
-    architecture: str,
-    types: dict[str, str | list[str]],
-    constants: dict[str, Any],
-    unaligned: Sequence[str] = (),
-    **options: int,
-) -> Compiled:
-    """Compile ``kernel``, "module:name", for ``architecture``.
+def gpu_target(architecture: str) -> Any:
+    """Triton's description of a GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    backend, number = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
+    return GPUTarget(backend, number, TARGETS[architecture].warp_size)
+
+
+def source(
+    kernel: str, architecture: str, types: dict[str, str], constants: dict[str, Any], attributes: dict[str, str]
+) -> Any:
+    """What Triton compiles for ``kernel``, "module:name", on ``architecture``.
 
     Args:
-        types: Triton type of each argument that is no constant ("*bf16", "i32", "fp32"), a list of them for a tuple;
-            "i32:1" for a number that is 1, which Triton makes a constant.
-        constants: value of each constexpr argument, and 1 for strides that are 1.
-        unaligned: arguments that are no multiple of 16; all others are, as Triton finds at a launch. Nothing is known
-            of the numbers in a tuple.
-        options: num_warps, num_stages.
+        types: Triton's type of each argument that is no constant: "*bf16", "i32", "fp32".
+        constants: value of each constexpr, and of each number that Triton makes one: 1 for strides that are 1.
+        attributes: Triton's letters for what else it knows of an argument: "D" if it is divisible by 16, "S" if 32-bit
+            offsets reach all of a tensor.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     module, name = kernel.split(":")
     function = getattr(import_module(module), name)
-    signature: dict[str, Any] = {}
-    fixed: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for position, name in enumerate(function.arg_names):
-        type_: Any = types.get(name, "constexpr")
-        if type_ == "constexpr":
-            value = constants[name]
-            fixed[position,] = tuple(value) if isinstance(value, list) else value
-        elif isinstance(type_, list):
-            fixed |= {(position, index): 1 for index, part in enumerate(type_) if part == "i32:1"}
-            type_ = tuple("constexpr" if part == "i32:1" else part for part in type_)
-        elif name not in unaligned and not type_.startswith("fp"):
-            attributes[position,] = [["tt.divisibility", 16]]
-        signature[name] = type_
-    backend, number = ("cuda", int(architecture[2:])) if architecture.startswith("sm") else ("hip", architecture)
-    target = GPUTarget(backend, number, TARGETS[architecture].warp_size)
+    places = {name: (position,) for position, name in enumerate(function.arg_names)}
+    parse = make_backend(gpu_target(architecture)).parse_attr
+    return ASTSource(
+        function,
+        {name: types.get(name, "constexpr") for name in places},
+        {places[name]: tuple(value) if isinstance(value, list) else value for name, value in constants.items()},
+        {places[name]: parse(letters) for name, letters in attributes.items()},
+    )
+
+
+def compiled(architecture: str, **request: Any) -> Compiled:
+    """Compile the `source` of a request for ``architecture``; what `source` does not take are compiler options."""
+    import triton
+
+    words = {name: request.pop(name) for name in ("kernel", "types", "constants", "attributes")}
+    program = source(architecture=architecture, **words)
     start = time.perf_counter()
-    result = triton.compile(ASTSource(function, signature, fixed, attributes), target, options)
+    result = triton.compile(program, gpu_target(architecture), request)
     seconds = time.perf_counter() - start
 
     code: bytes | str

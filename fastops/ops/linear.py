@@ -156,15 +156,18 @@ def _timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, few tiles
-    with a long sum, and float32 results."""
+    """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, rows that are
+    multiples of 8, 4 and 2 elements alone, few tiles with a long sum, and float32 results."""
     from ..kernels import linear
 
     aligned, odd, deep = (512, 784, 512), (509, 783, 511), (64, 8192, 128)
+    eighths, narrow = (512, 1000, 1000), ((512, 1004, 1000), (512, 1002, 1000))
     half = audit.half_dtypes[0]
     for dtype, precision, tiles, persistent in audit.tables():
         first = (tiles[0], *persistent[:1])
-        others = [(None, odd), (None, deep)] if dtype is half else [(None, odd)]
+        others: list[tuple[Any, tuple[int, ...]]] = [(None, odd)]
+        if dtype is half:
+            others += [(tiles[0], eighths), *((None, shape) for shape in (*narrow, deep))]
         for tile, shape in [*((tile, aligned) for tile in (*tiles, *persistent)), *others]:
             M, K, N = shape
             x, w, b, y = (audit.empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
@@ -176,7 +179,8 @@ def _audit(audit: Audit) -> Iterator[Any]:
                 exact = audit.empty(M, N, dtype=torch.float32)
                 found += launches(linear.matmul, x, w.t(), None, False, None, exact)[1]
             for launch in found:
-                yield launch._replace(wide=shape != odd, leading=tile in first and dtype.itemsize == 2)
+                leading = tile in first and shape == aligned and dtype.itemsize == 2
+                yield launch._replace(wide=shape not in (odd, *narrow), leading=leading)
 
 
 def _make(relu: bool) -> Op:

@@ -366,11 +366,11 @@ def _timed(rows: int, features: int, classes: int) -> Example:
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """The first tile of every table, class indices or all options of probabilities; aligned sizes and odd ones."""
+    """The first tile of every table, class indices or all options of probabilities; sizes of 16, of 8, odd ones."""
     kernels, half = _kernels(), audit.half_dtypes[0]
-    aligned, odd = (512, 768, 1024), (509, 783, 1021)
+    aligned, eighths, odd = (512, 768, 1024), (512, 1000, 1000), (509, 783, 1021)
     for dtype, precision, *_ in audit.tables():
-        for sizes, dense in [(aligned, True), *([(aligned, False), (odd, False)] if dtype is half else [])]:
+        for sizes, dense in [(aligned, True), *([(eighths, False), (odd, False)] if dtype is half else [])]:
             M, K, N = sizes
             x, w, b = (audit.empty(*shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
             truth = audit.empty(M, N, dtype=dtype) if dense else audit.empty(M, dtype=torch.int64)
@@ -384,7 +384,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
             ):
                 for launch in audit.launches(shape, None, precision, launcher, *arguments)[1]:
                     if launch.request["kernel"].startswith(kernels.__name__):  # the products behind are linear's
-                        yield launch._replace(wide=sizes == aligned)
+                        yield launch._replace(wide=sizes != odd)
 
 
 LINEAR_CROSS_ENTROPY: Final = Op(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import tuning_cache
-from .ops.op import OPS, PLAIN, Explanation, Op
+from .ops.op import OPS, PLAIN, Explanation, Op, failed, has_failed
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 ONEDNN_DTYPES = (torch.float32,)
@@ -152,6 +152,7 @@ _NO_PRODUCT: Final = Explanation("torch", "there is no product here that oneDNN 
 _NOT_FOR_ONEDNN: Final = Explanation("torch", "oneDNN products are for float32 on the CPU")
 _NO_TENSOR: Final = Explanation("torch", "an argument is no tensor")
 _NO_TRITON: Final = Explanation("torch", "Triton is not installed")
+_FAILED: Final = Explanation("torch", "its kernel failed before on this device, for this dtype")
 _WRONG_IN_INTERPRETER: Final = Explanation("torch", WRONG_IN_INTERPRETER)
 _TRANSFORMED: Final = Explanation("torch", "under torch.func, forward-mode AD and jit.trace torch differentiates")
 _MEASURED: Final = {way: Explanation(way, "fastops.tune measured it the fastest here") for way in tuning_cache.WAYS}
@@ -202,6 +203,8 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
     found = found or op.gpu(*arguments)
+    if failed and found.backend == "triton" and has_failed(op.name, input):
+        return _FAILED
     if found.backend == "onednn" and not (on_cpu and input.dtype in ONEDNN_DTYPES):
         return _NOT_FOR_ONEDNN
     if on_cpu and input.dtype is torch.bfloat16 and found.backend == "triton" and not interpreter_has_bfloat16:

@@ -20,6 +20,7 @@ from interpreter import bf16, overhead, product
 import fastops
 from fastops import dispatch
 from fastops.kernels import configs
+from fastops.ops.op import failed
 
 product.install()
 bf16.install()
@@ -38,8 +39,9 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def plans() -> None:
-    """None is left that a test before has made with tables of its own."""
+    """None is left that a test before has made with tables of its own, and no kernel of it has failed."""
     configs.forget_plans()
+    failed.clear()
 
 
 @pytest.fixture

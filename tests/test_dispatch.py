@@ -415,10 +415,8 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
-    """Make every launch fail with an error; nothing was warned of before."""
+    """Make every launch fail with an error."""
     from fastops.kernels import add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy
-
-    monkeypatch.setattr(ops, "_warned", set())
 
     def set_error(error: BaseException) -> None:
         def launch(*_: Any, **__: Any) -> None:
@@ -462,6 +460,32 @@ def test_a_failing_kernel_warns_once_and_torch_runs(
         assert "on cpu; torch runs instead" in message
         assert str(failures()[failure]) in message
     torch.testing.assert_close([result, *found], [expected, *gradients])
+
+
+def test_a_kernel_that_failed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For this dtype: it would be compiled again at each call. Its backward pass alone may fail too."""
+    tried: list[tuple[str, torch.dtype]] = []
+
+    def failing(name: str) -> Callable[..., Any]:
+        def launch(first: Tensor, *_: Any, **__: Any) -> None:
+            tried.append((name, first.dtype))
+            raise RuntimeError("no code for this GPU")
+
+        return launch
+
+    launchers = ops.OPS["linear"].launchers
+    for forward, names in ((failing("forward"), ("forward", "backward")), (launchers[0], ("backward",))):
+        monkeypatch.setitem(vars(ops.OPS["linear"]), "launchers", (forward, failing("backward")))
+        tried.clear()
+        ops.failed.clear()
+        with fastops.backend("triton"), pytest.warns(fastops.FallbackWarning) as caught:
+            for dtype in (torch.float32, torch.float64) * 2:
+                a, w = torch.randn(3, 4, dtype=dtype, requires_grad=True), torch.randn(2, 4, dtype=dtype)
+                FF.linear(a, w).sum().backward()
+                torch.ops.fastops.linear(a, w, None, "triton").sum().backward()
+            assert fastops.explain("linear", a, w).backend == ("triton" if forward is launchers[0] else "torch")
+        assert tried == [(name, dtype) for dtype in (torch.float32, torch.float64) for name in names]
+        assert len(caught) == len(tried)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,6 +236,24 @@ def test_products_are_met_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "met", set())
     linear.matmul(a, a)
     assert configs.met == {(a.device, a.dtype, "ieee", 8, 8)}
+
+
+def test_products_are_met_while_tuning_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread, between any two lines of this one."""
+    monkeypatch.setattr(configs, "met", met := set[configs.Product]())
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        if event == "line" and frame.f_lineno > frame.f_code.co_firstlineno + 1:  # its first line is done
+            configs.met = None
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *rest: trace(frame, *rest) if frame.f_code is configs._measured.__code__ else None)
+    try:
+        linear.matmul(torch.randn(8, 8), torch.randn(8, 8))
+    finally:
+        sys.settrace(before)
+    assert configs.met is None and len(met) == 1
 
 
 def test_label_smoothing_of_numpy() -> None:

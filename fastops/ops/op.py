@@ -295,7 +295,7 @@ class Op:
 
     def compute(self, way: str, arguments: tuple[Any, ...]) -> Any:
         """The results of the raw op."""
-        if way == "onednn":
+        if way == "onednn" or (failed and has_failed(self.name, arguments[0])):
             return self.plain(*arguments)
         try:
             return self.launchers[0](*arguments)
@@ -314,7 +314,7 @@ class Op:
     def compute_backward(self, way: str, arguments: tuple[Any, ...]) -> Tensors:
         """The gradients, None where nobody needs one."""
         plain = self.plain_backward or self.gradients
-        if way == "onednn":
+        if way == "onednn" or (failed and has_failed(f"{self.name}_backward", arguments[0])):
             return plain(*arguments)
         try:
             launch = self.launchers[1]
@@ -475,27 +475,33 @@ _apply: Final[Callable[..., Any]] = super(torch.autograd.Function, KernelFunctio
 
 
 class FallbackWarning(RuntimeWarning):
-    """A kernel failed to compile or launch on a device that should run it; the torch expression ran instead."""
+    """A kernel failed to compile or launch on a device that should run it; the torch expression runs instead."""
 
 
-_warned: set[tuple[str, torch.device]] = set()
+failed: Final[set[tuple[str, torch.device, torch.dtype]]] = set()  # raw ops whose kernels are not tried again
+
+
+def has_failed(name: str, first: Tensor) -> bool:
+    """Whether a kernel of the raw op ``name`` has failed for tensors like its ``first`` argument."""
+    return (name, first.device, first.dtype) in failed
 
 
 @contextlib.contextmanager
 def failures_raised() -> Iterator[None]:
-    """A kernel that fails raises its `FallbackWarning` inside, whether it was given before or not."""
-    before = _warned.copy()
-    _warned.clear()
+    """Inside, kernels that failed are tried again, and one that fails raises its `FallbackWarning`."""
+    before = failed.copy()
+    failed.clear()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FallbackWarning)
             yield
     finally:
-        _warned.update(before)
+        failed.clear()
+        failed.update(before)
 
 
 def _warn_of(error: Exception, name: str, arguments: tuple[Any, ...]) -> None:
-    """Warn, once for each op and device, that Triton could not compile or launch a kernel; raise any other error.
+    """Warn that Triton could not compile or launch a kernel, which is not tried again; raise any other error.
 
     An exhausted memory or a stopped device is no failure of the kernel.
     """
@@ -508,9 +514,8 @@ def _warn_of(error: Exception, name: str, arguments: tuple[Any, ...]) -> None:
     if any(words in str(error) for words in ("out of memory", "device-side assert", "illegal memory access")):
         raise error
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    device = tensors[0].device
-    if (name, device) not in _warned:
-        _warned.add((name, device))
+    if not has_failed(name, tensors[0]):
+        failed.add((name, device := tensors[0].device, tensors[0].dtype))
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         warnings.warn(
             f"the Triton kernel of {name} failed for shapes {shapes} on {device}; torch runs instead: {error}",

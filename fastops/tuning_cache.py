@@ -21,8 +21,10 @@ from types import NoneType
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
+from .files import replacing
 from .kernels import configs
 
 Key = tuple[Any, ...]
@@ -34,9 +36,9 @@ WAYS = ("triton", "onednn", "torch")
 
 
 def folder() -> Path:
-    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder."""
+    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder; ``RuntimeError`` if there is no home."""
     own = os.environ.get("FASTOPS_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastops"
+    return Path(own) if own else user_cache_path("fastops", appauthor=False)
 
 
 def anything() -> bool:
@@ -86,10 +88,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The name of the CPU."""
+    return str(torch.cpu.get_capabilities()["cpu_name"]) if hasattr(torch.cpu, "get_capabilities") else "CPU"
+
+
 def _device(device: torch.device) -> str:
     if device.type == "cpu":
-        name = torch.cpu.get_capabilities()["cpu_name"] if hasattr(torch.cpu, "get_capabilities") else "CPU"
-        return f"{name}, {torch.get_num_threads()} threads"
+        return f"{processor()}, {torch.get_num_threads()} threads"
     return str(torch.get_device_module(device).get_device_name(device))
 
 
@@ -153,7 +159,7 @@ def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
             known[call] = way
     configs.set_tiles(tiles)
     try:
-        from filelock import FileLock  # torch needs it too
+        from filelock import FileLock
 
         file = path(device)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,9 +177,8 @@ def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
                     if tile is not None
                 ],
             }
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(saved, indent=1))
-            os.replace(part, file)  # whoever reads sees the old file or the new one
+            with replacing(file) as new:
+                new.write(json.dumps(saved, indent=1).encode())
     except (OSError, RuntimeError) as error:  # no such folder can be, or there is no home
         warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=3)
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.cli import DEMO_EXTRA, bench, main
+from fastops.cli import EXTRAS, bench, main
 from fastops.ops import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_command_needs_no_extra() -> None:
-    blocked = f"for name in {DEMO_EXTRA | {'pytest', 'pytest_benchmark'}}: sys.modules[name] = None"
+    blocked = f"for name in {[*EXTRAS, 'pytest', 'pytest_benchmark']}: sys.modules[name] = None"
     words = ["bench", "--pairs", "1", "--case", SMALLEST, "--device", "cpu"]
     process = subprocess.run(
         [sys.executable, "-c", f"import sys\n{blocked}\nfrom fastops.cli import main\nsys.exit(main({words}))"],

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import subprocess
 import tempfile
 import time
@@ -21,12 +20,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
+from io import BytesIO
 from itertools import groupby, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeAlias
+
+from elftools.elf.elffile import ELFFile
 
 from .targets import TARGETS, occupancy
 
@@ -134,17 +136,10 @@ def compiled(architecture: str, **request: Any) -> Compiled:
 
 def _code_and_registers(cubin: bytes) -> tuple[bytes, int]:
     """The instructions in an ELF file of NVIDIA, and how many registers a thread takes."""
-    table, entry, count, names = struct.unpack_from("<40xQ10xHHH", cubin)[:4]
-    sections = [struct.unpack_from("<I20xQQ", cubin, table + entry * number) for number in range(count)]
-    strings = sections[names][1]
-    code, info = b"", b""
-    for name, start, size in sections:
-        label = cubin[strings + name : cubin.index(b"\0", strings + name)]
-        if label.startswith(b".text."):
-            code += cubin[start : start + size]
-        elif label == b".nv.info":
-            info = cubin[start : start + size]
-    registers = re.findall(rb"\x04\x2f\x08\0.{4}(.{4})", info, re.DOTALL)  # EIATTR_REGCOUNT: size, function, registers
+    sections = {section.name: section.data() for section in ELFFile(BytesIO(cubin)).iter_sections()}
+    code = b"".join(data for name, data in sections.items() if name.startswith(".text."))
+    # EIATTR_REGCOUNT: size, function, registers
+    registers = re.findall(rb"\x04\x2f\x08\0.{4}(.{4})", sections[".nv.info"], re.DOTALL)
     return code, max(int.from_bytes(number, "little") for number in registers)
 
 

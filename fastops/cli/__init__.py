@@ -15,7 +15,7 @@ COMMANDS = {
     "bench": "time fastops against eager PyTorch",
     "audit": "compile every kernel for GPUs that need not be here, and inspect it",
 }
-DEMO_EXTRA = {"matplotlib", "mlxtend", "rich", "torchvision"}
+EXTRAS = {"elftools": "audit"} | dict.fromkeys(("matplotlib", "mlxtend", "torchvision"), "demo")
 
 
 class CommandError(Exception):
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in DEMO_EXTRA:
+        if package not in EXTRAS:
             raise
-        return _fail(f'this command needs {package}: pip install "torch-fastops[demo]"')
+        return _fail(f'this command needs {package}: pip install "torch-fastops[{EXTRAS[package]}]"')
     except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
         sys.stdout = None
         return 1

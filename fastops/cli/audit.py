@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from fastops.audit.targets import TARGETS
 from fastops.cli import CommandError
-from fastops.cli.environment import positive_integer
+from fastops.cli.environment import check_file, make_folder, positive_integer, writing
 from fastops.cli.table import Table
 
 COLUMNS = {
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each compilation; 1 if one breaks a rule or does not compile."""
     if find_spec("triton") is None:
-        raise CommandError('this command needs triton: pip install "torch-fastops[triton]"')
+        raise CommandError('this command needs triton: pip install "torch-fastops[audit]"')
     from fastops.audit.launches import AUDITED, launches
     from fastops.audit.machine_code import Failure, machine_code
     from fastops.audit.rules import RULES, broken_rules
@@ -62,12 +62,13 @@ def run(args: argparse.Namespace) -> int:
     found = [launch for target in targets for launch in launches(target, ops)]
     requests = [launch.request for launch in found]
     if args.dump:
-        args.dump.mkdir(parents=True, exist_ok=True)
+        make_folder(args.dump)
         names = (f"{n:04} {launch.target} {launch.kernel} {launch.dtype}" for n, launch in enumerate(found))
         requests = [
             request | {"dump": str(args.dump / f"{name.replace(' ', '-')}.s")}
             for name, request in zip(names, requests, strict=True)
         ]
+    check_file(args.json)
     table, rows, counts, start = Table(COLUMNS), [], Counter[str](), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TRITON_CACHE_DIR=cache):
         for number, (launch, machine) in enumerate(zip(found, machine_code(requests, args.jobs), strict=True), 1):
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     _progress("")
     if args.json:
         rules = {rule.name: rule.explanation for rule in RULES}
-        args.json.write_text(json.dumps({"rules": rules, "rows": rows}, indent=1))
+        with writing(args.json) as file:
+            file.write(json.dumps({"rules": rules, "rows": rows}, indent=1).encode())
     seconds = time.perf_counter() - start
     print(f"\n{len(rows)} compilations for {', '.join(targets)} in {seconds:.0f} s")
     for name, explanation in [("compile", "the compiler takes it"), *((rule.name, rule.explanation) for rule in RULES)]:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
+from fastops import tuning_cache
 from fastops.cli import CommandError
-from fastops.cli.doctor import _interpreting, _processor
-from fastops.cli.environment import backend_lines, check_backend, pick_device, positive_integer
+from fastops.cli.doctor import _interpreting
+from fastops.cli.environment import backend_lines, check_backend, check_file, pick_device, positive_integer, writing
 from fastops.cli.examples import draw_timed, torch_function
 from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
@@ -238,7 +239,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         triton = "not installed"
     return {
         "device": _device_name(device),
-        "processor": _processor(),
+        "processor": tuning_cache.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -274,8 +275,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"no case contains {args.case!r}: they begin with {', '.join(families)}")
     device = pick_device(args.device)
     check_backend(device)
-    if args.json:
-        _write(args.json, "", mode="a")  # a file that cannot be written is better noticed now
+    check_file(args.json)
     facts = environment(device)
     for fact, value in facts.items():
         print(f"{fact}: {value}")
@@ -291,7 +291,8 @@ def run(args: argparse.Namespace) -> int:
         measurements.append(asdict(result))
     if args.json:
         content = {"environment": facts, "pairs": args.pairs, "measurements": measurements}
-        _write(args.json, json.dumps(content, indent=2) + "\n")
+        with writing(args.json) as file:
+            file.write(f"{json.dumps(content, indent=2)}\n".encode())
     return 0
 
 
@@ -299,11 +300,3 @@ def refuse_interpreter() -> None:
     """Raise ``CommandError`` if kernels would run in Triton's interpreter."""
     if _interpreting():
         raise CommandError("Triton's interpreter is on, and its times mean nothing: unset TRITON_INTERPRET")
-
-
-def _write(path: Path, text: str, mode: str = "w") -> None:
-    try:
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise CommandError(f"cannot write to {path}: {error.strerror}") from error

@@ -1,8 +1,6 @@
 """Checkpoints: everything that a run needs to go on as if it had not been interrupted."""
 
-import os
 import pickle
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastops.cli import CommandError
+from fastops.cli.environment import writing
 from fastops.cli.training import Learner
 
 FORMAT = "fastops checkpoint 1"
@@ -43,10 +42,7 @@ class Checkpoint:
 
 
 def save(path: Path, settings: Settings, data: str, epoch: int, learner: Learner, generator: torch.Generator) -> None:
-    """Write a checkpoint. A reader of ``path`` finds the old file or the whole new one, never a part.
-
-    ``CommandError`` if it cannot be written.
-    """
+    """Write a checkpoint, as a whole or not at all; ``CommandError`` if it cannot be written."""
     checkpoint = Checkpoint(
         format=FORMAT,
         settings=asdict(settings),
@@ -58,27 +54,8 @@ def save(path: Path, settings: Settings, data: str, epoch: int, learner: Learner
         random_state=torch.get_rng_state(),
         shuffle_state=generator.get_state(),
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(vars(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CommandError(f"cannot save to {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raise ``CommandError`` unless a checkpoint can be written to ``path``."""
-    if path.is_dir():
-        raise CommandError(f"cannot save to {path}: it is a folder")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise CommandError(f"cannot save to {path}: {error.strerror}") from error
+    with writing(path) as file:
+        torch.save(vars(checkpoint), file)
 
 
 def load(path: Path) -> Checkpoint:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 import fastops
-from fastops.cli.environment import backend_lines, make_folder, pick_device, positive_integer
+from fastops.cli.environment import backend_lines, check_file, make_folder, pick_device, positive_integer
 from fastops.cli.tasks import TASKS
 from fastops.cli.training import comparison, largest_difference, make_learner, save_curves, train
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train both models on the same batches and print where they differ and how long their steps take."""
     make_folder(args.output)
+    check_file(args.output / "curves.png")
     device = pick_device(None)
     task = TASKS["fashion-mlp"]
     data = task.data(None, BATCH_SIZE, torch.Generator().manual_seed(SEED))

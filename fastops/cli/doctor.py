@@ -4,7 +4,6 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     print("\nprocessor")
     _print_pairs(
         {
-            "model": _processor(),
+            "model": tuning_cache.processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
             "oneDNN": _yes(torch.backends.mkldnn.is_available()),
@@ -73,17 +72,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _processor() -> str:
-    """Vendor and model as Linux tells them, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(reversed([line.split("\t: ", 1) for line in lines if "\t: " in line]))
-    fields = {name.strip(): value for name, value in fields.items()}
-    return f"{fields.get('vendor_id', '')} {fields.get('model name', platform.machine())}".strip()
 
 
 def _devices() -> list[torch.device]:

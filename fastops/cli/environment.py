@@ -3,7 +3,10 @@
 import argparse
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch import nn
 import fastops
 import fastops.functional as FF
 from fastops.cli import CommandError
+from fastops.files import replacing
 
 
 def positive_integer(text: str) -> int:
@@ -74,13 +78,37 @@ def backend_lines(model: nn.Module, rows: int, device: torch.device) -> list[str
 
 def make_folder(path: Path) -> None:
     """Create a folder for results if it is not there. ``CommandError`` unless files can be written to it."""
-    if (path / "curves.png").is_dir():
-        raise CommandError(f"cannot write to {path / 'curves.png'}: it is a folder")
-    try:
+    with _reported(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+
+
+def check_file(path: Path | None) -> None:
+    """``CommandError`` unless `writing` to ``path`` is possible, which leaves what is there as it is."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise CommandError(f"cannot write to {path}: it is a folder")
+    with _reported(path):
+        if path.exists() and not path.is_file():
+            path.open("wb").close()
+        else:
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """What `replacing` gives; ``CommandError`` if the file cannot be written."""
+    with _reported(path), replacing(path) as file:
+        yield file
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise CommandError(f"cannot write to {path}: {error.strerror}") from error
+        raise CommandError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
 def _first_line(error: Exception) -> str:

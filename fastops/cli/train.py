@@ -10,10 +10,11 @@ from rich.console import Console
 
 import fastops
 from fastops.cli import CommandError
-from fastops.cli.checkpoint import Checkpoint, Settings, check_writable, load, restore, save
+from fastops.cli.checkpoint import Checkpoint, Settings, load, restore, save
 from fastops.cli.environment import (
     backend_lines,
     check_backend,
+    check_file,
     learning_rate,
     make_folder,
     pick_device,
@@ -59,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     epochs = range(first_epoch, args.epochs or task.epochs)
     if len(epochs) == 0:
         raise CommandError(f"{args.resume} has finished {first_epoch} epochs already: ask for more with --epochs")
-    if args.save:
-        check_writable(args.save)
+    check_file(args.save)
     make_folder(args.output)
+    check_file(args.output / "curves.png")
 
     with fastops.backend(args.backend) if args.backend else nullcontext():
         check_backend(device)

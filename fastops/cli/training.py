@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastops
+from fastops.cli.environment import writing
 from fastops.cli.tasks import Batches, Data, Task
 
 PRINT_EVERY = 100  # batches
@@ -165,4 +166,5 @@ def save_curves(learners: Sequence[Learner], path: Path) -> None:
         for learner, style in zip(learners, ("-o", "--x"), strict=False):
             accuracy_axes.plot(range(1, len(learner.accuracies) + 1), learner.accuracies, style, label=learner.name)
         accuracy_axes.legend()
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, dpi=150)

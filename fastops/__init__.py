@@ -2,12 +2,18 @@
 
 __version__ = "0.1.0"
 
-from . import compile, functional, nn
-from .dispatch import backend, explain
-from .ops import FallbackWarning
-from .reporting import Report, report
-from .swap import swap, unswap
-from .tuning import Choice, Tuning, tune
+try:
+    from . import compile, functional, nn
+    from .dispatch import backend, explain
+    from .ops import FallbackWarning
+    from .reporting import Report, report
+    from .swap import swap, unswap
+    from .tuning import Choice, Tuning, tune
+except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no backend of that name in FASTOPS_BACKEND
+    from .cli import end_command
+
+    end_command(error)
+    raise
 
 __all__ = [
     "Choice",

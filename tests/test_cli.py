@@ -1,4 +1,4 @@
-"""The command line: demo, train and doctor, and the data they read."""
+"""The command line: demo, train and doctor, and the data they read. What goes wrong is in test_cli_errors.py."""
 
 import pickle
 import struct
@@ -9,6 +9,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from commands import fail, run
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,28 +76,6 @@ def listed(tmp_path: Path) -> Path:
     return directory
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run a command that must succeed on the plain CPU way; returns what it printed."""
-    with fastops.backend("torch"):
-        status = main([str(word) for word in words])
-    printed = capsys.readouterr()
-    assert (status, printed.err) == (0, "")
-    return printed.out
-
-
-def fail(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run a command that must end with status 2; returns its one line."""
-    try:
-        status: object = main([str(word) for word in words])
-    except SystemExit as error:  # of argparse, which prints the usage first
-        status = error.code
-    printed = capsys.readouterr()
-    assert (status, printed.out) == (2, "")
-    lines = printed.err.splitlines()
-    assert len([line for line in lines if not line.startswith(("usage:", " "))]) == 1
-    return lines[-1]
-
-
 # The command line itself
 
 
@@ -116,62 +95,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert capsys.readouterr().out == f"fastops {fastops.__version__}\n"
-
-
-@pytest.mark.parametrize("command", ["demo", "train fashion-mlp"])
-@pytest.mark.parametrize("package", ["matplotlib", "mlxtend"])
-def test_missing_extra_is_named_with_its_pip_command(
-    command: str, package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in list(sys.modules):
-        if name.startswith("fastops.cli."):
-            monkeypatch.delitem(sys.modules, name)
-        if name.split(".")[0] == package:
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, package, None)
-    line = fail(capsys, *command.split(), "--output", tmp_path)
-    assert line == f'fastops: error: this command needs {package}: pip install "torch-fastops[demo]"'
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "the following arguments are required: command"),
-        ("dance", "invalid choice: 'dance'"),
-        ("train", "the following arguments are required: MODEL"),
-        ("train vgg", "argument MODEL: invalid choice: 'vgg'"),
-        ("train lenet --epochs 0", "argument --epochs: '0' is not a positive integer"),
-        ("train lenet --batch-size many", "argument --batch-size: 'many' is not a positive integer"),
-        ("train lenet --batch-size 2", "lenet trains on one random image: --batch-size must be 1"),
-        ("train lenet --backend cudnn", "argument --backend: invalid choice: 'cudnn'"),
-        ("train lenet --device toaster", "cannot use device 'toaster'"),
-        ("train lenet --device meta", "cannot use device 'meta'"),
-        ("train lenet --data .", "this model makes its own data: --data is only for fashion-mlp and cifar-net"),
-        ("train lenet --compare --save x.pt", "leave out --save and --resume"),
-        ("train lenet --output {tmp}/file", "cannot write to {tmp}/file: File exists"),
-        ("train lenet --save {tmp}", "cannot write to {tmp}: it is a folder"),
-        ("train lenet --save {tmp}/no/x.pt", "cannot write to {tmp}/no/x.pt: No such file or directory"),
-        ("train lenet --resume {tmp}/no.pt", "cannot read checkpoint {tmp}/no.pt: No such file or directory"),
-        ("train lenet --resume {tmp}/file", "cannot read checkpoint {tmp}/file: damaged, or not a checkpoint"),
-        ("train fashion-mlp --data {tmp}/no", "{tmp}/no is not a folder"),
-        (
-            "train fashion-mlp --data {tmp}",
-            "{tmp} holds no FashionMNIST/raw, MNIST/raw, cifar-10-batches-py, or train.csv and test.csv",
-        ),
-    ],
-)
-def test_mistakes_get_one_line_and_status_2(
-    words: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("some text")
-    assert message.format(tmp=tmp_path) in fail(capsys, *words.format(tmp=tmp_path).split())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
-
-
-def test_backend_that_cannot_run_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, no_interpreter: None) -> None:
-    line = fail(capsys, *f"train lenet --device cpu --backend triton --output {tmp_path}".split())
-    assert "backend 'triton' is selected but Triton" in line
 
 
 # fastops train

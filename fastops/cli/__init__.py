@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import fastops
 
@@ -15,7 +16,12 @@ COMMANDS = {
     "bench": "time fastops against eager PyTorch",
     "audit": "compile every kernel for GPUs that need not be here, and inspect it",
 }
-EXTRAS = {"elftools": "audit"} | dict.fromkeys(("matplotlib", "mlxtend", "torchvision"), "demo")
+# What `pip install torch-fastops` brings, alone and with an extra.
+EXTRAS = (
+    dict.fromkeys(("torch", "numpy", "filelock", "platformdirs", "rich"), "")
+    | dict.fromkeys(("matplotlib", "mlxtend", "torchvision"), "[demo]")
+    | {"elftools": "[audit]"}
+)
 
 
 class CommandError(Exception):
@@ -28,34 +34,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``arguments``: the words after ``fastops``; those of the process by default. A command module has
     ``add_arguments(parser)`` and ``run(args) -> int``.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # a full disk is an error of the command, not of the interpreter's last moments
+    except (CommandError, ImportError, OSError, KeyboardInterrupt) as error:
+        return _status(error)
+
+
+def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fastops", description="Triton kernels for existing PyTorch models.")
     parser.add_argument("--version", action="version", version=f"fastops {fastops.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    try:
-        for name, purpose in COMMANDS.items():
-            command = commands.add_parser(name, help=purpose, description=purpose)
-            if words[:1] == [name]:
-                module = import_module(f"fastops.cli.{name}")
-                module.add_arguments(command)
-        args = parser.parse_args(words)
-        status: int = module.run(args)
-        return status
-    except CommandError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        return _fail(f'this command needs {package}: pip install "torch-fastops[{EXTRAS[package]}]"')
-    except BrokenPipeError:  # the reader of our output, head for instance, has seen enough
-        sys.stdout = None
-        return 1
-    except KeyboardInterrupt:
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if words[:1] == [name]:
+            module = import_module(f"fastops.cli.{name}")
+            module.add_arguments(command)
+    args = parser.parse_args(words)
+    status: int = module.run(args)
+    return status
+
+
+def end_command(error: BaseException) -> None:
+    """End the process as `main` would if it is the command line; else do nothing.
+
+    For errors of ``import fastops`` itself, which comes before `main`.
+    """
+    program = sys.orig_argv[-len(sys.argv) :][:1]  # the script, or the word behind -m
+    if [Path(word).stem for word in program] == ["fastops"]:
+        raise SystemExit(_status(error))
+
+
+def _status(error: BaseException) -> int:
+    """Say in one line what ended a command; returns its exit status."""
+    if isinstance(error, KeyboardInterrupt):
         print("fastops: interrupted", file=sys.stderr)
         return 130
-
-
-def _fail(line: str) -> int:
+    line = str(error)
+    if isinstance(error, OSError):
+        if error.filename is None:  # of the output
+            sys.stdout = None
+            if isinstance(error, BrokenPipeError):  # its reader, head for instance, has seen enough
+                return 1
+        line = f"{error.filename or 'cannot write the output'}: {error.strerror}"
+    elif isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise error
+        line = f'this command needs {package}: pip install "torch-fastops{EXTRAS[package]}"'
     print(f"fastops: error: {line}", file=sys.stderr)
     return 2

@@ -25,6 +25,16 @@ def positive_integer(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """The type of an option that seeds torch's generators."""
+    try:
+        number = int(text)
+        torch.Generator().manual_seed(number)
+    except (ValueError, RuntimeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 64 bits") from None
+    return number
+
+
 def learning_rate(text: str) -> float:
     """The type of an option that takes a learning rate."""
     try:
@@ -44,6 +54,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cpu" and device.index:  # torch takes it, and counts no CPUs
+            raise RuntimeError("there is but one, cpu")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
         raise CommandError(f"cannot use device {name!r}: {_first_line(error)}") from error
     return device

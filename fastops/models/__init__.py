@@ -4,6 +4,7 @@ from fastops.models.cifar_net import CIFAR_CLASSES, CIFARNet
 from fastops.models.fashion_mlp import FASHION_CLASSES, FashionMLP
 from fastops.models.lenet import LeNet
 from fastops.models.linear_regression import LinearRegression
+from fastops.models.logistic import Logistic
 from fastops.models.two_layer_net import TwoLayerNet
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "FashionMLP",
     "LeNet",
     "LinearRegression",
+    "Logistic",
     "TwoLayerNet",
 ]

@@ -28,8 +28,3 @@ class CIFARNet(nn.Module):
         x = F.relu(self.fc2(x))
         logits: Tensor = self.fc3(x)
         return logits
-
-
-def random_images(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Standard-normal images ``[rows, 3, 32, 32]``, float32, and class indices ``[rows]``."""
-    return torch.randn(rows, 3, 32, 32, generator=generator), torch.randint(10, (rows,), generator=generator)

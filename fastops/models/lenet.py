@@ -21,11 +21,19 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = torch.flatten(x, 1)
+        x = x.view(-1, self.num_flat_features(x))
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         output: Tensor = self.fc3(x)
         return output
+
+    def num_flat_features(self, x: Tensor) -> int:
+        """Values of one image behind the convolutions, counted as the tutorial does."""
+        size = x.size()[1:]  # all dimensions except the batch dimension
+        num_features = 1
+        for s in size:
+            num_features *= s
+        return num_features
 
 
 def random_image(generator: torch.Generator) -> tuple[Tensor, Tensor]:

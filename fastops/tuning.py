@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import dispatch, functional, tuning_cache
 from .kernels import configs
 from .ops.op import Explanation, FallbackWarning, failures_raised
+from .progress import progress
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -48,8 +49,8 @@ class Tuning:
     """What `tune` found. ``str(tuning)`` is a table.
 
     ``memory_format`` is the faster one of the whole model, given to ``fastops.swap(model, memory_format=..)``; None
-    where there is no convolution in two dimensions. ``path`` is the file that keeps the choices; None if none could be
-    written.
+    where there is no convolution in two dimensions or the model runs in its own alone. ``path`` is the file that keeps
+    the choices; None if none could be written.
     """
 
     choices: tuple[Choice, ...]
@@ -122,13 +123,26 @@ _one_at_a_time = threading.Lock()
 
 def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
     formats = _formats(model)
-    calls = [call for one in formats.values() or [model] for call in calls_of(one, example)]
+    calls = calls_of(model, example)
+    try:
+        calls += [call for one in list(formats.values())[1:] for call in calls_of(one, example)]
+    except RuntimeError as error:  # of a `view` in the model, for example
+        warnings.warn(f"memory formats are not compared: {error}", stacklevel=3)
+        formats = {}
     choices, won, tiles = [], dict[torch.device, dict[tuning_cache.Key, str | None]](), tuning_cache.Tiles()
-    for choose in (_choose_tiles, _choose):  # tiles are shared: the ways are timed with those that are there in the end
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients):
-                for (device, key, usual), alike in _grouped(calls).items():
-                    clock = timer or partial(_seconds, {device})
+    groups: list[tuple[bool, torch.device, tuning_cache.Key, str, list[Call]]] = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            groups += [(gradients, *group, alike) for group, alike in _grouped(calls).items()]
+    with progress(2 * len(groups)) as begin:
+        for choose in (
+            _choose_tiles,
+            _choose,
+        ):  # tiles are shared: the ways are timed with those that are there at last
+            for gradients, device, key, usual, alike in groups:
+                begin(f"{alike[0].name} {alike[0].shapes}")
+                clock = timer or partial(_seconds, {device})
+                with torch.set_grad_enabled(gradients):
                     if choose is _choose_tiles:
                         tiles |= _choose_tiles(alike, clock)
                     else:

@@ -18,7 +18,7 @@ import fastops
 import fastops.functional as FF
 from fastops import fold
 from fastops.accuracy import error_share
-from fastops.models import LeNet
+from fastops.models import CIFARNet
 
 
 @pytest.fixture(autouse=True)
@@ -502,7 +502,7 @@ def test_hooks_see_the_steps_of_a_sum(hooked: str) -> None:
 
 def test_memory_format_of_a_model(backend: str) -> None:
     torch.manual_seed(0)
-    model = LeNet()
+    model = CIFARNet()
     eager = copy.deepcopy(model)
     parameters = list(model.parameters())
     assert fastops.swap(model, memory_format=torch.channels_last) is model
@@ -510,11 +510,11 @@ def test_memory_format_of_a_model(backend: str) -> None:
     assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert "channels_last weights: large feature maps gain" in str(fastops.report(model))
     assert "channels_last" not in str(fastops.report(fastops.swap(copy.deepcopy(eager))))
-    x = torch.randn(3, 1, 32, 32)
+    x = torch.randn(3, 3, 32, 32)
     with fastops.backend(backend):
         hidden = FF.conv_relu2d(x, model.conv1.weight, model.conv1.bias)
         assert hidden.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-5)
-    loaded = LeNet()
+    loaded = CIFARNet()
     loaded.load_state_dict(model.state_dict())
     torch.testing.assert_close(loaded(x), eager(x), rtol=0, atol=0)

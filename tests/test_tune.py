@@ -18,7 +18,7 @@ from fastops import dispatch, tuning_cache
 from fastops.kernels import configs
 from fastops.kernels import linear as linear_kernels
 from fastops.kernels.launch import Plan
-from fastops.models import LeNet
+from fastops.models import CIFARNet, LeNet
 from fastops.ops import OPS
 
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_model_and_input_are_left_alone(folder: Path) -> None:
 
 def test_memory_format_of_the_whole_model(folder: Path) -> None:
     """Both are timed, the calls of both are tuned, and `swap` takes the answer."""
-    model, x = fastops.swap(LeNet()), torch.randn(2, 1, 32, 32)
+    model, x = fastops.swap(CIFARNet()), torch.randn(2, 3, 32, 32)
 
     def timer(call: Callable[[], object]) -> float:
         if dispatch.selected_backend() != "auto":
@@ -183,6 +183,15 @@ def test_memory_format_of_the_whole_model(folder: Path) -> None:
     assert "whole model, channels_last: 1000.00 ms" in str(tuning)
     fastops.swap(model, memory_format=tuning.memory_format)
     assert not model.conv2.weight.is_contiguous()
+
+
+def test_model_that_needs_its_own_memory_format(folder: Path) -> None:
+    """LeNet looks at what comes from its convolutions with `view`."""
+    model, x = fastops.swap(LeNet()), torch.randn(2, 1, 32, 32)
+    with pytest.warns(UserWarning, match="memory formats are not compared: view size is not compatible"):
+        tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0, auto=1.0))
+    assert tuning.memory_format is None and tuning.format_seconds == {}
+    assert [choice.op for choice in tuning.choices[:5]] == ["conv_relu2d"] * 2 + ["linear_relu"] * 2 + ["linear"]
 
 
 def test_report_says_which_way_ran(folder: Path) -> None:

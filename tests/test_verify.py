@@ -50,6 +50,12 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return keep
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is one line."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def rows(printed: str, op: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith(f"{op} ")]
 
@@ -328,7 +334,7 @@ def test_interpreter_gets_the_same_command(
 WITHOUT_EXTRAS = """
 import sys
 
-for package in ("matplotlib", "mlxtend", "pytest", "rich", "torchvision"):
+for package in ("matplotlib", "mlxtend", "pytest", "torchvision"):
     sys.modules[package] = None
 from fastops.cli import main
 

@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,17 +16,17 @@ from fastops.audit.targets import TARGETS
 from fastops.cli import CommandError
 from fastops.cli.environment import check_file, make_folder, positive_integer, writing
 from fastops.cli.table import Table
+from fastops.progress import progress
 
 COLUMNS = {
     "target": 7,
     "kernel": 32,
-    "dtype": 6,
+    "dtype": 5,
+    "shape": 41,
     "tile": 19,
-    "shape": 40,
     "registers": -9,
     "spills": -6,
     "shared": -7,
-    "limit": -6,
     "tmem": -4,
     "matrix": -6,
     "128 64 less": -11,
@@ -36,8 +34,8 @@ COLUMNS = {
     "loop": -13,
     "bound": -5,
     "seconds": -7,
-    "broken": 0,
 }
+SHARED = 4  # the first columns, which are a line of their own unless all fits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +67,14 @@ def run(args: argparse.Namespace) -> int:
             for name, request in zip(names, requests, strict=True)
         ]
     check_file(args.json)
-    table, rows, counts, start = Table(COLUMNS), [], Counter[str](), time.perf_counter()
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TRITON_CACHE_DIR=cache):
-        for number, (launch, machine) in enumerate(zip(found, machine_code(requests, args.jobs), strict=True), 1):
+    table, rows, counts, start = Table(COLUMNS, SHARED), [], Counter[str](), time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        progress(len(found)) as begin,
+    ):
+        for launch, machine in zip(found, machine_code(requests, args.jobs), strict=True):
+            begin(f"{launch.target} {launch.kernel}, {sum(counts.values())} broken")
             if isinstance(machine, Failure):
                 broken, figures = {"compile": machine.reason}, {}
             else:
@@ -90,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
             }
             rows.append(row)
             table.row(_cells(row))
-            _progress(f"{number} of {len(found)}, {sum(counts.values())} broken, {time.perf_counter() - start:.0f} s")
-    _progress("")
+            for name, how in broken.items():
+                print(f"  broken: {name}: {' '.join(how.split())[:300]}")
     if args.json:
         rules = {rule.name: rule.explanation for rule in RULES}
         with writing(args.json) as file:
@@ -110,16 +113,10 @@ def _chosen(kind: str, words: Sequence[str] | None, known: Sequence[str]) -> Seq
     return words or known
 
 
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
 def _cells(row: dict[str, Any]) -> list[str]:
-    broken = "; ".join(f"{name}: {how}" for name, how in row["broken"].items())
-    first = [str(row[name]) for name in ("target", "kernel", "dtype", "tile", "shape")]
+    first = [str(row[name]) for name in ("target", "kernel", "dtype", "shape", "tile")]
     if "registers" not in row:
-        return [*first, *[""] * (len(COLUMNS) - 6), re.sub(r"\s+", " ", broken)[:200]]
+        return [*first, *[""] * (len(COLUMNS) - 5)]
     accesses = Counter[str]()
     for bits, count in row["accesses"].items():
         accesses["wide" if int(bits) >= 128 else "half" if int(bits) == 64 else "less"] += count
@@ -128,7 +125,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["registers"]),
         str(row["spilled_registers"]),
         str(row["shared_memory"]),
-        str(row["shared_memory_limit"]),
         str(row["tensor_memory"]),
         str(sum(row["matrix_instructions"].values())),
         f"{accesses['wide']} {accesses['half']} {accesses['less']}",
@@ -136,5 +132,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "+".join(str(row["loop"].get(kind, 0)) for kind in ("matrix", "global", "shared", "other")),
         "" if row["issue_bound"] is None else f"{row['issue_bound']:.2f}",
         f"{row['seconds']:.1f}",
-        broken,
     ]

@@ -5,12 +5,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
 import fastops
 from fastops.cli.environment import backend_lines, check_file, make_folder, pick_device, positive_integer
 from fastops.cli.tasks import TASKS
-from fastops.cli.training import comparison, largest_difference, make_learner, save_curves, train
+from fastops.cli.training import make_learner, print_comparison, save_curves, train
 
 BATCH_SIZE = 64
 LR = 0.1  # A hundred times the tutorial's: the digits are few, and a demonstration has to end soon.
@@ -40,10 +39,8 @@ def run(args: argparse.Namespace) -> int:
     print(*backend_lines(swapped.model, BATCH_SIZE, device), sep="\n")
     print()
 
-    console = Console(markup=False, highlight=False)
-    train([eager, swapped], data, device, range(args.epochs), console)
-    console.print(comparison(eager, swapped, batches=len(data.train)))
-    print(largest_difference(eager, swapped))
+    train([eager, swapped], data, device, range(args.epochs))
+    print_comparison(eager, swapped, batches=len(data.train))
     ratio = median(swapped.seconds) / median(eager.seconds)
     print(
         f"median time of a training step: eager {1e3 * median(eager.seconds):.2f} ms, "

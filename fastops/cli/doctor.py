@@ -3,14 +3,19 @@
 import argparse
 import os
 import platform
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.utils.collect_env import get_nvidia_driver_version, get_os
+from torch.utils.collect_env import run as run_command
 
 import fastops
 from fastops import tuning_cache
 from fastops.cli.examples import draw_timed
 from fastops.ops import OPS
+
+SETTINGS = ("TRITON_INTERPRET", "FASTOPS_BACKEND", "FASTOPS_CACHE_DIR")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,27 +24,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what a bug report needs."""
-    print("versions")
-    _print_pairs({"python": platform.python_version(), "fastops": fastops.__version__} | _versions())
-    print("\nprocessor")
-    _print_pairs(
-        {
-            "model": tuning_cache.processor(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": str(torch.get_num_threads()),
+    try:
+        cache = str(tuning_cache.folder())
+    except RuntimeError:
+        cache = "none: there is no home"
+    sections: dict[str, Mapping[str, object]] = {
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("torch-fastops", "torch", "triton", "numpy")},
+        "machine": {
+            "system": f"{get_os(run_command)}, {platform.platform()}",
+            "processor": f"{tuning_cache.processor()}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
             "oneDNN": _yes(torch.backends.mkldnn.is_available()),
             "MKL": _yes(torch.backends.mkl.is_available()),
-        }
-    )
-    print("\naccelerators")
-    for line in _accelerators() or ["none"]:
-        print(f"  {line}")
-    for name in ("TRITON_INTERPRET", "FASTOPS_BACKEND"):
-        print(f"\n{name}: {os.environ.get(name, 'not set')}", end="")
-    print(f"\nTriton interpreter: {'on' if _interpreting() else 'off (TRITON_INTERPRET=1 turns it on)'}")
+            "accelerators": "; ".join(_accelerators()) or "none",
+            "GPU driver": get_nvidia_driver_version(run_command) or "none of NVIDIA",
+            "HIP": torch.version.hip or "none",
+        },
+        "settings": {name: os.environ.get(name, "not set") for name in SETTINGS}
+        | {
+            "Triton interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
+            "cache folder": cache,
+        },
+    }
+    for title, facts in sections.items():
+        print(title)
+        for name, fact in facts.items():
+            print(f"  {name}: {fact}")
+        print()
     for device in _devices():
-        tuned = tuning_cache.path(device)
-        print(f"\nbackend of each operation on {device}, {f'tuned: {tuned}' if tuned.exists() else 'not tuned'}")
+        tuned = tuning_cache.path(device) if tuning_cache.anything() else None
+        print(
+            f"backend of each operation on {device}, {f'tuned: {tuned}' if tuned and tuned.exists() else 'not tuned'}"
+        )
         try:
             for line in _choices(device):
                 print(f"  {line}")
@@ -48,30 +65,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _interpreting() -> bool:
-    """CPU tensors reach a Triton kernel only through the interpreter."""
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on: CPU tensors reach a kernel only through it."""
     one = torch.zeros(1, 1)
     with fastops.backend("auto"):
         return fastops.explain("linear", one, one).backend == "triton"
-
-
-def _print_pairs(pairs: dict[str, str]) -> None:
-    for name, value in pairs.items():
-        print(f"  {name:<11} {value}")
 
 
 def _yes(available: bool) -> str:
     return "yes" if available else "no"
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _devices() -> list[torch.device]:
@@ -89,13 +98,10 @@ def _accelerators() -> list[str]:
     return lines
 
 
-def _choices(device: torch.device) -> list[str]:
-    """One line for each of the first two timed calls of every operation, or else for its first example."""
-    lines = []
+def _choices(device: torch.device) -> Iterator[str]:
+    """A line for each of the first two timed calls of every operation, or else for its first example."""
     for op in OPS.values():
         for example in (op.timed or op.examples[:1])[:2]:
             variables, constants = draw_timed(example, device)
-            lines.append(
-                f"{op.name} {example.name}: {fastops.explain(op.name, **variables, **constants, **example.options)}"
-            )
-    return lines
+            explanation = fastops.explain(op.name, **variables, **constants, **example.options)
+            yield f"{op.name} {example.name}: {explanation}"

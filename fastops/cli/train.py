@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import fastops
 from fastops.cli import CommandError
@@ -22,7 +21,7 @@ from fastops.cli.environment import (
     seed,
 )
 from fastops.cli.tasks import LENET_TUTORIAL, TASKS, Data, Task
-from fastops.cli.training import Learner, comparison, largest_difference, make_learner, save_curves, train
+from fastops.cli.training import Learner, make_learner, print_comparison, save_curves, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +87,12 @@ def run(args: argparse.Namespace) -> int:
             if args.save:
                 save(args.save, settings, data.name, finished, swapped, data.generator)
 
-        console = Console(markup=False, highlight=False)
-        train(learners, data, device, epochs, console, after_epoch)
+        train(learners, data, device, epochs, after_epoch)
         print(f"loss of the last step: {swapped.losses[-1]:.6g}")
         _print_prediction(swapped, data, device)
 
     if args.compare:
-        console.print(comparison(learners[0], swapped, batches=len(data.train)))
-        print(largest_difference(learners[0], swapped))
+        print_comparison(learners[0], swapped, batches=len(data.train))
     save_curves(learners, args.output / "curves.png")
     print(f"curves: {args.output / 'curves.png'}")
     if args.save:

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 import fastops
 from fastops.cli import CommandError
 from fastops.cli.environment import writing
+from fastops.cli.table import Table
 from fastops.cli.tasks import Batches, Data, Task
+from fastops.progress import progress
 
 PRINT_EVERY = 100  # batches
 
@@ -80,7 +78,6 @@ def train(
     data: Data,
     device: torch.device,
     epochs: range,
-    console: Console,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train all learners on the same batches, taking turns in who goes first.
@@ -88,12 +85,10 @@ def train(
     ``epochs``: the epochs to run, counted from 0. ``after_epoch`` is called with the number of finished epochs.
     ``CommandError`` as soon as a loss, or at the end of an epoch a weight, is NaN or infinite.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(epochs) * len(data.train))
+    with progress(len(epochs) * len(data.train)) as begin:
         for epoch in epochs:
-            progress.update(bar, description=f"epoch {epoch + 1} of {epochs.stop}")
             for batch, (inputs, targets) in enumerate(data.train, start=1):
+                begin(f"epoch {epoch + 1} of {epochs.stop}")
                 inputs, targets = inputs.to(device), targets.to(device)
                 for learner in learners if batch % 2 else reversed(learners):
                     start = _now(device)
@@ -102,18 +97,16 @@ def train(
                     learner.losses.append(loss.item())
                     if not math.isfinite(learner.losses[-1]):
                         raise _diverged(learner, f"loss is {learner.losses[-1]}", f"{epoch + 1}, batch {batch}")
-                progress.advance(bar)
                 if batch % PRINT_EVERY == 0:
                     latest = ", ".join(f"{learner.name} {learner.losses[-1]:.6g}" for learner in learners)
-                    line = f"epoch {epoch + 1}, batch {batch} of {len(data.train)}: loss {latest}"
-                    console.print(line, soft_wrap=True)
+                    print(f"epoch {epoch + 1}, batch {batch} of {len(data.train)}: loss {latest}")
             for learner in learners:
                 if not all(parameter.isfinite().all() for parameter in learner.model.parameters()):
                     raise _diverged(learner, "weights are no longer finite", f"{epoch + 1}")
                 if data.test is not None:
                     learner.test(data.test, device)
                     line = f"epoch {epoch + 1}: {learner.name} test accuracy {learner.accuracies[-1]:.1f} %"
-                    console.print(f"{line}, average test loss {learner.test_losses[-1]:.6f}", soft_wrap=True)
+                    print(f"{line}, average test loss {learner.test_losses[-1]:.6f}")
             after_epoch(epoch + 1)
 
 
@@ -135,32 +128,27 @@ def epoch_losses(learner: Learner, batches: int) -> list[float]:
     return [sum(losses[start : start + batches]) / batches for start in range(0, len(losses), batches)]
 
 
-def comparison(eager: Learner, swapped: Learner, batches: int) -> Table:
-    """Mean training loss and test accuracy of each epoch, side by side, and how the swapped one differs."""
-    table = Table(title="eager and swapped, epoch by epoch", box=SIMPLE)
-    headings = ["epoch", "eager loss", "swapped loss", "change"]
+def print_comparison(eager: Learner, swapped: Learner, batches: int) -> None:
+    """Mean training loss and test accuracy of each epoch, side by side, how the swapped one differs, and where most."""
+    print("\neager and swapped, epoch by epoch")
+    columns = {"epoch": -5, "eager loss": -11, "swapped loss": -11, "change": -8}
     if eager.accuracies:
-        headings += ["eager accuracy", "swapped accuracy", "change"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+        columns |= {"eager accuracy": -8, "swapped accuracy": -8, "gain": -5}
+    table = Table(columns)
     pairs = zip(epoch_losses(eager, batches), epoch_losses(swapped, batches), strict=True)
     for epoch, (left, right) in enumerate(pairs):
         row = [str(epoch + 1), f"{left:.6g}", f"{right:.6g}", f"{right - left:+.1e}"]
         if eager.accuracies:
             left, right = eager.accuracies[epoch], swapped.accuracies[epoch]
             row += [f"{left:.1f} %", f"{right:.1f} %", f"{right - left:+.1f}"]
-        table.add_row(*row)
-    return table
-
-
-def largest_difference(eager: Learner, swapped: Learner) -> str:
-    """One line: the step at which the two losses are furthest apart, and by how much."""
-    pairs = list(zip(eager.losses, swapped.losses, strict=True))
-    step = max(range(len(pairs)), key=lambda index: abs(pairs[index][1] - pairs[index][0]))
-    left, right = pairs[step]
-    if left == right:
-        return f"the losses of all {len(pairs)} steps are equal to the last bit"
-    return f"largest difference of a step's loss: {abs(right - left):.2e} at step {step + 1} (eager {left:.6g})"
+        table.row(row)
+    differences = [abs(right - left) for left, right in zip(eager.losses, swapped.losses, strict=True)]
+    largest = max(differences)
+    step = differences.index(largest)
+    if largest == 0:
+        print(f"the losses of all {len(differences)} steps are equal to the last bit")
+    else:
+        print(f"largest difference of a step's loss: {largest:.2e} at step {step + 1} (eager {eager.losses[step]:.6g})")
 
 
 def save_curves(learners: Sequence[Learner], path: Path) -> None:

@@ -16,19 +16,27 @@ Capture = pytest.CaptureFixture[str]
 FASTOPS = str(Path(sys.executable).with_name("fastops"))
 
 
-@pytest.mark.parametrize("command", ["demo", "train fashion-mlp"])
-@pytest.mark.parametrize("package", ["matplotlib", "mlxtend"])
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("demo --output {tmp}", "matplotlib", "demo"),
+        ("demo --output {tmp}", "mlxtend", "demo"),
+        ("train fashion-mlp --output {tmp}", "matplotlib", "demo"),
+        ("train fashion-mlp --output {tmp}", "mlxtend", "demo"),
+        ("audit", "elftools", "audit"),
+    ],
+)
 def test_missing_extra_is_named_with_its_pip_command(
-    command: str, package: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: str, package: str, extra: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in list(sys.modules):
-        if name.startswith("fastops.cli."):
+        if name.startswith(("fastops.cli.", "fastops.audit.")):
             monkeypatch.delitem(sys.modules, name)
         if name.split(".")[0] == package:
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    line = fail(capsys, *command.split(), "--output", tmp_path)
-    assert line == f'fastops: error: this command needs {package}: pip install "torch-fastops[demo]"'
+    line = fail(capsys, *command.format(tmp=tmp_path).split())
+    assert line == f'fastops: error: this command needs {package}: pip install "torch-fastops[{extra}]"'
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,12 @@ def weighted_probabilities(
 
 @triton.jit
 def store_total(loss_ptr, denominator_ptr, loss, weight, MEAN: tl.constexpr):
-    """The reduced loss from the sums of the losses and of the positions' weights, and what it was divided by."""
+    """The reduced loss from the sums of the losses and of the positions' weights, and what it was divided by.
+
+    torch divides the part of the true classes and that of label smoothing each by the weights: 0 / 0 if they are 0.
+    """
     if MEAN:
+        weight = tl.where(weight == 0.0, float("nan"), weight)
         tl.store(loss_ptr, (loss / weight).to(loss_ptr.dtype.element_ty))
         tl.store(denominator_ptr, weight)
     else:
@@ -379,6 +383,11 @@ def cross_entropy_backward_kernel(
                     else:
                         t += uniform
             grad = (tl.exp(log_probability) * target_sum[:, None] - t) * scale[:, None]
+            # With an infinite scale torch subtracts infinity from infinity wherever t is not 0 for certain.
+            if PROBABILITIES or LABEL_SMOOTHING > 0:
+                grad += (scale - scale)[:, None]
+            else:
+                grad += tl.where(columns == target[:, None], (scale - scale)[:, None], 0.0)
             starts = row_offsets(outer, rows, grad_input_outer_stride, grad_input_inner_stride, ROW_ALIGNMENT)
             pointers = class_pointers(grad_input_ptr, starts, columns, grad_input_class_stride, UNIT)
             store_classes(pointers, grad, own_rows, fresh, units, classes, UNIT)

@@ -109,10 +109,12 @@ class NoHostSynchronisation(TorchDispatchMode):
 
 @every_case
 def test_host_never_waits_for_a_value(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for one: on the CPU, where nothing is waited for, class indices are checked. On a GPU the kernel does it."""
+    """But for two, on the CPU, where nothing is waited for: class indices (a kernel checks them on a GPU), and whether
+    the gradient of a loss is finite whose own gradients were made in its forward pass (never on a GPU)."""
     onednn_in_float64(monkeypatch)
     monkeypatch.setattr(cross_entropy_kernels, "check_targets", lambda *_: None)
     monkeypatch.setattr(chunked_logits, "check_targets", lambda *_: None)
+    monkeypatch.setattr("fastops.ops.linear_cross_entropy.is_finite", lambda _: True)
     tensors = case.tensors()
     with NoHostSynchronisation():
         result = case.ours(*tensors)
@@ -503,3 +505,45 @@ def test_graphs_of_non_leaf_tensors(case: Case, backend: str) -> None:
 def test_backend_of_this_file_is_what_it_says(backend: str) -> None:
     assert dispatch.selected_backend() == backend
     assert fastops.explain("linear", torch.randn(4, 3), torch.randn(2, 3)).backend == backend
+
+
+# What is not finite ---------------------------------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+TARGETS = {
+    "indices": torch.tensor([1, 2, -100]),
+    "one class": torch.tensor([1, 1, -100]),
+    "all ignored": torch.tensor([-100, -100, -100]),
+    "probabilities": torch.tensor([[0.0, 1, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 1]]),
+}
+WEIGHTS = {"none": None, "some zero": torch.tensor([1.0, 0, 1, 2]), "all zero": torch.zeros(4)}
+
+
+def kinds(tensor: Tensor) -> Tensor:
+    """0 for finite numbers; else NaN or the infinity itself."""
+    return torch.where(tensor.isfinite(), 0.0, tensor.detach())
+
+
+@pytest.mark.parametrize("grad_output", [1.0, INF, NAN])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_is_infinite_and_nan_where_torchs_is(
+    reduction: str, target: str, weight: str, label_smoothing: float, grad_output: float, backend: str
+) -> None:
+    """Class weights that are all zero for the classes at hand, gradients that are not finite, and both."""
+    options = {"weight": WEIGHTS[weight], "label_smoothing": label_smoothing, "reduction": reduction}
+    x, w = torch.randn(3, 5).requires_grad_(), torch.randn(4, 5).requires_grad_()
+    found = FF.cross_entropy(F.linear(x, w), TARGETS[target], **options)
+    head = FF.linear_cross_entropy(x, w, TARGETS[target], **options)
+    expected = F.cross_entropy(F.linear(x, w), TARGETS[target], **options)
+    gradients = []
+    for loss in (found, head, expected):
+        upstream = torch.ones_like(loss)
+        upstream.view(-1)[0] = grad_output
+        gradients.append([kinds(loss), *map(kinds, torch.autograd.grad(loss, (x, w), upstream))])
+    torch.testing.assert_close(gradients[0], gradients[2], equal_nan=True)
+    torch.testing.assert_close(gradients[1][:2], gradients[2][:2], equal_nan=True)
+    # A row of logits' gradient that is NaN at one class and infinite at others is NaN throughout in the head.
+    assert torch.equal(gradients[1][2] == 0, gradients[2][2] == 0)

@@ -11,6 +11,7 @@ on each other and run one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, Final, cast
@@ -193,8 +194,8 @@ def _forward(statistics: Callable[..., chunked_logits.Statistics], *arguments: A
         if reduction == "mean":
             denominator += goal.own_weight(exact).sum() if indices else len(input)
     loss, maximum, exponentials, mass = (torch.stack(parts, 1) for parts in zip(*results, strict=True))
-    if reduction != "mean":
-        denominator.fill_(1)
+    # torch divides the part of the true classes and that of label smoothing each by the weights: 0 / 0 if they are 0.
+    denominator = denominator.where(denominator != 0, torch.nan) if reduction == "mean" else denominator.fill_(1)
     if reduction != "none":
         loss = loss.sum() / denominator
     return loss.to(exact if float32_loss else input.dtype), maximum, exponentials, mass, denominator
@@ -214,10 +215,16 @@ def _forward_with_gradients(needs: Any, *arguments: Any) -> tuple[tuple[Tensor, 
     denominator = scale.new_ones(())
     if reduction == "mean":
         denominator = scale.sum() if goal.probabilities else goal.own_weight(scale.dtype).sum()
+        denominator = denominator.where(denominator != 0, torch.nan)
         scale = (scale / denominator).where(scale != 0, 0)  # and not 0 / 0, where nothing counts
     layer = (input, linear_weight, linear_bias)
     (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*layer, goal, scale, needs, budget)
     return (loss.sum() / denominator, *(part.unsqueeze(1) for part in saved), denominator), gradients
+
+
+def _finite_or_nan(scale: Tensor) -> Tensor:
+    """``scale``, where it is infinite NaN: torch subtracts infinity from infinity in the gradient of every row."""
+    return scale + (scale - scale)
 
 
 def _backward(backward: Callable[..., Tensors], grad_output: Tensor, *arguments: Any) -> Tensors:
@@ -225,7 +232,7 @@ def _backward(backward: Callable[..., Tensors], grad_output: Tensor, *arguments:
     input, linear_weight, linear_bias, target, weight, maximum, exponentials, mass, denominator, *rest = arguments
     reduction, ignore_index, label_smoothing, budget, *all_needs = rest
     needs = tuple(all_needs)
-    scale = grad_output.to(mass.dtype) / denominator
+    scale = _finite_or_nan(grad_output.to(mass.dtype) / denominator)
     scale = scale if reduction == "none" else scale.expand_as(mass)
     if not target.is_floating_point():
         scale = scale.where(target != ignore_index, 0)  # and not 0 * scale: the mean of no target has scale inf
@@ -277,10 +284,19 @@ def _makes_gradients(*arguments: Any) -> bool:
     return min(len(input), ROWS_AT_ONCE) * len(linear_weight) * input.element_size() <= budget
 
 
+def is_finite(scalar: Tensor) -> bool:
+    return math.isfinite(scalar)
+
+
 def _made(arguments: tuple[Any, ...]) -> Tensors | None:
-    """The gradients that the forward pass made, if those are all that a backward pass is asked for."""
+    """The gradients that the forward pass made, if those are all that a backward pass is asked for.
+
+    They are made on the CPU alone, where a value may be read. One that is not finite must not meet the zeros in them.
+    """
     made, needs = arguments[10:13], arguments[-4:]
-    if needs[3] or not all(part.numel() for part, need in zip(made, needs[:3], strict=True) if need):
+    if not any(part.numel() for part in made) or needs[3] or not is_finite(arguments[0]):
+        return None
+    if not all(part.numel() for part, need in zip(made, needs[:3], strict=True) if need):
         return None
     return tuple(part if need else None for part, need in zip(made, needs[:3], strict=True))
 

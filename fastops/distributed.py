@@ -85,7 +85,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: if shapes do not fit, the target holds no class indices or ``reduction`` is none of the three.
-        IndexError: on the CPU, if a class index is out of range.
+        IndexError: on the CPU, if a class index is out of range; a GPU stops with an assertion, as in torch.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
@@ -97,6 +97,9 @@ def linear_cross_entropy(
         raise ValueError(f"expected a bias [C], got {tuple(linear_bias.shape)}")
     classes = dist.get_world_size(group) * len(linear_weight)
     chunked_logits.check_targets(target, classes, ignore_index)
+    if not target.is_cpu:  # a kernel sees the classes of its rank alone
+        inside = ~chunked_logits.out_of_bounds(target, classes, ignore_index).any()
+        torch._assert_async(inside, "Target is out of bounds.")
     kept = target != ignore_index
     goal = Target(target.where(kept, _IGNORED), None, _IGNORED, label_smoothing, classes)
     kernels: ModuleType = onednn

@@ -168,7 +168,10 @@ def accumulated_gradients(
 
 def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     """torch's IndexError for a class index out of range; on a GPU the forward kernel asserts, so that nothing waits."""
-    if target.device.type == "cpu":
-        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
-        if outside.any():
-            raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")
+    if target.device.type == "cpu" and (outside := out_of_bounds(target, classes, ignore_index)).any():
+        raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")
+
+
+def out_of_bounds(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Which class indices are out of range."""
+    return (target != ignore_index) & ((target < 0) | (target >= classes))

@@ -114,6 +114,7 @@ def linear_cross_entropy_kernel(
     UNITS: tl.constexpr,  # of N, K and the strides
     HAS_BIAS: tl.constexpr,
     PROBABILITIES: tl.constexpr,
+    CHECK_TARGET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -137,6 +138,9 @@ def linear_cross_entropy_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
     if not PROBABILITIES:
         target = tl.load(target_ptr + rows * probabilities[1])
+        if CHECK_TARGET:
+            valid = (target >= 0) & (target < N) | (target == ignore_index)
+            tl.device_assert(valid, "Target is out of bounds.")
         counts = tl.max((target != ignore_index).to(tl.int32), 0)
         last = tl.where(counts > 0, last, first)
 
@@ -146,6 +150,8 @@ def linear_cross_entropy_kernel(
     products = tl.zeros((BLOCK_M,), ACCUMULATOR)
     mass = tl.zeros((BLOCK_M,), ACCUMULATOR)
     target_logit = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    if CHECK_TARGET:
+        target_logit = tl.where(valid, target_logit, float("nan"))  # where assertions are not compiled
     for tile in range(first, last):
         columns, own = tile_positions(tile, N, BLOCK_N)
         z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
@@ -349,17 +355,24 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, bias: Tensor | None, tar
 
 @planned
 def statistics_plan(logits: Logits, target: tuple[int, int]) -> Plan:
-    """`linear_cross_entropy`, as many programs along the second axis as share the classes; ``target``: its strides."""
+    """`linear_cross_entropy`, as many programs along the second axis as share the classes; ``target``: its strides.
+
+    Class indices are checked where all classes are there: those of a shard may be of another shard.
+    """
     M, N, _ = logits.sizes
     constants, config = logits.constants()
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     per_split = triton.cdiv(tiles_n, class_splits(logits.device, tiles_m, tiles_n))
     numbers, units = logits.numbers(logits.all_classes, per_split, strides=target)
+    check = logits.all_classes == N and not constants["PROBABILITIES"]
     return Plan(
         linear_cross_entropy_kernel,
         (tiles_m, triton.cdiv(tiles_n, per_split)),
         *numbers,
         UNITS=units,
+        CHECK_TARGET=check,
+        debug=check,  # compiles `device_assert`
+        sanitize_overflow=False,  # and none of the overflow checks that `debug` would add
         **constants,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fastops.kernels import chunked_logits, configs, onednn
 from fastops.kernels import linear_cross_entropy as kernels
@@ -296,3 +298,22 @@ def test_operands_that_are_not_aligned_have_their_own_tile(
     logits = kernels.Logits.of(operands[0], operands[1], None, target)
     _, config = logits._replace(device=torch.device("cuda")).constants()
     assert (config.BLOCK_K, config.num_warps) != (32, 8) if case == "aligned" else config[2:4] == (32, 8)
+
+
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_kernel_stops_at_a_target_out_of_range(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does. Where assertions are not compiled the loss is NaN; a shard may have classes of others."""
+    input, weight = torch.randn(2, 4), torch.randn(5, 4)
+
+    def of(target: int, classes: int = 5) -> Tensor:
+        goal = Target(torch.tensor([-100, target]), None, -100, 0.0, classes)
+        return losses(kernels.linear_cross_entropy(input, weight, None, goal, 1 << 20), goal)[0]
+
+    assert of(4).isfinite().all()
+    assert of(wrong).isnan().tolist() == [False, True]
+    armed = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", armed)
+    of(4)
+    of(wrong, classes=10)
+    with pytest.raises(Exception, match=r"Target is out of bounds\."):
+        of(wrong)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import dispatch, functional, tuning_cache
 from .kernels import configs
 from .ops.op import Explanation, FallbackWarning, failures_raised
-from .progress import progress
+from .progress import tracked
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -130,25 +130,21 @@ def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
         warnings.warn(f"memory formats are not compared: {error}", stacklevel=3)
         formats = {}
     choices, won, tiles = [], dict[torch.device, dict[tuning_cache.Key, str | None]](), tuning_cache.Tiles()
-    groups: list[tuple[bool, torch.device, tuning_cache.Key, str, list[Call]]] = []
+    groups = []
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             groups += [(gradients, *group, alike) for group, alike in _grouped(calls).items()]
-    with progress(2 * len(groups)) as begin:
-        for choose in (
-            _choose_tiles,
-            _choose,
-        ):  # tiles are shared: the ways are timed with those that are there at last
-            for gradients, device, key, usual, alike in groups:
-                begin(f"{alike[0].name} {alike[0].shapes}")
-                clock = timer or partial(_seconds, {device})
-                with torch.set_grad_enabled(gradients):
-                    if choose is _choose_tiles:
-                        tiles |= _choose_tiles(alike, clock)
-                    else:
-                        choices.append(_choose(alike, usual, clock))
-                        way = choices[-1].way
-                        won.setdefault(device, {})[key] = None if way == usual else way
+    # Tiles are shared: the ways are timed with those that are there in the end.
+    turns = [(tiling, *group) for tiling in (True, False) for group in groups]
+    for tiling, gradients, device, key, usual, alike in tracked(turns, len(turns), lambda turn: turn[-1][0].name):
+        clock = timer or partial(_seconds, {device})
+        with torch.set_grad_enabled(gradients):
+            if tiling:
+                tiles |= _choose_tiles(alike, clock)
+            else:
+                choices.append(_choose(alike, usual, clock))
+                way = choices[-1].way
+                won.setdefault(device, {})[key] = None if way == usual else way
     files = [
         tuning_cache.add(device, ways, {product: tile for product, tile in tiles.items() if product[0] == device})
         for device, ways in won.items()

@@ -57,9 +57,7 @@ def test_audit_fits_a_piped_page() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bar_is_on_stderr_and_only_for_a_terminal(terminal: bool) -> None:
-    code = (
-        "from fastops.progress import progress\nwith progress(2) as begin:\n for word in 'ab': begin(word); print(word)"
-    )
+    code = "from fastops.progress import tracked\nfor word in tracked('ab', 2, str.upper): print(word)"
     controller, other = pty.openpty()
     stderr = other if terminal else subprocess.PIPE
     environment = os.environ | {"TERM": "xterm"}
@@ -67,7 +65,7 @@ def test_bar_is_on_stderr_and_only_for_a_terminal(terminal: bool) -> None:
     assert (done.returncode, done.stdout) == (0, b"a\nb\n")
     os.close(other)
     if terminal:
-        assert b"2" in os.read(controller, 1 << 16)
+        assert b"B" in os.read(controller, 1 << 16)
     else:
         assert done.stderr == b""
     os.close(controller)

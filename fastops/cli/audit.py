@@ -16,7 +16,7 @@ from fastops.audit.targets import TARGETS
 from fastops.cli import CommandError
 from fastops.cli.environment import check_file, make_folder, positive_integer, writing
 from fastops.cli.table import Table
-from fastops.progress import progress
+from fastops.progress import tracked
 
 COLUMNS = {
     "target": 7,
@@ -68,13 +68,9 @@ def run(args: argparse.Namespace) -> int:
         ]
     check_file(args.json)
     table, rows, counts, start = Table(COLUMNS, SHARED), [], Counter[str](), time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        patch.dict(os.environ, TRITON_CACHE_DIR=cache),
-        progress(len(found)) as begin,
-    ):
-        for launch, machine in zip(found, machine_code(requests, args.jobs), strict=True):
-            begin(f"{launch.target} {launch.kernel}, {sum(counts.values())} broken")
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TRITON_CACHE_DIR=cache):
+        compiled = zip(found, machine_code(requests, args.jobs), strict=True)
+        for launch, machine in tracked(compiled, len(found), lambda pair: f"{pair[0].target} {pair[0].kernel}"):
             if isinstance(machine, Failure):
                 broken, figures = {"compile": machine.reason}, {}
             else:

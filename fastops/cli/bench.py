@@ -32,7 +32,7 @@ from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
 from fastops.ops import OPS, Op
 from fastops.ops.op import Example
-from fastops.progress import progress
+from fastops.progress import tracked
 
 Call = Callable[[], object]
 
@@ -284,14 +284,12 @@ def run(args: argparse.Namespace) -> int:
     widths = {"case": max(len(case.name) for case in cases), "backend": 12, "eager ms": -9, "fastops ms": -10}
     table = Table(widths | {"ratio": -5, "quartiles": -11})
     measurements = []
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name)
-            result = measure(case, device, args.pairs)
-            times = [f"{result.eager_ms:.4f}", f"{result.fastops_ms:.4f}", f"{result.ratio:.2f}"]
-            quartiles = f"{result.ratio_lower_quartile:.2f} - {result.ratio_upper_quartile:.2f}"
-            table.row([result.name, result.backend, *times, quartiles])
-            measurements.append(asdict(result))
+    for case in tracked(cases, len(cases), lambda case: case.name):
+        result = measure(case, device, args.pairs)
+        times = [f"{result.eager_ms:.4f}", f"{result.fastops_ms:.4f}", f"{result.ratio:.2f}"]
+        quartiles = f"{result.ratio_lower_quartile:.2f} - {result.ratio_upper_quartile:.2f}"
+        table.row([result.name, result.backend, *times, quartiles])
+        measurements.append(asdict(result))
     if args.json:
         content = {"environment": facts, "pairs": args.pairs, "measurements": measurements}
         with writing(args.json) as file:

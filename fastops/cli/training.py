@@ -15,7 +15,7 @@ from fastops.cli import CommandError
 from fastops.cli.environment import writing
 from fastops.cli.table import Table
 from fastops.cli.tasks import Batches, Data, Task
-from fastops.progress import progress
+from fastops.progress import tracked
 
 PRINT_EVERY = 100  # batches
 
@@ -85,29 +85,31 @@ def train(
     ``epochs``: the epochs to run, counted from 0. ``after_epoch`` is called with the number of finished epochs.
     ``CommandError`` as soon as a loss, or at the end of an epoch a weight, is NaN or infinite.
     """
-    with progress(len(epochs) * len(data.train)) as begin:
-        for epoch in epochs:
-            for batch, (inputs, targets) in enumerate(data.train, start=1):
-                begin(f"epoch {epoch + 1} of {epochs.stop}")
-                inputs, targets = inputs.to(device), targets.to(device)
-                for learner in learners if batch % 2 else reversed(learners):
-                    start = _now(device)
-                    loss = learner.step(inputs, targets)
-                    learner.seconds.append(_now(device) - start)
-                    learner.losses.append(loss.item())
-                    if not math.isfinite(learner.losses[-1]):
-                        raise _diverged(learner, f"loss is {learner.losses[-1]}", f"{epoch + 1}, batch {batch}")
-                if batch % PRINT_EVERY == 0:
-                    latest = ", ".join(f"{learner.name} {learner.losses[-1]:.6g}" for learner in learners)
-                    print(f"epoch {epoch + 1}, batch {batch} of {len(data.train)}: loss {latest}")
-            for learner in learners:
-                if not all(parameter.isfinite().all() for parameter in learner.model.parameters()):
-                    raise _diverged(learner, "weights are no longer finite", f"{epoch + 1}")
-                if data.test is not None:
-                    learner.test(data.test, device)
-                    line = f"epoch {epoch + 1}: {learner.name} test accuracy {learner.accuracies[-1]:.1f} %"
-                    print(f"{line}, average test loss {learner.test_losses[-1]:.6f}")
-            after_epoch(epoch + 1)
+
+    def describe(batch: list[Tensor]) -> str:
+        return f"epoch {epoch + 1} of {epochs.stop}"
+
+    for epoch in epochs:
+        for batch, (inputs, targets) in enumerate(tracked(data.train, len(data.train), describe), start=1):
+            inputs, targets = inputs.to(device), targets.to(device)
+            for learner in learners if batch % 2 else reversed(learners):
+                start = _now(device)
+                loss = learner.step(inputs, targets)
+                learner.seconds.append(_now(device) - start)
+                learner.losses.append(loss.item())
+                if not math.isfinite(learner.losses[-1]):
+                    raise _diverged(learner, f"loss is {learner.losses[-1]}", f"{epoch + 1}, batch {batch}")
+            if batch % PRINT_EVERY == 0:
+                latest = ", ".join(f"{learner.name} {learner.losses[-1]:.6g}" for learner in learners)
+                print(f"epoch {epoch + 1}, batch {batch} of {len(data.train)}: loss {latest}")
+        for learner in learners:
+            if not all(parameter.isfinite().all() for parameter in learner.model.parameters()):
+                raise _diverged(learner, "weights are no longer finite", f"{epoch + 1}")
+            if data.test is not None:
+                learner.test(data.test, device)
+                line = f"epoch {epoch + 1}: {learner.name} test accuracy {learner.accuracies[-1]:.1f} %"
+                print(f"{line}, average test loss {learner.test_losses[-1]:.6f}")
+        after_epoch(epoch + 1)
 
 
 def _diverged(learner: Learner, what: str, epoch: str) -> CommandError:

@@ -26,7 +26,7 @@ from fastops.cli.examples import draw, torch_function
 from fastops.cli.table import Table
 from fastops.ops import OPS, Op
 from fastops.ops.op import LARGE, SMALL, TINY, Example, Named, Sizes, failures_raised
-from fastops.progress import progress
+from fastops.progress import tracked
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DERIVATIVES = ("gradcheck", "forward AD", "gradgrad")
@@ -243,23 +243,20 @@ def _verify(cases: list[Case], device: torch.device) -> int:
     print("                    (allowed: twice torch's own error in that dtype, plus one rounding)")
     print("ran on: what computed the gradients; torch is the torch expression, differentiated by torch\n")
     widths = {"op": max(len(case.op.name) for case in cases), "case": max(len(case.example.name) for case in cases)}
-    table = Table(
-        widths | {column: -len(column) for column in columns} | {"bfloat16": -len(NOT_CHECKED), "ran on": 35}, shared=1
-    )
+    figures = {column: -len(column) for column in columns} | {"bfloat16": -len(NOT_CHECKED)}
+    table = Table(widths | figures | {"ran on": 35}, shared=1)
     failures, cells, backends = [], Counter[str](), Counter[str]()
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name)
-            outcomes = {column: _check(case, column, device) for column in columns}
-            table.row(
-                [case.op.name, case.example.name, *(outcome.cell for outcome in outcomes.values()), _ran_on(outcomes)]
-            )
-            for column, outcome in outcomes.items():
-                cells["failed" if outcome.failure else NOT_CHECKED if outcome.cell == NOT_CHECKED else "passed"] += 1
-                if outcome.cell != NOT_CHECKED:
-                    backends[outcome.backend] += 1
-                if outcome.failure:
-                    failures.append(f"{case.name} / {column}: {outcome.failure}")
+    for case in tracked(cases, len(cases), lambda case: case.name):
+        outcomes = {column: _check(case, column, device) for column in columns}
+        table.row(
+            [case.op.name, case.example.name, *(outcome.cell for outcome in outcomes.values()), _ran_on(outcomes)]
+        )
+        for column, outcome in outcomes.items():
+            cells["failed" if outcome.failure else NOT_CHECKED if outcome.cell == NOT_CHECKED else "passed"] += 1
+            if outcome.cell != NOT_CHECKED:
+                backends[outcome.backend] += 1
+            if outcome.failure:
+                failures.append(f"{case.name} / {column}: {outcome.failure}")
     print()
     if cells[NOT_CHECKED]:
         print(f"{NOT_CHECKED}: {dispatch.WRONG_IN_INTERPRETER}; kernels need a GPU for that dtype")

@@ -7,11 +7,9 @@ within such pairs, and every second pair runs in the other order.
 import argparse
 import copy
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
-from fastops import tuning_cache
 from fastops.cli import CommandError
-from fastops.cli.doctor import interpreting
+from fastops.cli.doctor import facts, interpreting
 from fastops.cli.environment import backend_lines, check_backend, check_file, pick_device, positive_integer, writing
 from fastops.cli.examples import draw_timed, torch_function
 from fastops.cli.table import Table
@@ -234,21 +231,7 @@ def measure(case: Case, device: torch.device, pairs: int) -> Measurement:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """What the times depend on, besides the code."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "not installed"
-    return {
-        "device": _device_name(device),
-        "processor": tuning_cache.processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "fastops": fastops.__version__,
-    }
+    return {"device": _device_name(device)} | facts()
 
 
 def _device_name(device: torch.device) -> str:

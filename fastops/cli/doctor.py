@@ -3,7 +3,7 @@
 import argparse
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,8 +14,6 @@ import fastops
 from fastops import tuning_cache
 from fastops.cli.examples import draw_timed
 from fastops.ops import OPS
-
-SETTINGS = ("TRITON_INTERPRET", "FASTOPS_BACKEND", "FASTOPS_CACHE_DIR")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,41 +26,41 @@ def run(args: argparse.Namespace) -> int:
         cache = str(tuning_cache.folder())
     except RuntimeError:
         cache = "none: there is no home"
-    sections: dict[str, Mapping[str, object]] = {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch-fastops", "torch", "triton", "numpy")},
-        "machine": {
-            "system": f"{get_os(run_command)}, {platform.platform()}",
-            "processor": f"{tuning_cache.processor()}, {torch.backends.cpu.get_cpu_capability()}",
-            "threads": torch.get_num_threads(),
-            "oneDNN": _yes(torch.backends.mkldnn.is_available()),
-            "MKL": _yes(torch.backends.mkl.is_available()),
-            "accelerators": "; ".join(_accelerators()) or "none",
-            "GPU driver": get_nvidia_driver_version(run_command) or "none of NVIDIA",
-            "HIP": torch.version.hip or "none",
-        },
-        "settings": {name: os.environ.get(name, "not set") for name in SETTINGS}
-        | {
-            "Triton interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
-            "cache folder": cache,
-        },
+    lines = facts() | {
+        "oneDNN": _yes(torch.backends.mkldnn.is_available()),
+        "MKL": _yes(torch.backends.mkl.is_available()),
+        "accelerators": "; ".join(_accelerators()) or "none",
+        "GPU driver": get_nvidia_driver_version(run_command) or "none of NVIDIA",
+        "HIP": torch.version.hip or "none",
+        **{name: os.environ.get(name, "not set") for name in ("TRITON_INTERPRET", "FASTOPS_BACKEND")},
+        "Triton interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
+        "cache folder": cache,
     }
-    for title, facts in sections.items():
-        print(title)
-        for name, fact in facts.items():
-            print(f"  {name}: {fact}")
-        print()
+    print(*(f"{name}: {fact}" for name, fact in lines.items()), sep="\n")
     for device in _devices():
-        tuned = tuning_cache.path(device) if tuning_cache.anything() else None
-        print(
-            f"backend of each operation on {device}, {f'tuned: {tuned}' if tuned and tuned.exists() else 'not tuned'}"
-        )
+        known = tuning_cache.anything() and tuning_cache.path(device).exists()
+        tuned = f"tuned: {tuning_cache.path(device)}" if known else "not tuned"
+        print(f"\nbackend of each operation on {device}, {tuned}")
         try:
             for line in _choices(device):
                 print(f"  {line}")
         except RuntimeError as error:  # the backend that FASTOPS_BACKEND asks for cannot run here
             print(f"  {error}")
     return 0
+
+
+def facts() -> dict[str, str | int]:
+    """What speed depends on, besides the code and the accelerator."""
+    return {
+        "system": f"{get_os(run_command)}, {platform.platform()}",
+        "processor": tuning_cache.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "fastops": fastops.__version__,
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "numpy")},
+    }
 
 
 def interpreting() -> bool:

@@ -97,14 +97,10 @@ def make_folder(path: Path) -> None:
 
 def check_file(path: Path | None) -> None:
     """``CommandError`` unless `writing` to ``path`` is possible, which leaves what is there as it is."""
-    if path is None:
-        return
-    if path.is_dir():
+    if path is not None and path.is_dir():
         raise CommandError(f"cannot write to {path}: it is a folder")
-    with _reported(path):
-        if path.exists() and not path.is_file():
-            path.open("wb").close()
-        else:
+    if path is not None and (path.is_file() or not path.exists()):
+        with _reported(path):
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
 
 

@@ -39,6 +39,9 @@ class Data:
     classes: list[str] | None = None
 
 
+OwnData = Callable[[int, torch.Generator], Data]
+
+
 @dataclass(frozen=True)
 class Task:
     """A reference model, its loss function, its data and the settings of its tutorial (SGD).
@@ -48,7 +51,7 @@ class Task:
 
     model: Callable[[], nn.Module]
     loss_function: Callable[[], nn.Module]
-    data: tuple[int, int, int] | Callable[[int, torch.Generator], Data]
+    data: tuple[int, int, int] | OwnData
     epochs: int
     batch_size: int
     lr: float
@@ -90,22 +93,16 @@ def _points(batch_size: int, generator: torch.Generator) -> Data:
     return Data("x = 1, 2, 3 and y = 2, 4, 6", loader, generator)
 
 
-def _repeated(what: str, batch: tuple[Tensor, Tensor], batch_size: int, generator: torch.Generator) -> Data:
-    if len(batch[0]) != batch_size:
-        raise CommandError(f"this model trains on one {what}: --batch-size must be 1")
-    return Data(f"{PASSES} passes over one {what}", [list(batch)] * PASSES, generator)
+def _one(what: str, draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]) -> OwnData:
+    """The same batch over and over."""
 
+    def data(batch_size: int, generator: torch.Generator) -> Data:
+        batch = list(draw(batch_size, generator))
+        if len(batch[0]) != batch_size:
+            raise CommandError(f"this model trains on one {what}: --batch-size must be 1")
+        return Data(f"{PASSES} passes over one {what}", [batch] * PASSES, generator)
 
-def _random_rows(batch_size: int, generator: torch.Generator) -> Data:
-    return _repeated("random batch", random_batch(batch_size, generator), batch_size, generator)
-
-
-def _random_image(batch_size: int, generator: torch.Generator) -> Data:
-    return _repeated("random image", random_image(generator), batch_size, generator)
-
-
-def _ones(batch_size: int, generator: torch.Generator) -> Data:
-    return _repeated("row of five ones", ones(), batch_size, generator)
+    return data
 
 
 def _resnet18() -> nn.Module:
@@ -123,12 +120,23 @@ def squared_error() -> nn.Module:
 CROSS_ENTROPY, GREY, COLORS = nn.CrossEntropyLoss, (1, 32, 32), (3, 32, 32)
 TASKS = {
     "linear-regression": Task(LinearRegression, squared_error, _points, epochs=10, batch_size=1, lr=0.01),
-    "logistic": Task(Logistic, nn.BCEWithLogitsLoss, _ones, epochs=1, batch_size=1, lr=0.1),
-    "two-layer-net": Task(TwoLayerNet, squared_error, _random_rows, epochs=5, batch_size=64, lr=1e-6),
+    "logistic": Task(
+        Logistic, nn.BCEWithLogitsLoss, _one("row of five ones", lambda *_: ones()), epochs=1, batch_size=1, lr=0.1
+    ),
+    "two-layer-net": Task(
+        TwoLayerNet, squared_error, _one("random batch", random_batch), epochs=5, batch_size=64, lr=1e-6
+    ),
     "fashion-mlp": Task(FashionMLP, CROSS_ENTROPY, (1, 28, 28), epochs=5, batch_size=64, lr=1e-3),
     "lenet": Task(LeNet, CROSS_ENTROPY, GREY, epochs=5, batch_size=64, lr=0.1),
     "cifar-net": Task(CIFARNet, CROSS_ENTROPY, COLORS, epochs=2, batch_size=4, lr=1e-3, momentum=0.9),
     "resnet18": Task(_resnet18, CROSS_ENTROPY, COLORS, epochs=2, batch_size=64, lr=1e-2, momentum=0.9),
 }
 IMAGE_MODELS = [name for name, task in TASKS.items() if not callable(task.data)]
-LENET_TUTORIAL = Task(LeNet, nn.MSELoss, _random_image, epochs=1, batch_size=1, lr=0.01)
+LENET_TUTORIAL = Task(
+    LeNet,
+    nn.MSELoss,
+    _one("random image", lambda _, generator: random_image(generator)),
+    epochs=1,
+    batch_size=1,
+    lr=0.01,
+)

@@ -50,6 +50,13 @@ def row_offsets(outer, rows, outer_stride, inner_stride, ALIGNMENT: tl.constexpr
 
 
 @triton.jit
+def flat_positions(outer, rows, inner, ALIGNMENT: tl.constexpr):
+    """Of ``rows`` in [outer, inner], whose ``ALIGNMENT`` (`tile_alignment`) divides ``inner``."""
+    UNIT: tl.constexpr = ALIGNMENT if ALIGNMENT > 0 else -ALIGNMENT
+    return outer * (inner // UNIT * UNIT) + rows  # equals inner, but the compiler sees that UNIT divides it
+
+
+@triton.jit
 def class_tile(step, starts, classes, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UNIT: tl.constexpr):
     """Tile number ``step`` of rows at ``starts``: classes, whether a lane is the first with its class, and units.
 
@@ -68,11 +75,13 @@ def class_tile(step, starts, classes, BLOCK: tl.constexpr, ALIGNMENT: tl.constex
 
 
 @triton.jit
-def class_pointers(pointer, starts, columns, class_stride, UNIT: tl.constexpr):
-    """[rows, columns] of the rows at ``starts``."""
-    offsets = starts[:, None] + columns * class_stride
-    if UNIT > 1:
-        offsets = tl.multiple_of(offsets, (1, UNIT))
+def class_pointers(pointer, starts, columns, step, class_stride, UNIT: tl.constexpr):
+    """[rows, columns] of the rows at ``starts``, of tile number ``step``."""
+    if UNIT > 1:  # the same as below, from where the compiler sees the multiples, where ``class_stride`` is 1
+        BLOCK: tl.constexpr = columns.shape[1]
+        offsets = (starts // UNIT * UNIT)[:, None] + (tl.arange(0, BLOCK) + step * BLOCK)[None, :]
+    else:
+        offsets = starts[:, None] + columns * class_stride
     return pointer + offsets
 
 
@@ -205,7 +214,7 @@ def cross_entropy_kernel(
     class_tiles = 1 if ONE_TILE else tl.cdiv(classes + (UNIT - 1), BLOCK_CLASSES)
     for step in range(0, class_tiles):
         columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
-        pointers = class_pointers(input_ptr, input_starts, columns, input_class_stride, UNIT)
+        pointers = class_pointers(input_ptr, input_starts, columns, step, input_class_stride, UNIT)
         x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
         x = tl.where(fresh, x, NOTHING)
         reference = tl.where(maximum == NOTHING, 0.0, maximum)
@@ -220,7 +229,7 @@ def cross_entropy_kernel(
 
         if PROBABILITIES or LABEL_SMOOTHING > 0:
             if PROBABILITIES:
-                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                pointers = class_pointers(target_ptr, target_starts, columns, step, target_class_stride, UNIT)
                 t = load_classes(pointers, fresh, units, classes, UNIT)
                 t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
             else:
@@ -236,7 +245,7 @@ def cross_entropy_kernel(
     row_maximum = tl.max(maximum, 1)
     shift = tl.where(row_maximum == NOTHING, 0.0, row_maximum)
     log_sum = tl.log(tl.sum(exponentials * tl.exp(maximum - shift[:, None]), 1))
-    position = outer * inner + rows
+    position = flat_positions(outer, rows, inner, INNER_ALIGNMENT)
     tl.store(log_sum_exp_ptr + position, shift + log_sum, mask=own_rows)
 
     loss = tl.zeros((BLOCK_ROWS,), ACCUMULATOR)
@@ -334,7 +343,7 @@ def cross_entropy_backward_kernel(
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / classes
     class_tiles = 1 if ONE_TILE else tl.cdiv(classes + (UNIT - 1), BLOCK_CLASSES)
 
-    log_sum_exp = tl.load(log_sum_exp_ptr + outer * inner + rows)
+    log_sum_exp = tl.load(log_sum_exp_ptr + flat_positions(outer, rows, inner, INNER_ALIGNMENT))
     scale = tl.load(grad_output_ptr + outer * grad_output_outer_stride + rows * grad_output_inner_stride)
     scale = scale.to(ACCUMULATOR) / tl.load(denominator_ptr)
     if PROBABILITIES:
@@ -342,7 +351,7 @@ def cross_entropy_backward_kernel(
         if NEED_INPUT and not ONE_TILE:
             for step in range(0, class_tiles):
                 columns, fresh, units = class_tile(step, target_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
-                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                pointers = class_pointers(target_ptr, target_starts, columns, step, target_class_stride, UNIT)
                 t = load_classes(pointers, fresh, units, classes, UNIT)
                 t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
                 mass += tl.where(fresh, t, 0.0)
@@ -361,7 +370,7 @@ def cross_entropy_backward_kernel(
 
     for step in range(tl.program_id(1), class_tiles, tl.num_programs(1)):
         columns, fresh, units = class_tile(step, input_starts, classes, BLOCK_CLASSES, CLASSES_ALIGNMENT, UNIT)
-        pointers = class_pointers(input_ptr, input_starts, columns, input_class_stride, UNIT)
+        pointers = class_pointers(input_ptr, input_starts, columns, step, input_class_stride, UNIT)
         x = load_classes(pointers, fresh, units, classes, UNIT).to(ACCUMULATOR)
         log_probability = x - log_sum_exp[:, None]
         if ONE_TILE:
@@ -370,7 +379,7 @@ def cross_entropy_backward_kernel(
             log_probability -= tl.log(row_sum)[:, None]
         if NEED_INPUT:
             if PROBABILITIES:
-                pointers = class_pointers(target_ptr, target_starts, columns, target_class_stride, UNIT)
+                pointers = class_pointers(target_ptr, target_starts, columns, step, target_class_stride, UNIT)
                 t = load_classes(pointers, fresh, units, classes, UNIT)
                 t = weighted_probabilities(t, weight_ptr, columns, fresh, uniform, HAS_WEIGHT, LABEL_SMOOTHING, UNIT)
                 if ONE_TILE:
@@ -389,14 +398,14 @@ def cross_entropy_backward_kernel(
             else:
                 grad += tl.where(columns == target[:, None], (scale - scale)[:, None], 0.0)
             starts = row_offsets(outer, rows, grad_input_outer_stride, grad_input_inner_stride, ROW_ALIGNMENT)
-            pointers = class_pointers(grad_input_ptr, starts, columns, grad_input_class_stride, UNIT)
+            pointers = class_pointers(grad_input_ptr, starts, columns, step, grad_input_class_stride, UNIT)
             store_classes(pointers, grad, own_rows, fresh, units, classes, UNIT)
         if NEED_TARGET:
             grad = -log_probability * (1.0 - LABEL_SMOOTHING) * scale[:, None]
             if HAS_WEIGHT:
                 grad *= load_weights(weight_ptr, columns, fresh, UNIT).to(ACCUMULATOR)
             starts = row_offsets(outer, rows, grad_target_outer_stride, grad_target_inner_stride, ROW_ALIGNMENT)
-            pointers = class_pointers(grad_target_ptr, starts, columns, grad_target_class_stride, UNIT)
+            pointers = class_pointers(grad_target_ptr, starts, columns, step, grad_target_class_stride, UNIT)
             store_classes(pointers, grad, own_rows, fresh, units, classes, UNIT)
 
 

@@ -32,6 +32,7 @@ import stub
 
 driver = stub.activate()
 
+import ctypes, struct
 import torch, triton, triton.language as tl
 from triton import knobs
 from fastops.kernels.configs import planned
@@ -62,10 +63,14 @@ def plan(number, factor, flag, block, **options):
 
 
 def run(pointer, other, number=32, factor=2.0, flag=True, block=128, **options):
-    "Through Triton? And the function that the driver got."
+    "Through Triton? And the function that the driver got, with its grid and the rest, and its arguments."
+    global handed
     jit, count = len(jit_launches), driver.stub_launches()
+    sizes = [8, 8, *[8 if number >= 2**31 else 4] * (number != 1), *[4] * (factor != 1), 8, 8]  # scratch memory last
+    driver.stub_expect((ctypes.c_int * len(sizes))(*sizes), len(sizes))
     launch(plan(number, factor, flag, block, **options), pointer, other)
     assert driver.stub_launches() == count + 1
+    handed = ctypes.string_at(driver.stub_handed(), 36 + sum(sizes))
     return len(jit_launches) > jit, driver.stub_last_function()
 
 
@@ -77,6 +82,8 @@ assert aligned.data_ptr() % 16 == 0 != unaligned.data_ptr() % 16
 
 first = run(aligned, aligned)
 assert first[0]
+given = struct.pack("<QQifQQ", aligned.data_ptr(), aligned.data_ptr(), 32, 2.0, 0, 0)
+assert handed[:24] == struct.pack("<6I", 4, 1, 1, 128, 1, 1) and handed[36:] == given
 assert run(aligned, aligned) == run(aligned[4:], aligned[8:]) == (False, first[1])  # other addresses, aligned alike
 
 others = [first[1]]
@@ -97,7 +104,8 @@ for words in (
     through_triton, function = run(**words)
     assert through_triton, words  # never what was compiled for something else
     others.append(function)
-    assert run(**words) == (False, function), words
+    by_triton = handed
+    assert run(**words) == (False, function) and handed == by_triton, words
 assert len(set(others)) == len(others)
 assert run(aligned, aligned, number=48) == (True, first[1])  # Triton says whether another number needs another kernel
 

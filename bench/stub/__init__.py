@@ -22,6 +22,7 @@ def activate() -> ctypes.CDLL:
     os.environ["TRITON_LIBCUDA_PATH"] = folder
     os.environ["TRITON_CACHE_DIR"] = folder  # what is linked to this library is of no use to others
     driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    driver.stub_handed.restype = ctypes.c_void_p
 
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils

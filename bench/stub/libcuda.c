@@ -1,9 +1,14 @@
 /* A CUDA driver that loads and launches nothing and says yes: what the host pays for a launch, without a GPU.
-   Launches are counted, and the last function that was launched is kept. */
+   Launches are counted. Of the last one, function, grid, block, shared memory and stream are kept, and as many of its
+   arguments as `stub_expect` has said the sizes of. */
 #include <stdint.h>
+#include <string.h>
 
 static char handle[4096]; /* what an address stands for is never looked at */
 static long functions, launches, last;
+static int expected, sizes[64];
+static char handed[1024];
+enum { NUMBERS = 28, STREAM = 32, CONFIG = 36 }; /* of CUlaunchConfig: numbers, padding, the stream */
 
 #define SUCCEEDS(name) int name(void) { return 0; }
 
@@ -22,6 +27,9 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 23244
 int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) {
   launches++;
   last = (char *)function - handle;
+  memcpy(handed, config, NUMBERS);
+  memcpy(handed + NUMBERS, (const char *)config + STREAM, CONFIG - NUMBERS);
+  for (int i = 0, at = CONFIG; i < expected; at += sizes[i++]) memcpy(handed + at, parameters[i], sizes[i]);
   return 0;
 }
 
@@ -32,5 +40,7 @@ SUCCEEDS(cuFuncSetAttribute)
 SUCCEEDS(cuFuncSetCacheConfig)
 SUCCEEDS(cuModuleUnload)
 
+void stub_expect(const int *each, int count) { memcpy(sizes, each, (expected = count) * sizeof *sizes); }
+const char *stub_handed(void) { return handed; }
 long stub_launches(void) { return launches; }
 long stub_last_function(void) { return last; }

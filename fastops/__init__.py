@@ -8,7 +8,7 @@ try:
     from .ops import FallbackWarning
     from .reporting import Report, report
     from .swap import swap, unswap
-    from .tuning import Choice, Tuning, tune
+    from .tuning import Choice, Tuning, tune, warmup
 except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no backend of that name in FASTOPS_BACKEND
     from .cli import end_command
 
@@ -30,4 +30,5 @@ __all__ = [
     "swap",
     "tune",
     "unswap",
+    "warmup",
 ]

@@ -122,6 +122,60 @@ assert entered == ["kernel"]
 """
 
 
+WARMUP = """
+import stub
+
+driver = stub.activate()
+
+import warnings
+import torch
+from torch import nn
+from triton import knobs
+
+import fastops
+from fastops import dispatch
+from fastops.kernels import configs, linear
+
+dispatch._INTERPRETER = True  # tensors of the CPU go to kernels
+configs.architecture = lambda _: "sm90"
+configs._HALF_PRECISION["sm90"] = (configs.MatmulConfig(16, 16, 16, 1, 1),)  # small ones compile soon
+configs._PERSISTENT.clear()  # they take memory on a GPU
+compiled = []
+knobs.runtime.jit_post_compile_hook = lambda **words: compiled.append(words["repr"])
+
+model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16)).half()
+x = torch.randn(24, 64, dtype=torch.float16)
+assert fastops.warmup(model, x) == 0  # not swapped
+fastops.swap(model)
+before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+count = fastops.warmup(model, x)
+assert count == len(compiled) > 4 and driver.stub_launches() == 0, (count, compiled, driver.stub_launches())
+assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+assert all(parameter.grad is None for parameter in model.parameters()) and knobs.runtime.jit_cache_hook is None
+
+with fastops.backend("torch"), torch.no_grad():
+    assert model(x).isfinite().all()
+model(x).square().sum().backward()  # a step and an evaluation launch, and compile nothing more
+with torch.no_grad():
+    model(x)
+assert driver.stub_launches() > 4 and len(compiled) == count, compiled[count:]
+assert fastops.warmup(model, x) == 0
+
+
+def fails(*_, **__):
+    raise RuntimeError("no code for this GPU")
+
+
+linear.matmul_kernel.compile = fails
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model.float(), compiled.clear()
+    assert 0 < fastops.warmup(model, x.float()) == len(compiled)
+(warning,) = caught
+assert warning.category is fastops.FallbackWarning and "do not compile; torch will run instead: no code" in str(warning)
+"""
+
+
 def run(*words: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run([sys.executable, *words], cwd=BENCH, env=environment, capture_output=True, text=True)
@@ -135,6 +189,19 @@ def test_same_arguments_alone_take_a_compiled_kernel_again(tmp_path: Path) -> No
     script = tmp_path / "repeated.py"  # Triton reads a kernel's source from its file
     script.write_text(f"import sys\nsys.path.insert(0, {str(BENCH)!r})\n" + REPEATED)
     run(str(script))
+
+
+@over_a_stub
+def test_warmup_compiles_what_training_and_evaluation_launch(tmp_path: Path) -> None:
+    """And nothing else; it launches nothing, and says what does not compile."""
+    script = tmp_path / "warmup.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(BENCH)!r})\n" + WARMUP)
+    run(str(script))
+
+
+def test_warmup_takes_modules() -> None:
+    with pytest.raises(TypeError, match=r"warmup expects a torch\.nn\.Module, not function"):
+        fastops.warmup(lambda x: x, torch.randn(2))  # type: ignore[arg-type]
 
 
 @over_a_stub

@@ -6,9 +6,10 @@ try:
     from . import compile, functional, nn
     from .dispatch import backend, explain
     from .ops import FallbackWarning
+    from .precompile import warmup
     from .reporting import Report, report
     from .swap import swap, unswap
-    from .tuning import Choice, Tuning, tune, warmup
+    from .tuning import Choice, Tuning, tune
 except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no backend of that name in FASTOPS_BACKEND
     from .cli import end_command
 

@@ -1,22 +1,15 @@
-"""`fastops.tune`: measure the ways of every call that a model makes, here and now, and remember which won.
-
-`fastops.warmup`: compile what these calls need, before the first of them.
-"""
+"""`fastops.tune`: measure the ways of every call that a model makes, here and now, and remember which won."""
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,7 +109,7 @@ def tune(
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         raise RuntimeError("tune measures one process: call it in one before training; all ranks read what it found")
     example = Example(example_input, example_kwargs)
-    with _one_at_a_time, torch.inference_mode(False):
+    with one_at_a_time, torch.inference_mode(False):
         before = configs.measured.copy()
         try:
             return _tune(model, example, timer)
@@ -125,101 +118,7 @@ def tune(
             raise
 
 
-_one_at_a_time = threading.Lock()
-
-
-def warmup(model: nn.Module, example_input: Any = (), *, example_kwargs: Mapping[str, Any] | None = None) -> int:
-    """Compile the kernels that training and evaluating a swapped model will need, as many at a time as there are cores.
-
-    Otherwise each is compiled at its first launch, one after the other. Which ones there are shows one run of
-    ``model(example_input)``, which computes the torch expressions; then every call of fastops is made up to its
-    launches, with its backward pass and without. A terminal shows how far it is if rich is installed. The model is left
-    as it is, as by `tune`. Warm up after tuning: other ways and tiles are other kernels.
-
-    Args:
-        model: on the device to compile for; swapped, or there is nothing to compile.
-        example_input: what the model is called with: one argument, or a tuple of several.
-        example_kwargs: keyword arguments of that call.
-
-    Returns:
-        How many kernels were compiled: 0 where no call goes to Triton, or all have been launched before.
-
-    Raises:
-        TypeError: if ``model`` is not a module.
-        RuntimeError: if backend ``"triton"`` is selected and cannot run, or where the call of the model raises one.
-
-    Warns:
-        FallbackWarning: if some do not compile. Their calls will compute the torch expression.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"warmup expects a torch.nn.Module, not {type(model).__name__}")
-    with _one_at_a_time, torch.inference_mode(False):
-        with dispatch.backend("torch"):
-            calls = calls_of(model, Example(example_input, example_kwargs))
-        for_triton = [call for call in calls if call.way().backend == "triton"]
-        return _compile(_missing(for_triton)) if for_triton else 0
-
-
-_Missing = dict[tuple[str, str], Callable[[], object]]
-
-
-def _missing(calls: list[Call]) -> _Missing:
-    """How to compile each kernel that these calls would launch and that has not been compiled yet."""
-    from triton import knobs
-
-    found: _Missing = {}
-    own, outer = threading.get_ident(), knobs.runtime.jit_cache_hook
-
-    def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> Any:
-        if threading.get_ident() != own:
-            return outer and outer(fn=fn, compile=compile, **others)
-        found[fn.name, compile["key"]] = partial(fn.jit_function.preload, compile["specialization_data"])
-        return True  # nothing is compiled or launched now
-
-    knobs.runtime.jit_cache_hook = note
-    try:
-        with torch.autograd.set_multithreading_enabled(False):  # backward passes in this thread too
-            for gradients in (True, False):
-                for call in calls:
-                    with torch.set_grad_enabled(gradients):
-                        call.run()
-    finally:
-        knobs.runtime.jit_cache_hook = outer
-    return found
-
-
-def _compile(missing: _Missing) -> int:
-    """How many of them compiled."""
-    from triton.runtime._async_compile import AsyncCompileMode
-
-    with (
-        _progress(len(missing)) as advance,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        AsyncCompileMode(pool, ignore_errors=True) as mode,
-    ):
-        for compile in missing.values():
-            compile()
-        for future in mode.raw_futures:
-            future.add_done_callback(advance)
-    errors = [error for future in mode.raw_futures if (error := future.exception()) is not None]
-    if errors:
-        message = f"{len(errors)} of {len(missing)} kernels do not compile; torch will run instead: {errors[0]}"
-        warnings.warn(message, FallbackWarning, stacklevel=3)
-    return len(missing) - len(errors)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[object], None]]:
-    """What to call when one of ``total`` kernels is done: a bar on a terminal, where rich is installed."""
-    if not (total and sys.stderr.isatty() and find_spec("rich")):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("compiling kernels", total=total)
-        yield lambda _: bar.advance(task)
+one_at_a_time = threading.Lock()
 
 
 def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 try:
     from . import compile, functional, nn
     from .dispatch import backend, explain
-    from .ops import FallbackWarning
+    from .ops import FallbackError, FallbackWarning
     from .precompile import warmup
     from .reporting import Report, report
     from .swap import swap, unswap
@@ -18,6 +18,7 @@ except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no ba
 
 __all__ = [
     "Choice",
+    "FallbackError",
     "FallbackWarning",
     "Report",
     "Tuning",

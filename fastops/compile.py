@@ -168,6 +168,7 @@ def _rewrite(module: fx.GraphModule) -> None:
             break
         else:
             if way is not None and op in OPS:
+                dispatch.refuse_fallback(op, way.reason)
                 _note(node, f"left to the compiler: {way.reason}", done=False)
     graph.lint()
     module.recompile()
@@ -211,7 +212,8 @@ def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
 
     try:
         args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["example_value"])
-        return dispatch.explain(op, *args, **kwargs)
+        with dispatch.backend(dispatch.selected_backend()):  # not strict: another call may be there to try
+            return dispatch.explain(op, *args, **kwargs)
     except (KeyError, GuardOnDataDependentSymNode):
         return Explanation("torch", "its shapes depend on data")
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import tuning_cache
-from .ops.op import OPS, PLAIN, Explanation, Op, failed, has_failed
+from .kernels import onednn
+from .ops.op import OPS, PLAIN, STRICT, Explanation, Op, failed, fallback_error, has_failed
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 ONEDNN_DTYPES = (torch.float32,)
@@ -40,12 +41,14 @@ _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "
 class _Selection(NamedTuple):
     """What a thread has chosen for its calls.
 
-    ``explaining``: a call returns its `Explanation` instead of computing. ``asked``: what was measured does not count,
-    and what a call would have looked for is noted in the list. ``outer``: what is selected again behind a ``with``.
+    ``strict``: a call that would take the torch expression is an error. ``explaining``: a call returns its
+    `Explanation` instead of computing. ``asked``: what was measured does not count, and what a call would have looked
+    for is noted in the list. ``outer``: what is selected again behind a ``with``.
     """
 
     backend: str
     outer: _Selection | None = None
+    strict: bool = False
     explaining: bool = False
     asked: list[tuning_cache.Key] | None = None
 
@@ -79,15 +82,26 @@ class backend(contextlib.ContextDecorator):
     the same Functions with oneDNN products on the CPU; ``"torch"`` the torch expression. It holds for the thread
     that enters it, like `torch.no_grad`. A backward pass runs on the backend of its forward.
 
+    With ``strict=True`` a call that would take the torch expression after all raises a `FallbackError`, forward and
+    backward, and so does `explain`; a kernel that cannot be compiled or launched raises its own error instead of a
+    `FallbackWarning`. Inside `torch.compile` a graph breaks at such a call, or with ``fullgraph=True`` the compilation
+    fails. A selection inside is strict only if it says so too.
+
+    Args:
+        name: one of these four.
+        strict: only with ``"triton"`` and ``"onednn"``: the other two have nothing to fall back from.
+
     Raises:
-        ValueError: if ``name`` is no backend.
+        ValueError: if ``name`` is no backend, or cannot be strict.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = _checked(name)
+    def __init__(self, name: str, *, strict: bool = False) -> None:
+        self._name, self._strict = _checked(name), strict
+        if strict and name in ("auto", "torch"):
+            raise ValueError(f"backend {name!r} cannot be strict: only 'triton' and 'onednn' can")
 
     def __enter__(self) -> None:
-        _thread.selection = _Selection(self._name, _thread.selection)
+        _thread.selection = _Selection(self._name, _thread.selection, self._strict)
 
     def __exit__(self, *_: object) -> None:
         outer = _thread.selection.outer
@@ -98,6 +112,13 @@ class backend(contextlib.ContextDecorator):
 def selected_backend() -> str:
     """The backend that `backend` or ``FASTOPS_BACKEND`` selected."""
     return _thread.selection.backend
+
+
+def refuse_fallback(op: str, reason: str) -> None:
+    """Raise a `FallbackError` if a strict backend is selected."""
+    selection = _thread.selection
+    if selection.strict:
+        raise fallback_error(op, selection.backend, reason)
 
 
 # The way of a call ----------------------------------------------------------------------------------------------------
@@ -111,11 +132,16 @@ def call(op: Op, *arguments: Any) -> Any:
             return call(op, *(autocast_to(dtype, argument) for argument in arguments))
     selection = _thread.selection
     explanation = _way(op, arguments, selection)
+    if selection.strict:
+        if explanation.backend == "torch":
+            refuse_fallback(op.name, explanation.reason)
+        elif explanation.backend == "onednn" and not onednn.available():
+            refuse_fallback(op.name, "this torch was built without oneDNN")
     if selection.explaining:
         return explanation
     if explanation.backend == "torch":
         return op.expression(*arguments)
-    return op.run(explanation.way, arguments)
+    return op.run(explanation.way + STRICT if selection.strict else explanation.way, arguments)
 
 
 def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
@@ -126,7 +152,8 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
     Raises:
         ValueError: if ``op`` is no fastops function.
         TypeError: if that function does not take these arguments.
-        RuntimeError: where the call itself would raise one: Triton is selected and cannot run.
+        RuntimeError: where the call itself would raise one: Triton is selected and cannot run, or, a `FallbackError`,
+            a strict backend is selected and the call would fall back.
 
     Example:
         >>> fastops.explain("linear", torch.randn(2, 3), torch.randn(4, 3)).backend
@@ -203,7 +230,7 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
     found = found or op.gpu(*arguments)
-    if failed and found.backend == "triton" and has_failed(op.name, input):
+    if failed and found.backend == "triton" and not selection.strict and has_failed(op.name, input):
         return _FAILED
     if found.backend == "onednn" and not (on_cpu and input.dtype in ONEDNN_DTYPES):
         return _NOT_FOR_ONEDNN

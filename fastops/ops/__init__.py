@@ -3,9 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .op import OPS, Explanation, FallbackWarning, Op
+from .op import OPS, Explanation, FallbackError, FallbackWarning, Op
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OPS", "Explanation", "FallbackWarning", "Op"]
+__all__ = ["OPS", "Explanation", "FallbackError", "FallbackWarning", "Op"]

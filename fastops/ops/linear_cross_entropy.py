@@ -139,7 +139,7 @@ def _raw_arguments(way: str, *call: Any) -> tuple[Any, ...]:
     classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1].numel()
     rows = 1 if input.dim() == 1 else input.shape[0]
     indices = target.dtype is torch.int64
-    may_make = way == "onednn" and torch.is_grad_enabled() and not target.requires_grad
+    may_make = way.startswith("onednn") and torch.is_grad_enabled() and not target.requires_grad
     makes = (may_make and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, bias))
     return (
         input.reshape(rows, -1),

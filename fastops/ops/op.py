@@ -295,16 +295,16 @@ class Op:
 
     def compute(self, way: str, arguments: tuple[Any, ...]) -> Any:
         """The results of the raw op."""
-        if way == "onednn" or (failed and has_failed(self.name, arguments[0])):
+        if way.startswith("onednn") or (failed and not way.endswith(STRICT) and has_failed(self.name, arguments[0])):
             return self.plain(*arguments)
         try:
             return self.launchers[0](*arguments)
         except Exception as error:
-            return self.recover(error, arguments)
+            return self.recover(error, way, arguments)
 
-    def recover(self, error: Exception, arguments: tuple[Any, ...]) -> Any:
+    def recover(self, error: Exception, way: str, arguments: tuple[Any, ...]) -> Any:
         """The results without kernels if that was an error of theirs; else it is raised."""
-        _warn_of(error, self.name, arguments)
+        _warn_of(error, self.name, way, arguments)
         return self.plain(*arguments)
 
     def compute_raw(self, *arguments: Any) -> Any:
@@ -314,13 +314,14 @@ class Op:
     def compute_backward(self, way: str, arguments: tuple[Any, ...]) -> Tensors:
         """The gradients, None where nobody needs one."""
         plain = self.plain_backward or self.gradients
-        if way == "onednn" or (failed and has_failed(f"{self.name}_backward", arguments[0])):
+        name = f"{self.name}_backward"
+        if way.startswith("onednn") or (failed and not way.endswith(STRICT) and has_failed(name, arguments[0])):
             return plain(*arguments)
         try:
             launch = self.launchers[1]
             return launch(*arguments, vendor=True) if way == "vendor" else launch(*arguments)
         except Exception as error:
-            _warn_of(error, f"{self.name}_backward", arguments)
+            _warn_of(error, name, way, arguments)
             return plain(*arguments)
 
     def compute_raw_backward(self, *arguments: Any) -> Any:
@@ -423,11 +424,11 @@ class KernelFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, way: str, nobody_looks_on: bool, *arguments: Any) -> Any:
-        if nobody_looks_on and way != "onednn":
+        if nobody_looks_on and not way.startswith("onednn"):
             try:  # `Op.compute`, without the cost of a function call
                 results = op.launchers[0](*arguments)
             except Exception as error:
-                results = op.recover(error, arguments)
+                results = op.recover(error, way, arguments)
         elif nobody_looks_on:
             results = op.plain(*arguments)
         else:
@@ -455,6 +456,8 @@ class KernelFunction(torch.autograd.Function):
         if _is_grad_enabled() or (
             not compiling and (forward_ad._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
         ):
+            if way.endswith(STRICT):
+                raise fallback_error(f"{op.name}_backward", way, _DIFFERENTIATED)
             found = op.gradients(*arguments)
         elif compiling or not _nobody_looks_on(arguments):
             found = op.raw_backward(*arguments, way)
@@ -486,6 +489,20 @@ def has_failed(name: str, first: Tensor) -> bool:
     return (name, first.device, first.dtype) in failed
 
 
+STRICT: Final = " strict"  # at the end of a way: from which no call may fall back
+_DIFFERENTIATED: Final = "a backward pass that is differentiated or transformed itself takes the torch expression"
+
+
+class FallbackError(RuntimeError):
+    """A call would have fallen back to the torch expression inside ``fastops.backend(.., strict=True)``."""
+
+
+def fallback_error(name: str, way: str, reason: str) -> FallbackError:
+    """The error of an op that cannot go a strict way."""
+    way = way.removesuffix(STRICT)
+    return FallbackError(f"{name} would fall back from {way} to torch, which strict=True forbids: {reason}")
+
+
 @contextlib.contextmanager
 def failures_raised() -> Iterator[None]:
     """Inside, kernels that failed are tried again, and one that fails raises its `FallbackWarning`."""
@@ -500,11 +517,13 @@ def failures_raised() -> Iterator[None]:
         failed.update(before)
 
 
-def _warn_of(error: Exception, name: str, arguments: tuple[Any, ...]) -> None:
+def _warn_of(error: Exception, name: str, way: str, arguments: tuple[Any, ...]) -> None:
     """Warn that Triton could not compile or launch a kernel, which is not tried again; raise any other error.
 
-    An exhausted memory or a stopped device is no failure of the kernel.
+    An exhausted memory or a stopped device is no failure of the kernel. On a strict way every error is raised.
     """
+    if way.endswith(STRICT):
+        raise error
     from triton.errors import TritonError
 
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or not isinstance(

@@ -78,9 +78,14 @@ def test_mistakes_get_one_line_and_status_2(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
 
 
-def test_backend_that_cannot_run_here(capsys: Capture, tmp_path: Path, no_interpreter: None) -> None:
-    line = fail(capsys, *f"train lenet --device cpu --backend triton --output {tmp_path}".split())
-    assert "backend 'triton' is selected but Triton" in line
+@pytest.mark.usefixtures("no_interpreter")
+@pytest.mark.parametrize("words", ["train lenet --backend triton --output {tmp}", "verify --backend triton"])
+def test_backend_that_cannot_run_here(
+    words: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastops.dispatch.triton_installed", False)
+    line = fail(capsys, *words.format(tmp=tmp_path).split(), "--device", "cpu")
+    assert "backend 'triton' is selected but Triton is not installed: pip install" in line
 
 
 @pytest.mark.parametrize("command", ["train linear-regression", "bench", "verify"])

@@ -1,11 +1,13 @@
 """``fastops verify`` finds nothing where nothing is wrong and finds what is put in; and the rule that it judges by."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,8 +58,10 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
 
 
-def rows(printed: str, op: str) -> list[str]:
-    return [line for line in printed.splitlines() if line.startswith(f"{op} ")]
+def rows(printed: str, op: str) -> dict[str, list[str]]:
+    """The cells of each case of an op: three derivatives, then an accuracy in each dtype."""
+    found = [re.split(r"\s{2,}", line) for line in printed.splitlines() if line.startswith(f"{op}  ")]
+    return {name: cells for _, name, *cells in found}
 
 
 # Nothing wrong --------------------------------------------------------------------------------------------------------
@@ -74,33 +78,34 @@ def test_kernels_pass(
     only(op, TYPICAL[op])
     assert main(["verify", "--backend", "triton"]) == 0
     printed = capsys.readouterr().out
-    for row in rows(printed, op):
-        assert row.count(" ok ") == 3
-        assert row.endswith(" torch" if "element weights" in row else "  triton; torch: forward AD, gradgrad")
-        assert ("not checked" in row) == ("triton" in row)  # in the interpreter, bfloat16 is nobody's pass
-    assert len(rows(printed, op)) == len(TYPICAL[op])
+    assert set(rows(printed, op)) == set(TYPICAL[op])
+    for name, cells in rows(printed, op).items():
+        if "element weights" in name:
+            assert cells == ["torch"] * 7
+            continue
+        float64, float32, bfloat16, float16 = cells[3:]
+        assert cells[:3] == ["triton", "torch", "torch"]
+        assert all(0 <= float(share) <= 1 for share in (float64, float32, float16))
+        assert bfloat16 == "-"  # in the interpreter it is nobody's pass
     assert "Triton's interpreter computes bfloat16 wrongly" in printed
-    assert " 0 failed, " in printed and "0 not checked" not in printed
+    assert " 0 failed, " in printed and " 0 not checked" not in printed
 
 
 @pytest.mark.usefixtures("no_interpreter")
-@pytest.mark.parametrize(
-    ("backend", "ending"),
-    [("torch", " torch"), ("onednn", " torch; onednn: float32"), ("auto", " torch")],
-)
+@pytest.mark.parametrize("backend", ["torch", "onednn", "auto"])
 def test_rows_say_where_they_ran(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    only: Callable[..., None],
-    backend: str,
-    ending: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, only: Callable[..., None], backend: str
 ) -> None:
+    """If all is torch's own, nothing was verified."""
     monkeypatch.setattr(linear, "onednn_from", None)
     only("linear_relu", ["matrix", "vector"])
-    assert main(["verify", "--backend", backend, "--device", "cpu"]) == 0
+    assert main(["verify", "--backend", backend, "--device", "cpu"]) == (backend != "onednn")
     printed = capsys.readouterr().out
-    assert [row.endswith(ending) for row in rows(printed, "linear_relu")] == [True, True]
+    for cells in rows(printed, "linear_relu").values():
+        where = [cell for column, cell in enumerate(cells) if (backend, column) != ("onednn", 4)]
+        assert set(where) == {"torch"} and (cells[4] == "torch") == (backend != "onednn")
     assert "2 cases, 14 checks: 14 passed, 0 failed, 0 not checked" in printed
+    assert printed.endswith(verify.NOTHING_RAN + "\n") == (backend != "onednn")
 
 
 def test_rows_say_what_was_seen_and_not_what_was_planned(
@@ -109,17 +114,62 @@ def test_rows_say_what_was_seen_and_not_what_was_planned(
     """Where the torch expression runs instead of kernels, no check counts as theirs."""
     only("mse_loss", ["mean"], (torch.float32,))
     monkeypatch.setattr(Op, "run", lambda op, way, call: op.expression(*call))
-    assert main(["verify", "--backend", "triton"]) == 0
+    assert main(["verify"]) == 1
     printed = capsys.readouterr().out
-    (row,) = rows(printed, "mse_loss")
-    assert row.endswith("  torch") and "of those that ran, 4 on torch" in printed
+    assert rows(printed, "mse_loss") == {"mean": ["torch"] * 4}
+    assert f"of those that ran, 4 on torch (2 of them by design)\n{verify.NOTHING_RAN}\n" in printed
+
+
+@pytest.mark.parametrize(("installed", "way"), [(True, "triton"), (False, "onednn")])
+def test_by_default_what_there_is_of_fastops_runs(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    only: Callable[..., None],
+    installed: bool,
+    way: str,
+) -> None:
+    only("linear", ["matrix"], (torch.float32,), ())
+    monkeypatch.setattr(dispatch, "triton_installed", installed)
+    monkeypatch.setattr(dispatch, "_INTERPRETER", installed)
+    assert main(["verify", "--device", "cpu"]) == 0
+    assert f"of those that ran, 1 on {way}\n" in capsys.readouterr().out
+
+
+def test_a_share_beyond_the_allowed_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, only: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch's error in few numbers may be nothing by luck; that of a defect stays in every draw."""
+    only("linear", ["matrix"], (torch.float32,), ())
+    share, counts = verify.error_share, list[int]()
+
+    def unlucky(result: Tensor, expected: Tensor, exact: Tensor) -> float:
+        counts.append(result.numel())
+        return 1.5 if len(counts) <= 2 * 7 else share(result, expected, exact)
+
+    monkeypatch.setattr(verify, "error_share", unlucky)
+    assert main(["verify"]) == 0
+    assert counts[::7] == [143, 286, 429]  # the numbers of one value, two and three; each has six gradients
+    counts.clear()
+    monkeypatch.setattr(verify, "MOST_DRAWS", 2)
+    assert main(["verify"]) == 1
+    assert "the error of the value is 1.5 times what is allowed" in capsys.readouterr().out
 
 
 def test_ops_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "--backend", "torch", "--op", "linear", "mse_loss"]) == 0
+    main(["verify", "--backend", "torch", "--op", "linear", "mse_loss"])
     printed = capsys.readouterr().out
-    assert rows(printed, "linear") and rows(printed, "mse_loss")
-    assert not rows(printed, "linear_relu") and not rows(printed, "cross_entropy")
+    assert [op for op in OPS if rows(printed, op)] == ["linear", "mse_loss"]
+
+
+def test_the_table_fits_where_it_can(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 120 columns; in fewer it keeps its figures."""
+    monkeypatch.setattr(verify, "_check", lambda *_: verify.Outcome("0.1234", "triton"))
+    for columns in ("120", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["verify"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 120
+        assert sum(line.count("  0.1234") for line in lines) == 7 * len(verify.CASES)
 
 
 def test_case_names_are_unique() -> None:
@@ -229,13 +279,8 @@ DEFECTS = {
     ),
     "logits overwritten": ("cross_entropy", "indices, mean", "backward", overwriting(1), "input was modified"),
     "second derivative": ("cross_entropy", "probabilities, none", "gradients", half_constant, "gradgrad"),
-    "launch": (
-        "mse_loss",
-        "mean",
-        "forward",
-        failing,
-        "float32: FallbackWarning: the Triton kernel of mse_loss failed",
-    ),
+    "launch": ("mse_loss", "mean", "forward", failing, "float32: RuntimeError: out of resource: shared memory"),
+    "launch, by design torch's derivative": ("mse_loss", "mean", "forward", failing, "gradgrad"),
 }
 Defect = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -263,12 +308,11 @@ def test_a_defect_is_found(
 ) -> None:
     derivative = words in verify.DERIVATIVES
     only(op, [name], () if derivative else (torch.float32,), (words,) if derivative else ())
-    monkeypatch.setattr(verify, "DRAWS", 1)
+    monkeypatch.setattr(verify, "MOST_DRAWS", 1)
     put(defect, monkeypatch, OPS[op], function)
     assert main(["verify", "--backend", "triton"]) == 1
     printed = capsys.readouterr().out
-    (row,) = rows(printed, op)
-    assert "FAILED" in row and name in row
+    assert "FAILED" in rows(printed, op)[name]
     failures = [line for line in printed.splitlines() if line.startswith(f"FAILED {op} / {name} / ")]
     assert any(words in failure for failure in failures), failures
     assert f"{len(failures)} failed" in printed
@@ -312,23 +356,59 @@ def test_triton_must_be_installed(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "Triton is not installed: pip install" in capsys.readouterr().err
 
 
+USERS = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")} | {
+    "PYTHONPATH": str(ROOT)
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("verify --op add_relu", "of those that ran, 4 on triton, 2 on torch (2 of them by design)"),
+        (
+            "train linear-regression --epochs 1 --backend triton --device cpu",
+            "linear (1x1 to 1) runs on triton: a Triton",
+        ),
+    ],
+)
+def test_the_interpreter_gets_the_same_command(words: str, line: str, tmp_path: Path) -> None:
+    """In a process of its own, whose status and output are the command's."""
+    command = [sys.executable, "-m", "fastops", *words.split()]
+    done = subprocess.run(command, env=USERS, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("no GPU here: the same kernels run in Triton's interpreter")
+    assert done.stdout.count("no GPU here") == 1 and line in done.stdout
+
+
 @pytest.mark.usefixtures("no_interpreter")
-@pytest.mark.parametrize("status", [0, 1])
-def test_interpreter_gets_the_same_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
-    started = []
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
+def test_its_status_is_handed_on(monkeypatch: pytest.MonkeyPatch, code: str, status: int) -> None:
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: start([sys.executable, "-c", code], env=env))
+    assert main(["verify", "--device", "cpu"]) == status
 
-    def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
-        started.append((command[1:], env["TRITON_INTERPRET"]))
-        return SimpleNamespace(returncode=status)
 
-    monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(subprocess, "run", run)
-    assert main(["verify", "--backend", "triton", "--op", "mse_loss", "linear", "--device", "cpu"]) == status
-    words = ["-m", "fastops", "verify", "--backend", "triton", "--device", "cpu", "--op", "mse_loss", "linear"]
-    assert started == [(words, "1")]
-    assert capsys.readouterr().out.startswith("no GPU here: the same kernels run in Triton's interpreter")
+@pytest.mark.parametrize("both", [False, True], ids=["the first alone", "both, as a terminal does"])
+def test_an_interrupt_ends_it(both: bool) -> None:
+    command = [sys.executable, "-m", "fastops", "verify", "--device", "cpu"]
+    process = subprocess.Popen(
+        command,
+        env=USERS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # it is ignored where tests run behind
+    )
+    assert process.stdout is not None
+    while "gradcheck  forward AD" not in process.stdout.readline():
+        assert process.poll() is None
+    (os.killpg if both else os.kill)(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "fastops: interrupted\n"
+    with pytest.raises(ProcessLookupError):  # nothing of it is left
+        os.killpg(process.pid, 0)
 
 
 WITHOUT_EXTRAS = """
@@ -338,24 +418,25 @@ for package in ("matplotlib", "mlxtend", "pytest", "torchvision"):
     sys.modules[package] = None
 from fastops.cli import main
 
-sys.exit(main(["verify", "--op", "mse_loss", "--backend", sys.argv[1], "--device", "cpu"]))
+sys.exit(main(["verify", "--op", "mse_loss", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize(("backend", "where"), [("torch", "49 on torch"), ("triton", "24 on triton, 19 on torch")])
-def test_works_without_extras_in_a_new_process(backend: str, where: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["--backend", "torch"], verify.NOTHING_RAN),
+        ([], "of those that ran, 24 on triton, 19 on torch (14 of them by design)"),
+    ],
+)
+def test_works_without_extras_in_a_new_process(words: list[str], end: str) -> None:
     """And without the setting of these tests: for Triton the command starts the interpreter by itself."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")}
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS, backend],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, "--device", "cpu", *words]
+    process = subprocess.run(command, env=USERS, capture_output=True, text=True)
+    assert process.returncode == bool(words), process.stdout + process.stderr
     assert process.stderr == ""
-    assert ("no GPU here" in process.stdout) == (backend == "triton")
-    assert process.stdout.rstrip().endswith(where)
+    assert ("no GPU here" in process.stdout) == (not words)
+    assert process.stdout.rstrip().endswith(end)
 
 
 # The rule -------------------------------------------------------------------------------------------------------------

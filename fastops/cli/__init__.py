@@ -52,7 +52,7 @@ def _run(words: list[str]) -> int:
         if words[:1] == [name]:
             module = import_module(f"fastops.cli.{name}")
             module.add_arguments(command)
-    args = parser.parse_args(words)
+    args = parser.parse_args(words, argparse.Namespace(words=words))
     status: int = module.run(args)
     return status
 

@@ -2,6 +2,10 @@
 
 import argparse
 import math
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +17,7 @@ from torch import nn
 
 import fastops
 import fastops.functional as FF
+from fastops import dispatch
 from fastops.cli import CommandError
 from fastops.files import replacing
 
@@ -67,6 +72,31 @@ def check_backend(device: torch.device) -> None:
         FF.linear(torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device))
     except RuntimeError as error:
         raise CommandError(_first_line(error)) from error
+
+
+def run_interpreted(args: argparse.Namespace, backend: str, device: torch.device) -> int | None:
+    """Run the same command in a process of its own, whose Triton kernels are interpreted, if they must be.
+
+    Whether they are is decided when they are imported. Returns the exit status, or None if this process will do.
+    """
+    if backend != "triton" or device.type != "cpu" or dispatch._INTERPRETER:
+        return None
+    if not dispatch.triton_installed:
+        raise CommandError(
+            "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
+        )
+    print("no GPU here: the same kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)", flush=True)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    with subprocess.Popen([sys.executable, "-m", "fastops", *args.words], env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            try:
+                status = process.wait(timeout=5)  # a terminal interrupts both processes
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                status = process.wait()
+    return status if status >= 0 else 128 - status  # as a shell has it: a signal ended it
 
 
 def backend_lines(model: nn.Module, rows: int, device: torch.device) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import fastops
+from fastops import dispatch
 from fastops.cli import CommandError
 from fastops.cli.checkpoint import Checkpoint, Settings, load, restore, save
 from fastops.cli.environment import (
@@ -18,6 +19,7 @@ from fastops.cli.environment import (
     make_folder,
     pick_device,
     positive_integer,
+    run_interpreted,
     seed,
 )
 from fastops.cli.tasks import LENET_TUTORIAL, TASKS, Data, Task
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--random-image is only for lenet, whose tutorial has it")
     task = LENET_TUTORIAL if args.random_image else TASKS[args.model]
     device = pick_device(args.device)
+    status = run_interpreted(args, args.backend or dispatch.selected_backend(), device)
+    if status is not None:
+        return status
     checkpoint = load(args.resume) if args.resume else None
     settings = _settings(args, task, checkpoint)
     first_epoch = checkpoint.epoch if checkpoint else 0

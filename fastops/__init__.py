@@ -10,6 +10,7 @@ try:
     from .reporting import Report, report
     from .swap import swap, unswap
     from .tuning import Choice, Tuning, tune
+    from .verification import Difference, Verification, verify
 except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no backend of that name in FASTOPS_BACKEND
     from .cli import end_command
 
@@ -18,10 +19,12 @@ except (ImportError, ValueError, KeyboardInterrupt) as error:  # no torch; no ba
 
 __all__ = [
     "Choice",
+    "Difference",
     "FallbackError",
     "FallbackWarning",
     "Report",
     "Tuning",
+    "Verification",
     "__version__",
     "backend",
     "compile",
@@ -32,5 +35,6 @@ __all__ = [
     "swap",
     "tune",
     "unswap",
+    "verify",
     "warmup",
 ]

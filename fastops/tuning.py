@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 import time
 import warnings
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -256,14 +258,26 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 @contextmanager
+def random_state_kept(devices: set[torch.device]) -> Iterator[None]:
+    """Put the random state of these devices, of Python and of NumPy back afterwards."""
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    kind = accelerators[0].type if accelerators else "cuda"
+    pythons, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
+
+
+@contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back afterwards."""
     homes = [(module._buffers, module._buffers.copy()) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    accelerators = [device for device in _devices(model) if device.type not in ("cpu", "meta")]
-    kind = accelerators[0].type if accelerators else "cuda"
     try:
-        with torch.random.fork_rng([device.index for device in accelerators], device_type=kind):
+        with random_state_kept(_devices(model)):
             yield
     finally:
         for home, before in homes:

@@ -5,9 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from triton.runtime.interpreter import GridExecutor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +59,20 @@ def test_python_block(page: str, block: str, tmp_path: Path) -> None:
     words = [sys.executable, "-W", "error", "-c", block]
     done = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, text=True)
     assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+def test_gradcheck_on_the_page_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward. Here `TRITON_INTERPRET` is set already; `test_python_block` runs it where it is not."""
+    launched, call = Counter[str](), GridExecutor.__call__
+
+    def counted(executor: GridExecutor, *words: Any, **options: Any) -> None:
+        launched[executor.fn.__name__] += 1
+        call(executor, *words, **options)
+
+    (block,) = (text for page, text in blocks("python") if page == "README.md" and "gradcheck(" in text)
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    exec(block.partition("model = ")[0], {})
+    assert launched.keys() == {"matmul_kernel", "relu_mask_and_column_sum_kernel"} and min(launched.values()) > 1
 
 
 def test_every_example_is_run() -> None:

@@ -25,7 +25,7 @@ from fastops import kernels
 from fastops.cli.examples import draw
 from fastops.cli.table import Table
 from fastops.ops import OPS, Op
-from fastops.ops.op import TINY
+from fastops.ops.examples import TINY
 
 PACKAGE = str(Path(fastops.__file__).parent)
 

@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 
 from . import tuning_cache
 from .kernels import onednn
-from .ops.op import OPS, PLAIN, STRICT, Explanation, Op, failed, fallback_error, has_failed
+from .ops.accepts import PLAIN
+from .ops.op import OPS, STRICT, Explanation, Op, failed, fallback_error, has_failed
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 ONEDNN_DTYPES = (torch.float32,)

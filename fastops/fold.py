@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .ops.op import PLAIN
+from .ops.accepts import PLAIN
 
 # Folding passes over the weight instead of the output. It must be so much smaller to make up for the smaller steps.
 SMALLER: Final = 4

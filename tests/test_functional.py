@@ -12,7 +12,7 @@ from cases import Case, every_case, no_fallback, onednn_in_float64
 import fastops
 import fastops.functional as FF
 from fastops.ops import OPS
-from fastops.ops.op import TINY
+from fastops.ops.examples import TINY
 
 pytestmark = no_fallback
 

@@ -28,7 +28,7 @@ from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
 from fastops.ops import OPS, Op
-from fastops.ops.op import Example
+from fastops.ops.examples import Example
 from fastops.progress import tracked
 
 Call = Callable[[], object]

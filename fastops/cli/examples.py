@@ -9,7 +9,7 @@ from torch import Tensor
 import fastops.functional as FF
 from fastops import dispatch
 from fastops.ops import Op
-from fastops.ops.op import SMALL, Example, Named, Sizes
+from fastops.ops.examples import SMALL, Example, Named, Sizes
 
 Function = Callable[..., Tensor]
 

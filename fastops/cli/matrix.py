@@ -25,7 +25,7 @@ from fastops.cli.examples import Function, draw, torch_function
 from fastops.cli.table import MarkdownTable
 from fastops.cli.verify import NOTHING_RAN
 from fastops.ops import OPS, Op
-from fastops.ops.op import TINY
+from fastops.ops.examples import TINY
 
 NOT_IN_TORCH: Final = "not in torch"
 Transform = Callable[[Function], Function]

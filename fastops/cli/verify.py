@@ -22,7 +22,8 @@ from fastops.cli.environment import check_backend, pick_device, run_interpreted
 from fastops.cli.examples import draw, torch_function
 from fastops.cli.table import Table
 from fastops.ops import OPS, Op
-from fastops.ops.op import LARGE, SMALL, STRICT, TINY, Example, Named, Sizes, failures_raised
+from fastops.ops.examples import LARGE, SMALL, TINY, Example, Named, Sizes
+from fastops.ops.op import STRICT, failures_raised
 from fastops.progress import tracked
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import OPS
-from ..ops.op import PLAIN
+from ..ops.accepts import PLAIN
 
 _Part = tuple[object, str, object]  # an owner, the name of an attribute and what torch has there
 

@@ -8,7 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .op import Audit, Example, Named, Op, Sizes, Tensors, masked, mismatch
+from .accepts import Tensors, mismatch
+from .examples import Audit, Example, Named, Sizes
+from .op import Op, masked
 
 
 def _accepts(input: Tensor, other: Tensor) -> str | None:

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op import REDUCTIONS, Audit, Example, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+from .accepts import REDUCTIONS, Tensors, constant, loss_options, mismatch
+from .examples import Audit, Example, Named, Sizes
+from .op import Op, wanted
 from .pair import fake_gradients, timed_pairs
 
 

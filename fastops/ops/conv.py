@@ -22,7 +22,10 @@ from torch._prims_common import suggest_memory_format
 
 from ..kernels import onednn
 from ..kernels.geometry import conv_output_size
-from .op import Audit, Example, Explanation, Named, Op, Sizes, Tensors, mismatch
+from . import flops
+from .accepts import Tensors, mismatch
+from .examples import Audit, Example, Named, Sizes
+from .op import Explanation, Op
 
 Numbers = tuple[int, ...]
 
@@ -342,6 +345,7 @@ def _make(dimensions: int, relu: bool) -> Op:
         fake=_fake,
         fake_backward=_fake_backward,
         tensors=3,
+        flops=(flops.convolution, flops.convolution_backward),
         variables=3,
         raw_arguments=_raw_arguments,
         finish=_finish,

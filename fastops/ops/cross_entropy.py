@@ -20,20 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.launch import reshaped
-from .op import (
-    REDUCTIONS,
-    Audit,
-    Example,
-    Named,
-    Op,
-    Sizes,
-    Tensors,
-    constant,
-    loss_options,
-    mismatch,
-    transposed,
-    wanted,
-)
+from .accepts import REDUCTIONS, Tensors, constant, loss_options, mismatch
+from .examples import Audit, Example, Named, Sizes, transposed
+from .op import Op, wanted
 
 
 def is_index(value: Any) -> bool:

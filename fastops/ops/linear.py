@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn
-from .op import ATEN_IS_FASTER, Audit, Example, Explanation, Named, Op, Sizes, Tensors, masked, mismatch, transposed
+from . import flops
+from .accepts import Tensors, mismatch
+from .examples import Audit, Example, Named, Sizes, transposed
+from .op import ATEN_IS_FASTER, Explanation, Op, masked
 
 
 def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -214,6 +217,7 @@ def _make(relu: bool) -> Op:
         fake_backward=_fake_backward,
         tensors=3,
         variables=3,
+        flops=(flops.product, flops.product_backward),
         save=_save,
         examples=tuple(_examples()),
         timed=fused if relu else bare,

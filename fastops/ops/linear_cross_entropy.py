@@ -24,8 +24,11 @@ from torch.nn import LinearCrossEntropyOptions
 from ..kernels import chunked_logits, onednn
 from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
+from . import flops
+from .accepts import Tensors, constant, loss_options, mismatch
 from .cross_entropy import is_index, row_scale, unscaled_gradients
-from .op import FUSES, Audit, Example, Explanation, Named, Op, Sizes, Tensors, constant, loss_options, mismatch, wanted
+from .examples import Audit, Example, Named, Sizes
+from .op import FUSES, Explanation, Op, wanted
 
 # The way --------------------------------------------------------------------------------------------------------------
 
@@ -428,6 +431,7 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     fake=_fake,
     fake_backward=_fake_backward,
     tensors=5,
+    flops=(flops.head, flops.head_backward),
     variables=4,
     raw_arguments=_raw_arguments,
     finish=_finish,

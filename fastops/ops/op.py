@@ -23,13 +23,15 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Tensors = tuple[Tensor | None, ...]
+from . import flops
+from .accepts import PLAIN, Tensors
+from .examples import Audit, Example
 
 # Explanations ---------------------------------------------------------------------------------------------------------
 
@@ -61,129 +63,6 @@ class Explanation:
 
 ATEN_IS_FASTER: Final = Explanation("torch", "on this processor ATen is at least as fast at this size")
 FUSES: Final = Explanation("triton", "one kernel does what takes torch several passes over memory")
-
-# Which tensors kernels take -------------------------------------------------------------------------------------------
-
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLAIN: Final = (Tensor, torch.nn.Parameter)
-# What stands for a plain tensor while a compiler traces. By name: importing them takes a second, and whoever makes one
-# has done so. Other subclasses may mean something else by an op.
-_STAND_INS: Final = ("torch._subclasses.fake_tensor.FakeTensor", "torch._subclasses.functional_tensor.FunctionalTensor")
-
-
-def is_plain(kind: type) -> bool:
-    """Whether tensors of this class are what they look like."""
-    return kind in PLAIN or f"{kind.__module__}.{kind.__qualname__}" in _STAND_INS
-
-
-def mismatch(*tensors: Tensor, optional: Tensors = (), indices: Tensor | None = None) -> str | None:
-    """Why no kernel takes these tensors together, or None. All but ``indices`` are to have one dtype."""
-    dtype = device = None
-    present = (*tensors, *(tensor for tensor in optional if tensor is not None)) if optional else tensors
-    for tensor in present:
-        kind = type(tensor)
-        if kind not in PLAIN and not is_plain(kind):
-            return f"no kernel for arguments of type {kind.__name__}"
-        if dtype is None:
-            dtype, device = tensor.dtype, tensor.device
-        elif tensor.dtype is not dtype and tensor is not indices:
-            return "dtypes differ"
-        elif tensor.device != device:
-            return "tensors are on different devices"
-        if tensor.layout is not torch.strided:
-            return f"no kernel for layout {tensor.layout}"
-        if tensor.is_nested:
-            return "no kernel for nested tensors"
-        if tensor.numel() == 0:
-            return "a tensor is empty"
-    return None if dtype in DTYPES else f"no kernel for {dtype}"
-
-
-def loss_options(reduction: Any, label_smoothing: Any = 0.0) -> str | None:
-    """Why no loss has these options, or None."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        return f"{reduction!r} is no reduction"
-    if not (isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1):
-        return "label_smoothing is not a number from 0 to 1"
-    return None
-
-
-REDUCTIONS: Final = {"none": 0, "mean": 1, "sum": 2}  # ATen's numbers
-
-
-def constant(*weights: Tensor | None) -> str | None:
-    """Why kernels, which take weights of classes and elements for constants, do not take these, or None."""
-    for weight in weights:
-        if weight is not None and weight.requires_grad:
-            return "a weight requires a gradient"
-    return None
-
-
-# Examples -------------------------------------------------------------------------------------------------------------
-
-Named = dict[str, Any]
-
-
-class Sizes(NamedTuple):
-    """The numbers of rows, of features or classes, and of outputs."""
-
-    rows: int
-    features: int
-    outputs: int
-
-
-TINY: Final = Sizes(2, 3, 2)  # for numerical derivatives, which cost two calls per element
-SMALL: Final = Sizes(13, 37, 11)  # for a CPU, which may have to interpret kernels
-LARGE: Final = Sizes(300, 517, 261)  # for a GPU: several tiles each way, the last ones not full
-
-
-class Example(NamedTuple):
-    """One way to call an op.
-
-    ``draw`` makes its tensors, float32 and on the CPU: those to differentiate by, and constant ones. ``options`` are
-    the other keyword arguments.
-    """
-
-    name: str
-    draw: Callable[[Sizes, torch.Generator], tuple[Named, Named]]
-    options: Named = {}  # noqa: RUF012  (nobody writes to it)
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """The same values, in the other order in memory."""
-    return tensor.mT.contiguous().mT
-
-
-# What audits ----------------------------------------------------------------------------------------------------------
-
-
-class Audit(Protocol):
-    """What `Op.audit` is handed for one target. It runs launchers on tensors without values, and notes their launches.
-
-    A launch that is yielded says what its machine code should show; ``_replace`` changes that: ``wide`` (a product with
-    aligned rows), ``leading`` (one that fills the GPU, with the first tile of its table).
-    """
-
-    target: str
-    half_dtypes: Sequence[torch.dtype]  # those of 16 bits that the target has
-    dtypes: Sequence[torch.dtype]
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor without values."""
-
-    def tables(self) -> Iterator[tuple[torch.dtype, str, Sequence[Any], Sequence[Any]]]:
-        """Dtype and precision of every kind of product, and the tiles of its two tables."""
-
-    def launches(
-        self, shape: str, tile: Any, precision: str, launcher: Callable[..., Any], *arguments: Any
-    ) -> tuple[Any, list[Any]]:
-        """What the launcher returns, and its launches: with one tile for all products, or for None the table's."""
-
-    def streams(
-        self, shape: str, odd: bool, tensors: int, launcher: Callable[..., Any], *arguments: Any
-    ) -> tuple[Any, list[Any]]:
-        """The same where the first kernel passes once over this many large ``tensors``, of an odd size or not."""
-
 
 # The record -----------------------------------------------------------------------------------------------------------
 
@@ -250,6 +129,7 @@ class Op:
     finish: Callable[..., Tensor] | None = None
     save: Callable[..., tuple[Tensors, tuple[Any, ...]]] = save_all
     overwrite: Callable[..., Tensors | None] | None = None
+    flops: tuple[flops.Formula, ...] = ()  # of both raw ops, where torch counts any for the expression
 
     # What the commands call it with: to check it, and to time it at the sizes of real models. `audit` yields what
     # `fastops audit` compiles for a target; one record of each kernel file has it.
@@ -268,6 +148,8 @@ class Op:
         self.raw_backward = _register(
             name, self.backward_schema, self.compute_raw_backward, self.fake_backward, without
         )
+        for op, formula in zip((self.name, name), self.flops, strict=False):
+            flops.formulas[getattr(torch.ops.fastops, op)] = formula
 
     @functools.cached_property
     def launchers(self) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
@@ -285,6 +167,8 @@ class Op:
                 ):
                     direct = False
         if not direct:
+            if not _is_dynamo_compiling():
+                flops.tell_counters()
             results = self.raw(*arguments, way)
         elif _is_grad_enabled() and _any_requires_grad(*arguments):
             results = _apply(self, way, True, *arguments)
@@ -367,6 +251,7 @@ def _register(
 
 def _autograd(op: Op, *arguments: Any) -> Any:
     """A raw op for the dispatcher's autograd."""
+    flops.tell_counters()
     if _recorded(arguments):
         _refuse_transforms(op.name, arguments)
         return _apply(op, arguments[-1], False, *arguments[:-1])
@@ -376,6 +261,7 @@ def _autograd(op: Op, *arguments: Any) -> Any:
 
 def _without_derivatives(name: str, *arguments: Any) -> Any:
     """As `_autograd`, of gradients, which are not differentiated a second time here: `KernelFunction.backward`."""
+    flops.tell_counters()
     if _recorded(arguments):
         raise RuntimeError(_NO_DERIVATIVES.format(name))
     with torch._C._AutoDispatchBelowAutograd():

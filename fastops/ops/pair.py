@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .op import REDUCTIONS, Audit, Example, Named, Op, Sizes, Tensors, loss_options, mismatch, transposed, wanted
+from .accepts import REDUCTIONS, Tensors, loss_options, mismatch
+from .examples import Audit, Example, Named, Sizes, transposed
+from .op import Op, wanted
 
 
 def pair_loss(

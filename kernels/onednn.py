@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +19,33 @@ from .chunked_logits import Statistics, Target, accumulated_gradients, losses, r
 from .launch import accumulator_dtype, reshaped
 
 
-def _cpu_vendor() -> str:
+def _cpu_field(name: str) -> str:
+    """What the kernel of Linux says of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux: no entry of the table applies
         return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((line.split(":")[1].strip() for line in lines if line.split("\t")[0] == name), "")
 
 
-# From how many multiply-adds on a product gains from oneDNN, by processor (vendor, vector instructions); None if never.
-# AMD with AVX-512: MKL reaches half of oneDNN's speed; below the threshold a Python Function costs more than it saves.
-# AMD with AVX2 and Intel: MKL is about as fast or faster, so there is no entry.
-FASTER_FROM_MULTIPLY_ADDS: Final = {("AuthenticAMD", "AVX512"): 2_000_000}.get(
-    (_cpu_vendor(), torch.backends.cpu.get_cpu_capability())
-)
+class Gain(NamedTuple):
+    """From how many multiply-adds and elements of the weight on a product gains from oneDNN.
+
+    ``products``: whether products of any shape do, so that a head's go there too.
+    """
+
+    multiply_adds: int
+    weight: int = 0
+    products: bool = True
+
+
+# By vendor, family and vector instructions. On AMD MKL uses vectors of 256 bits: the full rate of Zen 4 (family 25),
+# where oneDNN is ahead with large weights alone, and half the rate of Zen 5 (26), where it is behind only for small
+# products, for which a Python Function costs more than it saves. Intel and AMD with AVX2: MKL is about as fast.
+FASTER_FROM: Final = {
+    ("AuthenticAMD", "25", "AVX512"): Gain(8_000_000, 2_000_000, products=False),
+    ("AuthenticAMD", "26", "AVX512"): Gain(5_000_000),
+}.get((_cpu_field("vendor_id"), _cpu_field("cpu family"), torch.backends.cpu.get_cpu_capability()))
 
 
 _LEAST_PART: Final = 1024  # rows or columns of a product: fewer are not worth one of their own
@@ -177,7 +190,7 @@ def linear_cross_entropy_with_gradients(
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:
     """``out`` becomes ``a @ b.T + plus``: [M, K], [N, K], and [N] or ``out`` itself -> [M, N]."""
-    if FASTER_FROM_MULTIPLY_ADDS is None or not available() or out.dtype is not torch.float32:
+    if FASTER_FROM is None or not FASTER_FROM.products or not available() or out.dtype is not torch.float32:
         if plus is None:
             torch.mm(a, b.t(), out=out)
         else:

@@ -23,6 +23,7 @@ import fastops
 import fastops.functional as FF
 from fastops import dispatch
 from fastops.kernels import linear as linear_kernels
+from fastops.kernels import onednn
 from fastops.ops import linear as linear_op
 from fastops.ops import op as ops
 
@@ -62,7 +63,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
 
-    def has(self, *, triton: bool, interpreter: bool, onednn_from: int | None = None) -> None:
+    def has(self, *, triton: bool, interpreter: bool, onednn_from: onednn.Gain | None = None) -> None:
         self.monkeypatch.setattr(dispatch, "triton_installed", triton)
         self.monkeypatch.setattr(dispatch, "_INTERPRETER", interpreter)
         self.monkeypatch.setattr(linear_op, "onednn_from", onednn_from)
@@ -172,10 +173,18 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("from_multiply_adds", "way"), [(None, "torch"), (4 * 3 * 2 + 1, "torch"), (4 * 3 * 2, "onednn"), (1, "onednn")]
+    ("gain", "way"),
+    [
+        (None, "torch"),
+        (onednn.Gain(4 * 3 * 2 + 1), "torch"),
+        (onednn.Gain(4 * 3 * 2), "onednn"),
+        (onednn.Gain(1), "onednn"),
+        (onednn.Gain(1, 3 * 2), "onednn"),
+        (onednn.Gain(1, 3 * 2 + 1), "torch"),
+    ],
 )
-def test_auto_takes_onednn_from_the_table_on(machine: Machine, from_multiply_adds: int | None, way: str) -> None:
-    machine.has(triton=True, interpreter=False, onednn_from=from_multiply_adds)
+def test_auto_takes_onednn_from_the_table_on(machine: Machine, gain: onednn.Gain | None, way: str) -> None:
+    machine.has(triton=True, interpreter=False, onednn_from=gain)
     assert fastops.explain("linear", x, w, b).backend == way
     assert fastops.explain("linear", x.double(), w.double()).backend == "torch"
     assert fastops.explain("mse_loss", x, x).backend == "torch"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
+from fastops.kernels.onednn import Gain
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore")]
 
@@ -464,8 +465,8 @@ def test_outcome_is_torchs_without_the_interpreter(
     if len(arguments) == 1:
         arguments = (*arguments, w)
     expected = outcome(torchs_of(op), arguments, {})
-    for threshold in (None, 1, 10**9):
-        monkeypatch.setattr(fastops.ops.linear, "onednn_from", threshold)
+    for gain in (None, Gain(1), Gain(10**9), Gain(1, 10**9)):
+        monkeypatch.setattr(fastops.ops.linear, "onednn_from", gain)
         found = outcome(getattr(FF, op), arguments, {})
         assert (type(found), str(found)) == (type(expected), str(expected))
 

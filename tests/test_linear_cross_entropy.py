@@ -84,10 +84,10 @@ def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("faster", [None, 1])
-def test_products_of_either_library(bias: bool, faster: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("faster", [None, onednn.Gain(1), onednn.Gain(1, products=False)])
+def test_products_of_either_library(bias: bool, faster: onednn.Gain | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """MKL's into memory that is there, or oneDNN's in parts, where the table says that they are faster."""
-    monkeypatch.setattr(onednn, "FASTER_FROM_MULTIPLY_ADDS", faster)
+    monkeypatch.setattr(onednn, "FASTER_FROM", faster)
     monkeypatch.setattr(onednn, "_LEAST_PART", 64)
 
     def gradients(function: Any, target: Tensor, *values: Tensor, **options: Any) -> list[Tensor]:

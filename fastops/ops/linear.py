@@ -44,13 +44,13 @@ _EPILOGUE: Final = Explanation(
     "vendor",
     "one kernel masks and sums the gradient; two products alone fuse nothing, and the vendor's library computes them",
 )
-onednn_from = onednn.FASTER_FROM_MULTIPLY_ADDS
+onednn_from = onednn.FASTER_FROM
 
 
 def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
-    if onednn_from is None or not isinstance(weight, Tensor) or input.numel() * weight.numel() < onednn_from:
+    if onednn_from is None or not isinstance(weight, Tensor) or weight.numel() < onednn_from.weight:
         return ATEN_IS_FASTER
-    pays = input.numel() * weight.shape[:1].numel() >= onednn_from
+    pays = input.numel() * weight.shape[:1].numel() >= onednn_from.multiply_adds
     return _ONEDNN_PAYS if pays else ATEN_IS_FASTER
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ MOST = {  # in all, forward and backward: what was measured
 def counted() -> dict[str, tuple[int, int]]:
     """By op: all calls of the forward and of the backward pass."""
     script = str(ROOT / "bench" / "host_calls.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    wide = os.environ | {"COLUMNS": "120"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=wide)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     return {op: (int(forward), int(backward)) for op, _, forward, _, backward in rows}

@@ -293,7 +293,9 @@ def conv_config(kind: Kind, positions: int, columns: int, products: int, channel
         tile = tile._replace(BLOCK_M=_power_of_2_within(2 * positions - 1, _INTERPRETED_POSITIONS))
     block_k, flat = _channel_block(channels, tile.BLOCK_K)
     block_n = _power_of_2_within(columns, tile.BLOCK_N)
-    return ConvConfig(tile.BLOCK_M, block_n, block_k, _warps(tile, tile.BLOCK_M * block_n), tile.num_stages, flat)
+    # Addresses of single elements take registers, of AMD's scalar ones too: as many warps as the tile has share them.
+    warps = _warps(tile, tile.BLOCK_M * block_n) if aligned or on_cpu else tile.num_warps
+    return ConvConfig(tile.BLOCK_M, block_n, block_k, warps, tile.num_stages, flat)
 
 
 def conv_grad_weight_config(

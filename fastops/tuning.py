@@ -36,7 +36,8 @@ LEAST_GAIN: Final = 0.02  # of the rule's time: less is noise, and no reason to 
 class Choice:
     """One call of the model and the seconds that it takes each way, with its backward pass where ``gradients`` is true.
 
-    ``way`` is the fastest, or the one that the rule takes where no other is clearly faster.
+    ``way`` is the fastest, or the one that the rule takes where no other is clearly faster or the turns disagree about
+    that (``agreed`` is false), as on a busy machine.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Choice:
     gradients: bool
     seconds: dict[str, float]
     way: str
+    agreed: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Tuning:
         for choice in self.choices:
             times = "  ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in choice.seconds.items())
             direction = "forward+backward" if choice.gradients else "forward"
-            lines.append(f"{choice.op} {choice.shapes}, {direction}: {choice.way}  ({times})")
+            doubt = "" if choice.agreed else "; the turns disagree, so the rule stays"
+            lines.append(f"{choice.op} {choice.shapes}, {direction}: {choice.way}  ({times}{doubt})")
         if not self.choices:
             lines.append("no call of fastops was seen: swap the model first, and tune it before torch.compile wraps it")
         for memory_format, seconds in self.format_seconds.items():
@@ -334,7 +337,7 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> tuning_cache.Tiles:
                     except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
                         del times[tile]
             best = min(times, key=lambda tile: min(times[tile]), default=None)
-            if best is not None and None in times and min(times[best]) > (1 - LEAST_GAIN) * min(times[None]):
+            if best is not None and None in times and not _faster(times[best], times[None])[0]:
                 best = None
             found[product] = best
             configs.set_tiles({product: best})
@@ -369,10 +372,19 @@ def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:
                 except (FallbackWarning, torch.OutOfMemoryError):  # no way for this call here
                     del times[way]
     seconds = {way: min(own) for way, own in times.items()}  # other programs only add to it
-    best = min(seconds, key=lambda way: seconds[way], default=usual)
-    if usual in seconds and seconds[best] + LOOKUP * len(calls) > (1 - LEAST_GAIN) * seconds[usual]:
-        best = usual
-    return Choice(calls[0].name, calls[0].shapes, torch.is_grad_enabled(), seconds, best)
+    best, agreed = min(seconds, key=lambda way: seconds[way], default=usual), True
+    if usual in seconds and best != usual:
+        faster, agreed = _faster(times[best], times[usual], LOOKUP * len(calls))
+        best = best if faster else usual
+    return Choice(calls[0].name, calls[0].shapes, torch.is_grad_enabled(), seconds, best, agreed)
+
+
+def _faster(own: list[float], usual: list[float], cost: float = 0.0) -> tuple[bool, bool]:
+    """Whether one is clearly faster in every turn, ``cost`` included, and whether the turns agree if it seems to be."""
+    if min(own) + cost > (1 - LEAST_GAIN) * min(usual):
+        return False, True
+    agreed = all(mine + cost < theirs for mine, theirs in zip(own, usual, strict=True))
+    return agreed, agreed
 
 
 def _formats(model: nn.Module) -> dict[torch.memory_format, nn.Module]:

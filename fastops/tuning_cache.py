@@ -60,7 +60,8 @@ def key(op: str, arguments: tuple[Any, ...]) -> Key | None:
         else:
             layouts.append(())
             options.append(argument)
-    precision = torch.backends.cuda.matmul.fp32_precision if first.is_cuda and first.dtype is torch.float32 else ""
+    setting: Any = torch.backends.cudnn.conv if op.startswith("conv") else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    precision = setting.fp32_precision if first.is_cuda and first.dtype is torch.float32 else ""
     try:
         plain = tuple(map(_plain, options))
     except TypeError:

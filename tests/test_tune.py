@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastops
 import fastops.functional as FF
@@ -100,14 +102,35 @@ def test_the_rule_stays_without_a_clear_gain(folder: Path, seconds: float, way: 
     assert {choice.way for choice in tuning.choices} == {way}
 
 
-def test_a_slow_turn_does_not_count(folder: Path) -> None:
-    """Another program makes some turns slow: the least time is the call's own."""
-    turns = iter(range(1000))
+def test_nothing_is_kept_where_turns_disagree(folder: Path) -> None:
+    """On a busy machine the least time alone may be luck: the rule stays, and the table says why."""
+    turns, slow = iter(range(1000)), [0]
 
     def timer(call: Callable[[], object]) -> float:
-        return {"onednn": 1.0, "torch": 2.0}[dispatch.selected_backend()] + (next(turns) % 3 > 0) * 10
+        busy = slow[0] * (next(turns) % 3 == 0)
+        return {"onednn": 1.0, "torch": 2.0}[dispatch.selected_backend()] + busy
 
-    assert {choice.way for choice in fastops.tune(mlp(), torch.randn(5, 8), timer=timer).choices} == {"onednn"}
+    model, x = mlp(), torch.randn(5, 8)
+    assert {(choice.way, choice.agreed) for choice in fastops.tune(model, x, timer=timer).choices} == {("onednn", True)}
+    slow[0] = 10
+    tuning = fastops.tune(model, x, timer=timer)
+    assert {(choice.way, choice.agreed) for choice in tuning.choices} == {("torch", False)}
+    assert str(tuning).count("the turns disagree, so the rule stays") == len(tuning.choices)
+    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "torch"
+
+
+@pytest.mark.parametrize(("op", "own"), [("linear", "matmul"), ("conv2d", "conv")])
+def test_the_key_has_the_precision_of_its_own_products(op: str, own: str) -> None:
+    with FakeTensorMode():
+        arguments = (torch.empty(2, 3, device="cuda"),)
+    settings: dict[str, Any] = {"matmul": torch.backends.cuda.matmul, "conv": torch.backends.cudnn.conv}
+    for name, setting in settings.items():
+        before, usual = tuning_cache.key(op, arguments), setting.fp32_precision
+        setting.fp32_precision = "ieee" if usual == "tf32" else "tf32"
+        try:
+            assert (tuning_cache.key(op, arguments) != before) == (name == own)
+        finally:
+            setting.fp32_precision = usual
 
 
 def test_gradients_apart(folder: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -53,7 +53,7 @@ def warmup(model: nn.Module, example_input: Any = (), *, example_kwargs: Mapping
         return _compile(_missing(for_triton)) if for_triton else 0
 
 
-_Missing = dict[tuple[str, str], Callable[[], object]]
+_Missing = dict[tuple[str, str, int], Callable[[], object]]
 
 
 def _missing(calls: list[Call]) -> _Missing:
@@ -66,7 +66,8 @@ def _missing(calls: list[Call]) -> _Missing:
     def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> Any:
         if threading.get_ident() != own:
             return outer and outer(fn=fn, compile=compile, **others)
-        found[fn.name, compile["key"]] = partial(fn.jit_function.preload, compile["specialization_data"])
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
+        found[fn.name, compile["key"], device] = partial(fn.jit_function.preload, compile["specialization_data"])
         return True  # nothing is compiled or launched now
 
     knobs.runtime.jit_cache_hook = note
@@ -90,8 +91,9 @@ def _compile(missing: _Missing) -> int:
         ThreadPoolExecutor(os.cpu_count()) as pool,
         AsyncCompileMode(pool, ignore_errors=True) as mode,
     ):
-        for compile in missing.values():
-            compile()
+        for (*_, device), compile in missing.items():
+            with torch.accelerator.device_index(device) if torch.accelerator.is_available() else nullcontext():
+                compile()
         for future in mode.raw_futures:
             future.add_done_callback(advance)
     errors = [error for future in mode.raw_futures if (error := future.exception()) is not None]

@@ -23,6 +23,7 @@ from .swap import check, original_class, swap, unswap
 from .tuning import random_state_kept
 
 DRAWS: Final = 5  # of numbers near to the given ones, where a tensor seems to be wrong
+ONEDNNS = 4  # times the error that others may have
 _EXACT: Final = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | {
     torch.complex64: torch.complex128
 }
@@ -77,8 +78,9 @@ def verify(
     The two have the same weights, buffers, inputs and random state; a model that is not swapped is compared with a
     swapped copy. fastops goes the way that `backend` selects; if all of it takes the torch expression, that is not ok.
     The error of each tensor against a run in float64 may be at most twice torch's own in the same dtype, plus one
-    rounding. Where it is larger, it is measured again with numbers near to the given ones: torch's own error in few
-    numbers may be nothing by luck.
+    rounding; four times as much where oneDNN multiplies, which adds up in another order (3.5 times torch's own error
+    was seen in sums of 2048 products). Where it is larger, it is measured again with numbers near to the given ones:
+    torch's own error in few numbers may be nothing by luck.
 
     Copies of the model run: it stays as it is, with its gradients and mode, and so does the random state. Hooks run.
 
@@ -105,7 +107,7 @@ def verify(
         for mode, training, gradients in (("train", True, True), ("eval", False, True), ("no_grad", False, False)):
             with torch.set_grad_enabled(gradients):
                 run = partial(subject.run, ways, training)
-                count, found = _compare(run, doubled=own is torch.float64)
+                count, found = _compare(run, ways, doubled=own is torch.float64)
             compared += count
             differences += [Difference(mode, name, reason) for name, reason in found.items()]
     return Verification(tuple(differences), compared, ways)
@@ -191,7 +193,8 @@ def _convert(model: nn.Module, dtypes: Dtypes) -> None:
 
 def _step(model: nn.Module, words: tuple[Any, ...], keywords: dict[str, Any]) -> Results:
     """Outputs, and gradients of all that requires one; buffers afterwards."""
-    inputs = _leaves("input", words if len(words) != 1 else words[0]) | _leaves("input", keywords)
+    # Named as no parameter can be.
+    inputs = _leaves("the input", words if len(words) != 1 else words[0]) | _leaves("the keyword", keywords)
     outputs = _leaves("output", model(*words, **keywords))
     if not outputs:
         raise TypeError("verify expects a model that returns tensors")
@@ -269,7 +272,7 @@ class _SameDraws(TorchDispatchMode):
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-def _compare(run: Callable[[str, int], Results], doubled: bool) -> tuple[int, dict[str, str]]:
+def _compare(run: Callable[[str, int], Results], ways: Counter[str], doubled: bool) -> tuple[int, dict[str, str]]:
     """How many tensors were compared, and what is wrong with which. ``doubled``: torch runs in float32 for float64."""
     compared, wrong, suspects = 0, dict[str, str](), dict[str, list[list[Tensor]]]()
     for draw in range(DRAWS):
@@ -289,12 +292,13 @@ def _compare(run: Callable[[str, int], Results], doubled: bool) -> tuple[int, di
             tensors = [tensor for tensor in triple if tensor is not None]
             if len(tensors) == 3 and len({tensor.shape for tensor in tensors}) == 1:
                 triples.append([*tensors[:2], tensors[2].double()])
-        suspects = {name: triples for name, triples in suspects.items() if _share(triples) > 1}
+        most = ONEDNNS if ways["onednn"] else 1
+        suspects = {name: triples for name, triples in suspects.items() if _share(triples) > most}
         if not suspects:
             break
     for name, triples in suspects.items():
         shares = sorted(error_share(*triple) for triple in triples)
-        if shares[len(shares) // 2] > 1:  # in most draws: near zero a ReLU may fall on the other side in one of them
+        if shares[len(shares) // 2] > most:  # in most draws: near zero a ReLU may fall on the other side in one of them
             *found, truth = _together(triples)
             error, own = (float((result - truth).abs().max()) for result in found)
             wrong[name] = (

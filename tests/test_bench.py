@@ -87,7 +87,8 @@ def test_command_refuses_the_interpreter(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.usefixtures("no_interpreter")
-def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     file = tmp_path / "bench.json"
     assert main(["bench", "--pairs", "1", "--case", SMALLEST, "--json", str(file), "--device", "cpu"]) == 0
     saved = json.loads(file.read_text())

@@ -471,6 +471,18 @@ def test_a_failing_kernel_warns_once_and_torch_runs(
     torch.testing.assert_close([result, *found], [expected, *gradients])
 
 
+def test_failures_are_raised_in_the_thread_that_asks(broken: Callable[[BaseException], None]) -> None:
+    """Another thread that trains meanwhile gets the torch expression."""
+    broken(RuntimeError("no code for this GPU"))
+    with ops.failures_raised():
+        with ThreadPoolExecutor(1) as pool, pytest.warns(fastops.FallbackWarning):
+            other = pool.submit(FF.linear, x, w, b).result()
+        for _ in range(2):  # and is tried each time
+            with pytest.raises(fastops.FallbackWarning, match="no code for this GPU"):
+                FF.linear(x, w, b)
+    torch.testing.assert_close(other, F.linear(x, w, b))
+
+
 def test_a_kernel_that_failed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """For this dtype: it would be compiled again at each call. Its backward pass alone may fail too."""
     tried: list[tuple[str, torch.dtype]] = []

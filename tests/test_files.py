@@ -1,6 +1,7 @@
 """Files are written as a whole or not at all, and only where a file belongs."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,30 @@ def test_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         file.write(b"new")
         raise KeyboardInterrupt
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_permissions_stay(tmp_path: Path) -> None:
+    (tmp_path / "file").touch(mode=0o600)
+    with replacing(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_threads_write_one_file_whole(tmp_path: Path) -> None:
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            with replacing(tmp_path / "file") as file:
+                file.write(content)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, (bytes([number]) * 9999 for number in range(4))))
+    assert len(set((tmp_path / "file").read_bytes())) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_to_itself_is_an_error_of_files(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"), replacing(tmp_path / "loop") as file:
+        file.write(b"new")
 
 
 def test_link_stays_a_link(tmp_path: Path) -> None:

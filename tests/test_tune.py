@@ -416,6 +416,32 @@ def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.Mo
     assert {choice.way for choice in tuning.choices} == {"torch"}
 
 
+def test_a_tile_that_fails_spoils_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_INTERPRETER", True)
+    monkeypatch.setattr(configs, "measured", {})
+    large, small = configs.matmul_candidates("interpreter", torch.float32, "ieee")
+    layer, x, launched, original = fastops.swap(nn.Linear(8, 4)), torch.randn(6, 8), [], linear_kernels.launch
+
+    def launch(plan: Plan, *tensors: Tensor) -> None:
+        launched.append(True)
+        if plan.constants.get("BLOCK_M") == large.BLOCK_M:
+            raise RuntimeError("out of resource: shared memory")
+        original(plan, *tensors)
+
+    def timer(call: Callable[[], object]) -> float:
+        launched.clear()
+        call()
+        assert launched or dispatch.selected_backend() != "triton", "the torch expression was timed for a tile"
+        return 1.0 + (dispatch.selected_backend() != "triton")
+
+    assert large.BLOCK_M != small.BLOCK_M
+    monkeypatch.setattr(linear_kernels, "launch", launch)
+    with torch.no_grad():
+        tuning = fastops.tune(layer, x, timer=timer)
+    assert {choice.way for choice in tuning.choices if not choice.gradients} == {"triton"}
+    assert large not in configs.measured.values()
+
+
 def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton runs, each matrix product of each call is timed with every tile of its table."""
     monkeypatch.setattr(dispatch, "_INTERPRETER", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,32 @@ def test_a_wrong_gradient_is_found(wrong: Callable[..., None]) -> None:
     )
 
 
+class Named(nn.Module):
+    """A parameter with the name of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return fastops.functional.linear(input, self.input)
+
+
+def test_gradients_of_one_name_are_all_compared(wrong: Callable[..., None]) -> None:
+    assert fastops.verify(Named(), torch.randn(4, 3).requires_grad_()).compared == 3 + 3 + 1
+    wrong("linear", 1, lambda gradient: gradient * 7)
+    found = fastops.verify(Named(), torch.randn(4, 3).requires_grad_())
+    assert {each.name for each in found.differences} == {"gradient of input", "gradient of the input"}
+
+
+def test_onednn_adds_up_in_another_order() -> None:
+    with fastops.backend("onednn"):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            found = fastops.verify(nn.Sequential(nn.Linear(512, 256), nn.ReLU()), torch.randn(16, 512))
+            assert found.ways == {"onednn": found.ways.total()} and found, found
+
+
 def test_a_wrong_value_is_found_in_outputs_and_buffers(wrong: Callable[..., None]) -> None:
     wrong("conv2d", 0, lambda output: output + 0.01)
     found = fastops.verify(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)), torch.randn(4, 3, 4, 4))
@@ -223,7 +250,7 @@ def test_few_numbers_are_looked_at_again(units: list[int], found: bool) -> None:
         own = exact + (EPS if draw else 0)
         return {"output": {"ours": (exact + units[draw] * EPS).float(), "torch": own.float(), "exact": exact}[kind]}
 
-    compared, wrong = verification._compare(run, doubled=False)
+    compared, wrong = verification._compare(run, Counter(), doubled=False)
     assert compared == 1 and bool(wrong) is found
 
 

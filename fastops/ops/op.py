@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -372,7 +373,7 @@ failed: Final[set[tuple[str, torch.device, torch.dtype]]] = set()  # raw ops who
 
 def has_failed(name: str, first: Tensor) -> bool:
     """Whether a kernel of the raw op ``name`` has failed for tensors like its ``first`` argument."""
-    return (name, first.device, first.dtype) in failed
+    return (name, first.device, first.dtype) in failed and not _raises()
 
 
 STRICT: Final = " strict"  # at the end of a way: from which no call may fall back
@@ -391,16 +392,25 @@ def fallback_error(name: str, way: str, reason: str) -> FallbackError:
 
 @contextlib.contextmanager
 def failures_raised() -> Iterator[None]:
-    """Inside, kernels that failed are tried again, and one that fails raises its `FallbackWarning`."""
-    before = failed.copy()
-    failed.clear()
+    """Inside, kernels that failed are tried again, and one that fails raises its `FallbackWarning`.
+
+    It holds for the thread that enters it, and for autograd's own, in which backward passes on a GPU run.
+    """
+    own = threading.get_ident()
+    _raising.append(own)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FallbackWarning)
-            yield
+        yield
     finally:
-        failed.clear()
-        failed.update(before)
+        _raising.remove(own)
+
+
+_raising: Final[list[int]] = []  # threads inside of `failures_raised`
+
+
+def _raises() -> bool:
+    if not _raising:
+        return False
+    return threading.get_ident() in _raising or isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def _warn_of(error: Exception, name: str, way: str, arguments: tuple[Any, ...]) -> None:
@@ -419,14 +429,13 @@ def _warn_of(error: Exception, name: str, way: str, arguments: tuple[Any, ...]) 
     if any(words in str(error) for words in ("out of memory", "device-side assert", "illegal memory access")):
         raise error
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    shapes, device = ", ".join(str(tuple(tensor.shape)) for tensor in tensors), tensors[0].device
+    warning = f"the Triton kernel of {name} failed for shapes {shapes} on {device}; torch runs instead: {error}"
+    if _raises():
+        raise FallbackWarning(warning) from error
     if not has_failed(name, tensors[0]):
-        failed.add((name, device := tensors[0].device, tensors[0].dtype))
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        warnings.warn(
-            f"the Triton kernel of {name} failed for shapes {shapes} on {device}; torch runs instead: {error}",
-            FallbackWarning,
-            stacklevel=4,
-        )
+        failed.add((name, device, tensors[0].dtype))
+        warnings.warn(warning, FallbackWarning, stacklevel=4)
 
 
 # What gradients share -------------------------------------------------------------------------------------------------

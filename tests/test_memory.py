@@ -80,6 +80,17 @@ def _saved_through(hooks: Callable[[], object]) -> Callable[..., Tensor]:
     return run
 
 
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them, which hold others."""
+    return tensor.new_full((*tensor.shape, 2), 3)[..., 1].copy_(tensor)
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """The same values in the reversed order of dimensions in memory."""
+    dimensions = list(range(tensor.dim()))[::-1]
+    return tensor.permute(dimensions).contiguous().permute(dimensions)
+
+
 MEANS: dict[str, Callable[..., Tensor]] = {
     "checkpoint": lambda f, *tensors: checkpoint(f, *tensors, use_reentrant=False),
     "nested checkpoints": lambda f, *tensors: checkpoint(
@@ -91,6 +102,8 @@ MEANS: dict[str, Callable[..., Tensor]] = {
         )
     ),
     "save_on_cpu": _saved_through(save_on_cpu),
+    "handed back in another layout": _saved_through(lambda: saved_tensors_hooks(lambda t: t, spread)),
+    "handed back with another order of dimensions": _saved_through(lambda: saved_tensors_hooks(lambda t: t, turned)),
 }
 
 

@@ -307,7 +307,10 @@ class _Rewriter(ast.NodeTransformer):
         return False
 
     def next_function(self, name: str, following: list[ast.stmt]) -> list[ast.expr]:
-        """What is applied to ``name`` next, if that is known beforehand and not for certain a ReLU."""
+        """What is applied to ``name`` next, if that is known beforehand and not for certain a ReLU.
+
+        One expression, or two for an attribute: what has it and its name.
+        """
         assigned = {name}
         for statement in following:
             call = self.consumer(statement, name)
@@ -317,7 +320,11 @@ class _Rewriter(ast.NodeTransformer):
                 if function is None or self.around.is_relu(self.resolve(function)):
                     return []
                 depends = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
-                return [] if depends & assigned else [copy.deepcopy(function)]
+                if depends & assigned:
+                    return []
+                if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):  # looked up if need be
+                    return [copy.deepcopy(function.value), _same_place(ast.Constant(function.attr), function)]
+                return [copy.deepcopy(function)]
             if names_in(statement, name) or not self.inert(statement):
                 return []
             assigned |= _stores(statement)
@@ -580,8 +587,12 @@ class _Rewriter(ast.NodeTransformer):
             return _call(node, "hold_keyword", self.visit(function), keywords=[keyword]), Call(function)
         value, inputs = self.argument(node, argument)
         self.note(node, function, argument, inputs)
-        helper = "hold" if inputs is None else "link"
-        return _call(node, helper, self.visit(function), value, *(following or [])), Call(function, inputs or ())
+        words = [value]
+        if isinstance(value, ast.Call) and ast.unparse(value.func) in _UNARY and len(value.args) == 2:
+            helper, words = "link_layer", value.args
+        else:
+            helper = "hold" if inputs is None else "link"
+        return _call(node, helper, self.visit(function), *words, *(following or [])), Call(function, inputs or ())
 
     def argument(self, call: ast.Call, argument: ast.expr) -> tuple[ast.expr, tuple[Call, ...] | None]:
         """The argument of ``call`` rewritten, and what may have made it if it may be a promise, else None."""
@@ -650,6 +661,9 @@ class _Rewriter(ast.NodeTransformer):
             else:
                 reason = f"its input is {tail(argument)}, not a layer"
         self.sites.append(Site(self.method, node.lineno, function, argument, inputs or (), reason))
+
+
+_UNARY: Final = ("_fastops_hold", "_fastops_link")
 
 
 def tail(node: ast.AST | None) -> str:

@@ -147,8 +147,12 @@ def _is_plain(value: Any) -> bool:
     return type(value) is Tensor or (isinstance(value, Tensor) and not overrides(value))
 
 
-def _joins(function: Any) -> bool:
-    """Whether holding a call back pays if ``function`` is what comes next."""
+def _joins(following: Any, *attribute: str) -> bool:
+    """Whether holding a call back pays if ``following``, or its ``attribute``, is what comes next.
+
+    An attribute that is missing is an error of the statement that looks for it, not of this one.
+    """
+    function = getattr(following, attribute[0], None) if attribute else following
     return is_relu(function) or type(function) in _TO_FOLD or type(function) is nn.Identity
 
 
@@ -156,7 +160,7 @@ def _joins(function: Any) -> bool:
 
 
 def hold(layer: Any, input: Any, *following: Any) -> Any:
-    """``layer(input)``, or a promise of it. ``following``, if given, is what will be applied to it."""
+    """``layer(input)``, or a promise of it. ``following``, if given, is what will be applied to it (see `_joins`)."""
     if _is_plain(input) and (not following or _joins(*following)) and (kind := layer_of(layer)) is not None:
         return LayerPromise(kind, layer, input, None)
     return layer(input)
@@ -216,6 +220,13 @@ def link(function: Any, value: Any, *following: Any) -> Any:
             return folded
         value = value.value()
     return hold(function, value, *following)
+
+
+def link_layer(function: Any, layer: Any, input: Any, *following: Any) -> Any:
+    """``link(function, link(layer, input), *following)``. Nothing joins behind a ReLU, which needs no promise."""
+    if is_relu(function) and _is_plain(input) and (kind := layer_of(layer)) is not None:
+        return _with_relu(function, kind, layer, input)
+    return link(function, link(layer, input, function), *following)
 
 
 def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
@@ -290,7 +301,7 @@ def sequential_forward(self: nn.Sequential, input: Any) -> Any:
 HELPERS: Final[dict[str, Callable[..., Any]]] = {
     f"_fastops_{helper.__name__}": helper
     for helper in (
-        *(hold, hold_keyword, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place, link),
+        *(hold, hold_keyword, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place, link, link_layer),
         *(apply, join, method, now, shown, mark, chain, user_class),
     )
 }

@@ -84,9 +84,9 @@ class backend(contextlib.ContextDecorator):
     that enters it, like `torch.no_grad`. A backward pass runs on the backend of its forward.
 
     With ``strict=True`` a call that would take the torch expression after all raises a `FallbackError`, forward and
-    backward, and so does `explain`; a kernel that cannot be compiled or launched raises its own error instead of a
-    `FallbackWarning`. Inside `torch.compile` a graph breaks at such a call, or with ``fullgraph=True`` the compilation
-    fails. A selection inside is strict only if it says so too.
+    backward, and so does `explain`; wrong arguments raise torch's error; a kernel that cannot be compiled or launched
+    raises its own error instead of a `FallbackWarning`. Inside `torch.compile` a graph breaks at such a call, or with
+    ``fullgraph=True`` the compilation fails. A selection inside is strict only if it says so too.
 
     Args:
         name: one of these four.
@@ -134,10 +134,13 @@ def call(op: Op, *arguments: Any) -> Any:
     selection = _thread.selection
     explanation = _way(op, arguments, selection)
     if selection.strict:
-        if explanation.backend == "torch":
-            refuse_fallback(op.name, explanation.reason)
-        elif explanation.backend == "onednn" and not onednn.available():
-            refuse_fallback(op.name, "this torch was built without oneDNN")
+        reason = explanation.reason if explanation.backend == "torch" else None
+        if explanation.backend == "onednn" and not onednn.available():
+            reason = "this torch was built without oneDNN"
+        if reason is not None:
+            if not selection.explaining:
+                op.expression(*arguments)  # wrong arguments raise torch's error
+            refuse_fallback(op.name, reason)
     if selection.explaining:
         return explanation
     if explanation.backend == "torch":

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -82,7 +82,8 @@ def verify(
     was seen in sums of 2048 products). Where it is larger, it is measured again with numbers near to the given ones:
     torch's own error in few numbers may be nothing by luck.
 
-    Copies of the model run: it stays as it is, with its gradients and mode, and so does the random state. Hooks run.
+    Copies of the model run: it stays as it is, with its gradients and mode, and so does the random state. Hooks run,
+    and what was compiled runs uncompiled.
 
     Args:
         model: any module, a loss too, that can be copied (`copy.deepcopy`) and runs in float64 as well.
@@ -103,7 +104,7 @@ def verify(
     swapped = any(original_class(type(module)) is not type(module) for module in model.modules())
     subject = _Subject(model, *example, own, devices, swapped)
     differences, compared, ways = list[Difference](), 0, Counter[str]()
-    with torch.inference_mode(False), failures_raised():
+    with torch.inference_mode(False), failures_raised(), torch.compiler.set_stance("force_eager"):
         for mode, training, gradients in (("train", True, True), ("eval", False, True), ("no_grad", False, False)):
             with torch.set_grad_enabled(gradients):
                 run = partial(subject.run, ways, training)
@@ -149,7 +150,7 @@ class _Subject(NamedTuple):
                 lambda value: _input(value, near, dtypes) if isinstance(value, Tensor) else value,
                 (self.words, self.keywords),
             )
-            modes: list[AbstractContextManager[Any]] = [_Ways(ways), nullcontext()]
+            modes: list[AbstractContextManager[Any]] = [_Ways(Counter() if draw else ways), nullcontext()]
             if kind != "ours":
                 modes = [dispatch.backend("torch"), nullcontext() if there is self.own else _SameDraws(self.own, there)]
             try:
@@ -209,7 +210,14 @@ def _step(model: nn.Module, words: tuple[Any, ...], keywords: dict[str, Any]) ->
 
 
 def _leaves(name: str, tree: Any) -> dict[str, Tensor]:
-    return {name + keystr(path): leaf for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)}
+    found: dict[str, Tensor] = {}
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            found[name + keystr(path)] = leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                found |= _leaves(f"{name}{keystr(path)}.{field.name}", getattr(leaf, field.name))
+    return found
 
 
 def _ramp(output: Tensor) -> Tensor:
@@ -285,7 +293,7 @@ def _compare(run: Callable[[str, int], Results], ways: Counter[str], doubled: bo
                 reason = _mismatch(name, result, torchs[name], exact[name], _OWN if doubled else {})
                 if reason:
                     wrong[name] = reason
-                elif result is not None and result.is_floating_point():
+                elif result is not None:
                     suspects[name] = []
         for name, triples in suspects.items():
             triple = [found[name] for found in (ours, torchs, exact)]
@@ -297,12 +305,14 @@ def _compare(run: Callable[[str, int], Results], ways: Counter[str], doubled: bo
         if not suspects:
             break
     for name, triples in suspects.items():
-        shares = sorted(error_share(*triple) for triple in triples)
+        shares = sorted(_share([triple]) for triple in triples)
         if shares[len(shares) // 2] > most:  # in most draws: near zero a ReLU may fall on the other side in one of them
             *found, truth = _together(triples)
             error, own = (float((result - truth).abs().max()) for result in found)
             wrong[name] = (
-                f"error {error:.2g}, {_share(triples):.3g} times what is allowed: "
+                f"{max(map(_differing, triples))} elements differ"
+                if not found[0].is_floating_point()
+                else f"error {error:.2g}, {_share(triples):.3g} times what is allowed: "
                 f"twice torch's own of {own:.2g} against float64, plus one rounding"
             )
     return compared, wrong
@@ -313,7 +323,14 @@ def _together(triples: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _share(triples: list[list[Tensor]]) -> float:
+    """The share of the allowed error; integers must be equal."""
+    if not triples[0][0].is_floating_point():
+        return float("inf") if any(map(_differing, triples)) else 0.0
     return error_share(*_together(triples))
+
+
+def _differing(triple: list[Tensor]) -> int:
+    return int((triple[0] != triple[1]).sum())
 
 
 def _mismatch(name: str, result: Tensor | None, expected: Tensor | None, exact: Tensor | None, dtypes: Dtypes) -> str:
@@ -323,7 +340,7 @@ def _mismatch(name: str, result: Tensor | None, expected: Tensor | None, exact: 
     if dtypes.get(result.dtype, result.dtype) is not expected.dtype or result.shape != expected.shape:
         return f"it is {result.dtype} {tuple(result.shape)}, not {expected.dtype} {tuple(expected.shape)}"
     if not result.is_floating_point():
-        return "" if torch.equal(result, expected) else f"{int((result != expected).sum())} elements differ"
+        return ""
     lost = exact.shape != expected.shape
     if name.startswith("output") and not lost and exact.numel():
         lost = bool(((expected - exact).abs() > torch.finfo(expected.dtype).eps ** 0.5 * exact.abs().max()).any())

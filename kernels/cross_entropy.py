@@ -141,13 +141,14 @@ def weighted_probabilities(
 
 
 @triton.jit
-def store_total(loss_ptr, denominator_ptr, loss, weight, MEAN: tl.constexpr):
+def store_total(loss_ptr, denominator_ptr, loss, weight, MEAN: tl.constexpr, LABEL_SMOOTHING: tl.constexpr):
     """The reduced loss from the sums of the losses and of the positions' weights, and what it was divided by.
 
     torch divides the part of the true classes and that of label smoothing each by the weights: 0 / 0 if they are 0.
     """
     if MEAN:
-        weight = tl.where(weight == 0.0, float("nan"), weight)
+        if LABEL_SMOOTHING > 0:
+            weight = tl.where(weight == 0.0, float("nan"), weight)
         tl.store(loss_ptr, (loss / weight).to(loss_ptr.dtype.element_ty))
         tl.store(denominator_ptr, weight)
     else:
@@ -266,7 +267,7 @@ def cross_entropy_kernel(
         total_loss = tl.sum(tl.where(own_rows, loss, 0.0), 0)
         total_weight = tl.sum(tl.where(own_rows, row_weight, 0.0), 0)
         if ONE_PROGRAM:
-            store_total(loss_ptr, denominator_ptr, total_loss, total_weight, MEAN)
+            store_total(loss_ptr, denominator_ptr, total_loss, total_weight, MEAN, LABEL_SMOOTHING)
         else:
             tl.store(loss_ptr + program, total_loss)
             tl.store(denominator_ptr + program, total_weight)
@@ -282,12 +283,13 @@ def cross_entropy_total_kernel(
     denominator_ptr,
     programs,
     MEAN: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: the reduced loss and its denominator from all partial sums."""
     loss = sum_of_partials(partial_losses_ptr, programs, BLOCK)
     weight = sum_of_partials(partial_weights_ptr, programs, BLOCK)
-    store_total(loss_ptr, denominator_ptr, loss, weight, MEAN)
+    store_total(loss_ptr, denominator_ptr, loss, weight, MEAN, LABEL_SMOOTHING)
 
 
 @triton.jit(do_not_specialize_on_alignment=["inner"])
@@ -534,7 +536,8 @@ def forward_plans(
         **constants,
     )
     several = reduction != "none" and not alone
-    total = Plan(cross_entropy_total_kernel, (1,), programs, MEAN=mean, BLOCK=1024) if several else None
+    how = {"MEAN": mean, "LABEL_SMOOTHING": label_smoothing, "BLOCK": 1024}
+    total = Plan(cross_entropy_total_kernel, (1,), programs, **how) if several else None
     return plan, total, accumulator_dtype(kind[1])
 
 

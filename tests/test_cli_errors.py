@@ -104,9 +104,10 @@ def test_audit_finds_out_before_it_compiles(
     assert f"cannot write to {words[-1]}: " in fail(capsys, *words)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["doctor", "--version"])
-def test_full_device(command: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+def test_full_device(command: str, unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
         done = subprocess.run([FASTOPS, command], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
@@ -173,5 +174,6 @@ def test_package_that_cannot_be_imported(program: list[str], lack: str, line: st
     done = subprocess.run([*program, "doctor"], env=environment, capture_output=True, text=True)
     assert done.returncode == (130 if lack == "interrupt" else 2)
     assert line in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
-    done = subprocess.run([sys.executable, "-c", "import fastops"], env=environment, capture_output=True, text=True)
-    assert "Traceback" in done.stderr
+    for code in ("import fastops", "import sys; sys.argv = ['fastops']; import fastops"):
+        done = subprocess.run([sys.executable, "-c", code, "fastops"], env=environment, capture_output=True, text=True)
+        assert "Traceback" in done.stderr

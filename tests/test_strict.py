@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from cases import Case, gradients, no_fallback, one_case_per_op
 from torch import Tensor, nn
 
@@ -44,7 +47,7 @@ def second_derivative() -> Tensor:
 
 FALLBACKS: dict[str, tuple[fastops.backend, Any, str]] = {
     "no kernel": (STRICT, lambda: FF.linear(*INTEGERS), "linear would fall back from triton .* torch.int32"),
-    "wrong arguments": (STRICT, lambda: FF.linear(x, w.t()), "do not make a linear layer"),
+    "explain wrong arguments": (STRICT, lambda: fastops.explain("linear", x, w.t()), "do not make a linear layer"),
     "option": (STRICT, lambda: FF.mse_loss(x, x, weight=x), "mse_loss .* element weights"),
     "transform": (STRICT, lambda: torch.func.grad(lambda v: FF.linear(v, w).sum())(x), "under torch.func"),
     "second derivative": (STRICT, second_derivative, "linear_relu_backward .* differentiated"),
@@ -66,6 +69,22 @@ def test_a_fallback_is_an_error(case: str) -> None:
     with selection, pytest.raises(fastops.FallbackError, match=message) as caught:
         call()
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), RuntimeError)
+
+
+@pytest.mark.parametrize("selection", [STRICT, ONEDNN])
+def test_wrong_arguments_raise_torchs_error(selection: fastops.backend) -> None:
+    calls: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]] = [
+        (FF.linear, F.linear, (x, w.t())),
+        (FF.linear, F.linear, (x, "w")),
+        (FF.conv2d, F.conv2d, (x, w)),
+        (FF.mse_loss, F.mse_loss, (x, "x")),
+        (FF.cross_entropy, F.cross_entropy, (x, x[0])),
+    ]
+    for ours, torchs, arguments in calls:
+        with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)) as expected:
+            torchs(*arguments)
+        with selection, pytest.raises(expected.type, match=re.escape(str(expected.value).splitlines()[0])):
+            ours(*arguments)
 
 
 def test_bfloat16_in_the_interpreter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

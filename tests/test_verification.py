@@ -6,6 +6,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,26 @@ from fastops.ops import OPS
 
 pytestmark = no_fallback
 EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Output:
+    """What pytrees do not look into."""
+
+    values: Tensor
+    best: dict[str, Tensor]
+
+
+class Returning(nn.Module):
+    """Returns a dataclass, which has values and indices of their maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, input: Tensor) -> Output:
+        values = self.layer(input).relu()
+        return Output(values, {"index": values.argmax(1)})
 
 
 class Net(nn.Module):
@@ -96,6 +117,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         torch.randn(4, 3, 4, 4),
     ),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), torch.randn(4, 3)),
+    "compiled": (
+        lambda: torch.compile(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), backend="aot_eager"),
+        torch.randn(4, 3),
+    ),
+    "dataclass": (Returning, torch.randn(4, 3)),
     "layers of fastops": (lambda: fastops.nn.LinearReLU(3, 2), torch.randn(4, 3)),
 }
 
@@ -129,6 +155,14 @@ def test_a_wrong_gradient_is_found(wrong: Callable[..., None]) -> None:
     assert (
         line.endswith(" against float64, plus one rounding") and "times what is allowed: twice torch's own of" in line
     )
+
+
+def test_wrong_integers_are_found(wrong: Callable[..., None]) -> None:
+    """In fields of a dataclass too."""
+    wrong("linear_relu", 0, lambda output: output.flip(1))
+    found = {each.name: each.reason for each in fastops.verify(Returning(), torch.randn(64, 3)).differences}
+    assert found.keys() >= {"output.values", "output.best['index']"}
+    assert found["output.best['index']"].endswith(" elements differ")
 
 
 class Named(nn.Module):
@@ -252,6 +286,18 @@ def test_few_numbers_are_looked_at_again(units: list[int], found: bool) -> None:
 
     compared, wrong = verification._compare(run, Counter(), doubled=False)
     assert compared == 1 and bool(wrong) is found
+
+
+@pytest.mark.parametrize(("off", "found"), [([0, 0, 0, 0, 0], 0), ([3, 0, 0, 1, 0], 0), ([2, 1, 1, 0, 0], 2)])
+def test_integers_must_be_equal_in_most_draws(off: list[int], found: int) -> None:
+    """As an index of a maximum, where two numbers are nearly equal, need not be in all of them."""
+
+    def run(kind: str, draw: int) -> verification.Results:
+        result = torch.zeros(4, dtype=torch.int64)
+        return {"output": result + (torch.arange(4) < off[draw]) if kind == "ours" else result}
+
+    _, wrong = verification._compare(run, Counter(), doubled=False)
+    assert wrong == ({"output": f"{found} elements differ"} if found else {})
 
 
 # What stays as it was -------------------------------------------------------------------------------------------------

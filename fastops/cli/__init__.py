@@ -44,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["--version"]:  # argparse would not notice that its output cannot be written
+        print(f"fastops {fastops.__version__}")
+        return 0
     parser = argparse.ArgumentParser(prog="fastops", description="Triton kernels for existing PyTorch models.")
-    parser.add_argument("--version", action="version", version=f"fastops {fastops.__version__}")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -62,8 +65,9 @@ def end_command(error: BaseException) -> None:
 
     For errors of ``import fastops`` itself, which comes before `main`.
     """
-    program = sys.orig_argv[-len(sys.argv) :][:1]  # the script, or the word behind -m
-    if [Path(word).stem for word in program] == ["fastops"]:
+    script = getattr(sys.modules["__main__"], "__file__", None)  # none yet while `python -m fastops` imports fastops
+    module = sys.argv[:1] == ["-m"] and "-m fastops" in " ".join(sys.orig_argv)
+    if module or (script is not None and Path(script).name in ("fastops", "fastops.exe")):
         raise SystemExit(_status(error))
 
 

@@ -141,7 +141,8 @@ def _plain(
             denominator = kept.sum().to(exact)
         else:
             denominator = (weight.to(exact)[target.where(kept, 0)] * kept).sum()
-        denominator = denominator.where(denominator != 0, torch.nan)
+        if label_smoothing:
+            denominator = denominator.where(denominator != 0, torch.nan)
     return loss, log_sum_exp, denominator
 
 

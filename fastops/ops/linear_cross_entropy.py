@@ -197,8 +197,7 @@ def _forward(statistics: Callable[..., chunked_logits.Statistics], *arguments: A
         if reduction == "mean":
             denominator += goal.own_weight(exact).sum() if indices else len(input)
     loss, maximum, exponentials, mass = (torch.stack(parts, 1) for parts in zip(*results, strict=True))
-    # torch divides the part of the true classes and that of label smoothing each by the weights: 0 / 0 if they are 0.
-    denominator = denominator.where(denominator != 0, torch.nan) if reduction == "mean" else denominator.fill_(1)
+    denominator = _divisor(denominator, label_smoothing) if reduction == "mean" else denominator.fill_(1)
     if reduction != "none":
         loss = loss.sum() / denominator
     return loss.to(exact if float32_loss else input.dtype), maximum, exponentials, mass, denominator
@@ -218,11 +217,16 @@ def _forward_with_gradients(needs: Any, *arguments: Any) -> tuple[tuple[Tensor, 
     denominator = scale.new_ones(())
     if reduction == "mean":
         denominator = scale.sum() if goal.probabilities else goal.own_weight(scale.dtype).sum()
-        denominator = denominator.where(denominator != 0, torch.nan)
-        scale = (scale / denominator).where(scale != 0, 0)  # and not 0 / 0, where nothing counts
+        denominator = _divisor(denominator, label_smoothing)
+        scale = _finite_or_nan(scale / denominator).where(scale != 0, 0)  # and not 0 / 0, where nothing counts
     layer = (input, linear_weight, linear_bias)
     (loss, *saved), gradients = onednn.linear_cross_entropy_with_gradients(*layer, goal, scale, needs, budget)
     return (loss.sum() / denominator, *(part.unsqueeze(1) for part in saved), denominator), gradients
+
+
+def _divisor(weights: Tensor, label_smoothing: float) -> Tensor:
+    """What the mean divides by. torch divides the true classes' part and label smoothing's each: 0 / 0 if it is 0."""
+    return weights.where(weights != 0, torch.nan) if label_smoothing else weights
 
 
 def _finite_or_nan(scale: Tensor) -> Tensor:

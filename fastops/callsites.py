@@ -11,34 +11,28 @@ anything else happens. So the order of all that has effects stays Python's. A ca
 inert: names, attributes, constants and comparisons, but no calls. The promise lies in a variable of its own; the user's
 gets its value when it is there.
 
-Nothing is guessed about what the source means: the unmodified method is compiled anew where it was, in its class and
-with the imports of its file, and only if that gives the very code that the method has is the source believed. Helpers
-come in as variables of an enclosing function, so that defaults, closures, `super()` and line numbers stay.
+Nothing is guessed about what the source means: `fastops.source` believes it only if it compiles to the very code that
+the method has.
 
 Nothing of torch is imported here.
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import builtins
 import copy
-import inspect
-import linecache
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Final
+
+from .source import SCOPES, LeftAlone, source_of
 
 UNKNOWN: Final = object()  # what a name or an attribute is that only a call knows
 HELD: Final = "_fastops_held"  # the variable that promises lie in: there is never more than one at a time
-
-
-class LeftAlone(Exception):
-    """A method, or a layer, stays as it is, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,6 @@ class Surroundings:
     unsteady: frozenset[str] = frozenset()
 
 
-_SCOPES: Final = (
-    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef),
-    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
-)
 _INERT: Final = (
     *(ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Subscript, ast.Slice, ast.UnaryOp, ast.Compare),
     *(ast.BoolOp, ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop),
@@ -162,7 +152,7 @@ class _Rewriter(ast.NodeTransformer):
         self.mentions = Counter(n.id for n in nodes if isinstance(n, ast.Name))
         # Variables that another scope sees: a function that runs in between could read them.
         self.seen = {name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names}
-        scopes = [n for n in nodes if isinstance(n, _SCOPES) and n is not tree]
+        scopes = [n for n in nodes if isinstance(n, SCOPES) and n is not tree]
         self.seen |= {n.id for scope in scopes for n in ast.walk(scope) if isinstance(n, ast.Name)}
         mentioned = {n.id for n in nodes if isinstance(n, ast.Name)} | {
             n.attr for n in nodes if isinstance(n, ast.Attribute)
@@ -677,72 +667,7 @@ def tail(node: ast.AST | None) -> str:
     return "a value" if node is None else ast.unparse(node)[:40]
 
 
-# Source ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _File:
-    lines: list[str]
-    functions: Mapping[tuple[int, str], ast.FunctionDef]
-    imports: str  # a line that imports the same names: calls of what is imported compile differently
-
-
-_files: dict[str, _File] = {}
 _rewritten: weakref.WeakKeyDictionary[FunctionType, Rewritten] = weakref.WeakKeyDictionary()
-# Those that change how a function compiles.
-_FUTURE: Final = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names[2:])
-
-
-def _file_of(function: FunctionType) -> _File:
-    name = function.__code__.co_filename
-    lines = linecache.getlines(name, function.__globals__)
-    if not lines:
-        raise LeftAlone("its source is not there")
-    known = _files.get(name)
-    if known is not None and known.lines is lines:
-        return known
-    try:
-        tree = ast.parse("".join(lines))
-    except (SyntaxError, ValueError):
-        raise LeftAlone("its source is no Python") from None
-    functions = {
-        (min([n.lineno, *(d.lineno for d in n.decorator_list)]), n.name): n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef)
-    }
-    imported: dict[str, None] = {}
-    stack: list[ast.AST] = [tree]
-    while stack:
-        for child in ast.iter_child_nodes(stack.pop()):
-            if isinstance(child, (ast.Import, ast.ImportFrom)):
-                imported |= dict.fromkeys((a.asname or a.name).split(".")[0] for a in child.names if a.name != "*")
-            elif isinstance(child, (ast.stmt, ast.ExceptHandler)) and not isinstance(child, _SCOPES):
-                stack.append(child)
-    if len(_files) > 64:
-        _files.clear()
-    file = _files[name] = _File(lines, functions, "; ".join(f"import {name}" for name in imported) or "pass")
-    return file
-
-
-def _compiled(node: ast.FunctionDef, imports: str, function: FunctionType, names: Sequence[str]) -> CodeType:
-    """The code of ``node``, compiled where ``function`` was: in its class, ``names`` being variables around that."""
-    code, owner = function.__code__, function.__qualname__.split(".")[-2:-1]
-    lines = [f"def _outer({', '.join(names)}):"] if names else []
-    if owner and owner[0].isidentifier():
-        if names and owner[0] not in names:
-            lines[0] += f"\n global {owner[0]}"  # which the class is for its methods
-        lines.append(" " * len(lines) + f"class {owner[0]}:")
-    wrapper = inner = ast.parse("\n".join([imports, *lines, " " * len(lines) + "pass"]))
-    for _ in lines:
-        inner = inner.body[-1]  # type: ignore[assignment]
-    inner.body[-1] = node
-    stack = [compile(wrapper, code.co_filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)]
-    while stack:
-        found = stack.pop()
-        if found.co_name == code.co_name and found.co_firstlineno == code.co_firstlineno:
-            return found
-        stack += [constant for constant in found.co_consts if isinstance(constant, CodeType)]
-    raise LeftAlone("its source defines something else")
 
 
 def rewrite(function: FunctionType, around: Surroundings, helpers: Iterable[str]) -> Rewritten:
@@ -752,44 +677,9 @@ def rewrite(function: FunctionType, around: Surroundings, helpers: Iterable[str]
         LeftAlone: with the reason, if its source cannot be found or is not what the function was compiled from.
     """
     known = _rewritten.get(function)
-    if known is not None:
-        return known
-    code = function.__code__
-    if hasattr(function, "__wrapped__"):
-        raise LeftAlone("it is decorated")
-    if code.co_name == "<lambda>":
-        raise LeftAlone("it is a lambda")
-    file = _file_of(function)
-    node = file.functions.get((code.co_firstlineno, code.co_name))
-    if node is None:
-        raise LeftAlone("its source does not define it")
-    first = code.co_firstlineno
-    block = ast.parse("if 1:\n" + "".join(file.lines[first - 1 : node.end_lineno])) if node.col_offset else None
-    tree = copy.deepcopy(node) if block is None else ast.increment_lineno(block, first - 2).body[0].body[0]  # type: ignore[attr-defined]
-    rewriter = _Rewriter(function, tree, around)
-    result = Rewritten(None, tuple(rewriter.sites))
-    if rewriter.changed:
-        nested = code.co_flags & inspect.CO_NESTED
-        free = [name for name in code.co_freevars if name != "__class__"]
-        same = _compiled(node, file.imports, function, free or ["_"] if nested else [])
-        if same != code or same.co_linetable != code.co_linetable:
-            raise LeftAlone("its source is not what it was compiled from")
-        new = _compiled(tree, file.imports, function, [*code.co_freevars, *helpers]).replace(co_flags=code.co_flags)
-        if hasattr(code, "co_qualname"):
-            new = new.replace(co_qualname=code.co_qualname)
-        result = replace(result, code=new)
-    _rewritten[function] = result
-    return result
-
-
-def twin_of(function: FunctionType, code: CodeType, helpers: Mapping[str, Callable[..., Any]]) -> FunctionType:
-    """A function like ``function`` with other ``code``."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    closure = tuple(cells[name] if name in cells else CellType(helpers[name]) for name in code.co_freevars)
-    twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    twin.__kwdefaults__ = function.__kwdefaults__
-    twin.__dict__.update(function.__dict__)
-    annotations = "__annotate__" if hasattr(function, "__annotate__") else "__annotations__"  # the first since 3.14
-    for name in ("__module__", "__qualname__", "__doc__", annotations):
-        setattr(twin, name, getattr(function, name))
-    return twin
+    if known is None:
+        source = source_of(function)
+        rewriter = _Rewriter(function, source.tree, around)
+        code = source.recompiled(helpers) if rewriter.changed else None
+        known = _rewritten[function] = Rewritten(code, tuple(rewriter.sites))
+    return known

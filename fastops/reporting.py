@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from . import nn as fnn
-from .callsites import UNKNOWN, Call, LeftAlone, Site, tail
+from .callsites import UNKNOWN, Call, Site, tail
 from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYERS, RELU_FUNCTIONS
 from .ops.conv import is_channels_last
 from .promises import is_fresh, untouched
+from .source import LeftAlone
 from .swap import check, hides_a_relu, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
 from .tuning import Example, calls_of
 

@@ -28,10 +28,11 @@ import torch
 from torch import nn
 
 from . import nn as fnn
-from .callsites import LeftAlone, Site, Surroundings, rewrite, twin_of
+from .callsites import Site, Surroundings, rewrite
 from .fusions import COUNTERPARTS, FOLDED_NORMS, ORIGINALS, RELU_FUNCTIONS, RELU_METHODS
 from .nn.overrides import replaced
 from .promises import HELPERS, sequential_forward, user_class
+from .source import LeftAlone, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -1,18 +1,17 @@
 """Rewrites a LeNet without torch: prints how many ReLUs there are, and how many with a layer.
 
-python callsites_alone.py path/to/callsites.py
+python callsites_alone.py path/to/fastops
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from types import SimpleNamespace
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
 
-spec = importlib.util.spec_from_file_location("callsites", sys.argv[1])
-callsites = importlib.util.module_from_spec(spec)
-sys.modules["callsites"] = callsites
-spec.loader.exec_module(callsites)
+package = sys.modules["fastops"] = ModuleType("fastops")  # its __init__ would import torch
+package.__path__ = [sys.argv[1]]
+callsites, source = import_module("fastops.callsites"), import_module("fastops.source")
 
 F = SimpleNamespace(relu=lambda x: x, max_pool2d=lambda x, size: x)
 
@@ -37,6 +36,6 @@ around = callsites.Surroundings(lambda v: False, lambda v: v is F.relu, lambda v
 helpers = {f"_fastops_{n}": print for n in ("hold", "link", "apply", "join", "method", "now", "shown")}
 found = callsites.rewrite(LeNet.forward, around, helpers)
 assert found.code is not None
-callsites.twin_of(LeNet.forward, found.code, helpers)
+source.twin_of(LeNet.forward, found.code, helpers)
 relus = [site for site in found.sites if site.function is None or "relu" in callsites.tail(site.function)]
 print(len(relus), sum(bool(site.inputs) for site in relus))

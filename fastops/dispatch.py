@@ -127,11 +127,20 @@ def refuse_fallback(op: str, reason: str) -> None:
 
 def call(op: Op, *arguments: Any) -> Any:
     """What ``functional.<op>`` returns for the arguments of a call (`Op`)."""
+    selection, input = _thread.selection, arguments[0]
+    if (  # all that `_way` would find out, at once: beside a small layer on the CPU every step shows
+        selection.backend == "auto"
+        and type(input) is Tensor
+        and input.is_cpu
+        and not (tuned or _INTERPRETER or selection.explaining)
+        and selection.asked is None
+        and op.cpu(*arguments).backend == "torch"
+    ):
+        return op.expression(*arguments)
     if _is_any_autocast_enabled() and (dtype := autocast_dtype(op.autocast, arguments[0])) is not None:
         # Casting here, once, keeps the gradients of the originals in their own dtype.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return call(op, *(autocast_to(dtype, argument) for argument in arguments))
-    selection = _thread.selection
     explanation = _way(op, arguments, selection)
     if selection.strict:
         reason = explanation.reason if explanation.backend == "torch" else None

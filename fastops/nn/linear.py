@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from .. import functional as FF
+from ..dispatch import call
+from ..ops import OPS
 from .overrides import overrides, replaced
 
 __all__ = ["Linear", "LinearReLU"]
@@ -19,6 +22,9 @@ class Linear(torch.nn.Linear):
         if replaced(torch.nn.Linear):
             return super().forward(input)
         weight, bias = self.weight, self.bias
+        if not has_torch_function_variadic(input, weight, bias):
+            output: Tensor = call(OPS["linear"], input, weight, bias)
+            return output
         return F.linear(input, weight, bias) if overrides(input, weight, bias) else FF.linear(input, weight, bias)
 
 

@@ -28,7 +28,7 @@ class MSELoss(torch.nn.MSELoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if replaced(torch.nn.MSELoss):
             return super().forward(input, target)
-        return FF.mse_loss(input, target, reduction=self.reduction)
+        return FF.mse_loss(input, target, None, None, self.reduction)
 
 
 class L1Loss(torch.nn.L1Loss):

@@ -12,10 +12,10 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .backport import LinearCrossEntropyOptions
 from .dispatch import autocast_dtype, autocast_to, call
 from .ops import OPS
 from .ops.conv import ConvOptions

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import private
 from .configs import architecture, reduced_precision
-
-Start = Callable[[int, Sequence[int]], None]  # of the stream and the addresses of the tensors
-_LAUNCHERS = ("cuda", "hip")
-_SMALL = 2**31 - 1  # bytes of storage that AMD's 32-bit offsets reach
 
 
 class Plan:
@@ -28,36 +24,32 @@ class Plan:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> None:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
-        self.starts: dict[tuple[Any, ...], Start] = {}
+        self.starts: dict[tuple[Any, ...], private.Start] = {}
 
 
 @functools.cache
-def _triton() -> tuple[Any, Any, bool, bool]:
-    """Triton's driver and run-time knobs, whether `_start` knows this version's launcher, and whether it is for AMD."""
+def _triton() -> tuple[Any, Any, bool]:
+    """Triton's driver and run-time knobs, and whether its launcher can be passed by."""
     import triton  # not above: kernels/onednn.py imports this module where Triton may be missing
     from triton.runtime.driver import driver
 
     backend = driver.active.get_current_target().backend
-    return (
-        driver,
-        triton.knobs.runtime,
-        triton.__version__.startswith("3.8.") and backend in _LAUNCHERS,
-        backend == "hip",
-    )
+    return driver, triton.knobs.runtime, private.launchers_are_known(backend)
 
 
 def launch(plan: Plan, *tensors: Tensor) -> None:
     """Start a kernel on the device of its first tensor, in that device's current stream.
 
     Triton inspects every argument of each launch, which takes longer than the launch itself. All that it looks for is
-    in the plan or in the key below: the current device, dtypes, whether addresses are multiples of 16, and for AMD
-    whether 32-bit offsets reach all of a tensor's storage. What was compiled for an equal key is started again.
+    in the plan or in the key below: the current device, dtypes, and whether addresses are multiples of 16. What was
+    compiled for an equal key is started again, on NVIDIA's GPUs; elsewhere Triton launches.
     """
     kernel = plan.kernel
     if not hasattr(kernel, "device_caches"):  # interpreted
+        private.mend_interpreter()
         kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
         return
-    driver, runtime, known, amd = _triton()
+    driver, runtime, known = _triton()
     active = driver.active
     device, current = tensors[0].get_device(), active.get_current_device()
     if device != current and device >= 0:  # Triton launches on the current device, whatever device the tensors are on
@@ -70,8 +62,6 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
         address, dtype = tensor.data_ptr(), tensor.dtype
         addresses.append(address)
         key.append((dtype,) if address % 16 else dtype)
-    if amd:
-        key += (tensor.untyped_storage().nbytes() > _SMALL for tensor in tensors)
     arguments = tuple(key)
     start = plan.starts.get(arguments)
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -84,28 +74,12 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
         plan.starts[arguments] = _start(compiled, plan, len(tensors))
 
 
-def _start(compiled: Any, plan: Plan, tensors: int) -> Start:
-    """A function that starts a compiled kernel on other addresses.
-
-    It calls the native launcher directly where Triton's Python launcher around it would allocate no scratch memory.
-    """
+def _start(compiled: Any, plan: Plan, tensors: int) -> private.Start:
+    """A function that starts a compiled kernel on other addresses."""
     x, y, z = (*plan.grid, 1, 1)[:3]
     names = plan.kernel.arg_names[tensors + len(plan.numbers) :]
     rest = (*plan.numbers, *(plan.constants[name] for name in names))
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    scratch = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
-    if type(run).__name__ == "CudaLauncher" and not any(getattr(run, name) for name in scratch):
-        options = run.launch_cooperative_grid, run.launch_pdl, metadata, *(None,) * 5
-        native, types, signature = run.launch, run.arg_annotations, run.kernel_signature
-
-        def start(stream: int, addresses: Sequence[int]) -> None:
-            native(x, y, z, stream, function, *options, types, signature, (*addresses, *rest))
-
-    else:
-
-        def start(stream: int, addresses: Sequence[int]) -> None:
-            run(x, y, z, stream, function, metadata, None, None, None, *addresses, *rest)
-
+    start = private.starter(compiled, (x, y, z), rest)
     start.compiled = compiled  # type: ignore[attr-defined]  # keeps it alive: when it is freed, the function is unloaded
     return start
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
+from fastops import backport
 from fastops.kernels.onednn import Gain
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore")]
@@ -417,7 +418,8 @@ def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
 
 def torchs_of(op: str) -> Callable[..., Tensor]:
     """The torch function that ``functional.<op>`` must equal."""
-    plain: Callable[..., Tensor] = getattr(F, op.replace("_relu", ""))
+    name = op.replace("_relu", "")
+    plain: Callable[..., Tensor] = getattr(F if hasattr(F, name) else backport, name)
     return plain if "_relu" not in op else lambda *arguments, **options: F.relu(plain(*arguments, **options))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
-from fastops.kernels import add_relu, configs, conv, cross_entropy, elementwise, linear, linear_cross_entropy
+from fastops.kernels import add_relu, configs, conv, cross_entropy, elementwise, linear, linear_cross_entropy, private
 from fastops.kernels import launch as launcher
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -213,32 +213,31 @@ def test_launch_again_costs_a_fraction_of_tritons() -> None:
         assert 0 < float(ours) < float(triton) and float(ratio) < 0.33 and float(ours) < float(whole), name
 
 
-def test_offsets_of_amd_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton has 32-bit offsets there into a storage of less than 2 GiB, whatever the shapes are."""
-    compilations = []
+def test_only_known_launchers_are_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any other version of Triton, and on any other GPU, Triton launches by itself each time."""
+    launches: list[object] = []
 
     class Kernel:
         device_caches, pre_run_hooks, arg_names, fn = {}, [], ["pointer"], object()  # type: ignore[var-annotated]
 
         def __getitem__(self, grid: object) -> Callable[..., SimpleNamespace]:
             def compile(*_: Tensor) -> SimpleNamespace:
-                compilations.append(grid)
+                launches.append(grid)
                 return SimpleNamespace(run=lambda *_: None, function=None, packed_metadata=None)
 
             return compile
 
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
     runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None, debug=False)
-    large = torch.empty(2**31, dtype=torch.uint8)  # never touched
-    small = torch.empty(2**10, dtype=torch.uint8)
-    for amd, expected in ((True, 2), (False, 1)):
-        found = SimpleNamespace(active=active), runtime, True, amd
+    for version, backend, expected in (("3.8.1", "cuda", 1), ("3.9.0", "cuda", 3), ("3.8.1", "hip", 3)):
+        monkeypatch.setattr("triton.__version__", version)
+        found = SimpleNamespace(active=active), runtime, private.launchers_are_known(backend)
         monkeypatch.setattr(launcher, "_triton", lambda found=found: found)
-        compilations.clear()
+        launches.clear()
         plan = launcher.Plan(Kernel(), (1,))
-        for tensor in (small, large, small, large):
-            launcher.launch(plan, tensor)
-        assert len(compilations) == expected
+        for _ in range(3):
+            launcher.launch(plan, torch.empty(4))
+        assert len(launches) == expected, (version, backend)
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

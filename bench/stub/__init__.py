@@ -19,6 +19,7 @@ def activate() -> ctypes.CDLL:
     compiler = os.environ.get("CC", sysconfig.get_config_var("CC") or "cc").split()
     source = Path(__file__).with_name("libcuda.c")
     subprocess.run([*compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    Path(folder, "libcuda.so").symlink_to(library.name)  # what Triton 3.6 and older link to
     os.environ["TRITON_LIBCUDA_PATH"] = folder
     os.environ["TRITON_CACHE_DIR"] = folder  # what is linked to this library is of no use to others
     driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import backport
 from .. import functional as FF
 from .overrides import replaced
 
@@ -86,7 +87,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 
 
 @dataclass(slots=True, frozen=True)
-class LinearCrossEntropyOptions(torch.nn.LinearCrossEntropyOptions):
+class LinearCrossEntropyOptions(backport.LinearCrossEntropyOptions):
     """`torch.nn.LinearCrossEntropyOptions` with a budget instead of a chunk size.
 
     ``memory_budget`` is how many bytes of logits may exist at a time; the rest of the working memory is a few times
@@ -100,11 +101,11 @@ class LinearCrossEntropyOptions(torch.nn.LinearCrossEntropyOptions):
             raise ValueError(f"memory_budget must be positive, got {self.memory_budget!r}")
 
 
-class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+class LinearCrossEntropyLoss(backport.LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss` on `fastops.functional.linear_cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if replaced(torch.nn.LinearCrossEntropyLoss):
+        if replaced(backport.LinearCrossEntropyLoss):
             return super().forward(input, target)
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias

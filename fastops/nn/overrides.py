@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backport
 from ..ops import OPS
 from ..ops.accepts import PLAIN
 
@@ -19,14 +20,16 @@ _Part = tuple[object, str, object]  # an owner, the name of an attribute and wha
 
 
 def _part(owner: object, name: str) -> _Part:
-    """What ``owner.name`` is now, if torch defined it; else something that it never is."""
+    """What ``owner.name`` is now, if torch defined it (or `backport`); else something that it never is."""
     found = getattr(owner, name)
     home = getattr(found, "__globals__", {"__name__": "torch"})  # built-in functions have none
-    return owner, name, found if str(home["__name__"]).partition(".")[0] == "torch" else object()
+    is_torchs = str(home["__name__"]).partition(".")[0] == "torch" or home["__name__"] == backport.__name__
+    return owner, name, found if is_torchs else object()
 
 
 def _layer(kind: Any, function: str, *methods: str) -> tuple[_Part, ...]:
-    return (*(_part(kind, name) for name in ("forward", *methods)), _part(F, function))
+    home = F if hasattr(F, function) else backport
+    return (*(_part(kind, name) for name in ("forward", *methods)), _part(home, function))
 
 
 _PARTS: Final[dict[object, tuple[_Part, ...]]] = {

@@ -17,10 +17,9 @@ from functools import cache, partial
 from typing import Any, Final, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
 
+from ..backport import LinearCrossEntropyLoss, LinearCrossEntropyOptions, linear_cross_entropy
 from ..kernels import chunked_logits, onednn
 from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
@@ -74,7 +73,7 @@ def _budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOpt
     if (budget := getattr(options, "memory_budget", None)) is not None:
         return int(budget)
     rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
-    own = options._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
+    own: Any = cast(Any, options)._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
     return max(1, own.batch_chunk_size * classes * input.element_size())
 
 
@@ -100,7 +99,7 @@ def _cpu(*call: Any) -> Explanation:
 def _expression(*call: Any) -> Tensor:
     *arguments, options, original = call
     input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing = original or arguments
-    return F.linear_cross_entropy(
+    return linear_cross_entropy(
         input,
         linear_weight,
         target,
@@ -412,8 +411,8 @@ def _audit(audit: Audit) -> Iterator[Any]:
 
 LINEAR_CROSS_ENTROPY: Final = Op(
     name="linear_cross_entropy",
-    replaces=(F.linear_cross_entropy,),
-    module=torch.nn.LinearCrossEntropyLoss,
+    replaces=(linear_cross_entropy,),
+    module=LinearCrossEntropyLoss,
     fuses=("linear", "cross_entropy"),
     accepts=_accepts,
     cpu=_cpu,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from . import dispatch
+from .kernels import private
 from .ops.op import FallbackWarning
 from .tuning import Call, Example, calls_of, one_at_a_time
 
@@ -84,19 +83,14 @@ def _missing(calls: list[Call]) -> _Missing:
 
 def _compile(missing: _Missing) -> int:
     """How many of them compiled."""
-    from triton.runtime._async_compile import AsyncCompileMode
 
-    with (
-        _progress(len(missing)) as advance,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        AsyncCompileMode(pool, ignore_errors=True) as mode,
-    ):
-        for (*_, device), compile in missing.items():
-            with torch.accelerator.device_index(device) if torch.accelerator.is_available() else nullcontext():
-                compile()
-        for future in mode.raw_futures:
-            future.add_done_callback(advance)
-    errors = [error for future in mode.raw_futures if (error := future.exception()) is not None]
+    def on_its_device(device: int, compile: Callable[[], object]) -> None:
+        with torch.accelerator.device_index(device) if torch.accelerator.is_available() else nullcontext():
+            compile()
+
+    jobs = [partial(on_its_device, device, compile) for (*_, device), compile in missing.items()]
+    with _progress(len(missing)) as advance:
+        errors = private.compile_all(jobs, advance)
     if errors:
         message = f"{len(errors)} of {len(missing)} kernels do not compile; torch will run instead: {errors[0]}"
         warnings.warn(message, FallbackWarning, stacklevel=3)

@@ -7,7 +7,9 @@ imported where it is needed.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 # Triton ---------------------------------------------------------------------------------------------------------------
@@ -69,6 +71,36 @@ def starter(compiled: Any, grid: tuple[int, int, int], rest: tuple[Any, ...]) ->
         run(*grid, stream, function, metadata, None, None, None, *addresses, *rest)
 
     return start
+
+
+def compile_all(jobs: Sequence[Callable[[], object]], done: Callable[[object], object]) -> list[BaseException]:
+    """Run ``jobs``, each of which compiles a kernel, as many at a time as there are cores, and return their errors.
+
+    A version of Triton that cannot do so compiles one after the other. ``done`` is called whenever one has ended.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+
+        pool = ThreadPoolExecutor(os.cpu_count())
+        mode = AsyncCompileMode(pool, ignore_errors=True)
+    except (ImportError, TypeError):  # Triton 3.5 raises the first error instead
+        return [error for job in jobs if (error := _error_of(job, done)) is not None]
+    with pool, mode:
+        for job in jobs:
+            job()
+        for future in mode.raw_futures:
+            future.add_done_callback(done)
+    return [error for future in mode.raw_futures if (error := future.exception()) is not None]
+
+
+def _error_of(job: Callable[[], object], done: Callable[[object], object]) -> Exception | None:
+    try:
+        job()
+    except Exception as error:
+        return error
+    finally:
+        done(job)
+    return None
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from fastops.cli import CommandError
 from fastops.cli.bench import Case, environment, refuse_interpreter
 from fastops.cli.environment import check_backend, pick_device
+from fastops.timing import synchronized
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +37,7 @@ def compare(benchmark: Any) -> Callable[[Case, str], None]:
     def run(case: Case, contestant: str) -> None:
         torch.manual_seed(0)
         benchmark.group = case.name
-        benchmark(getattr(case.prepare(pick_device(None)), contestant))
+        device = pick_device(None)
+        benchmark(synchronized(case.prepare(device).calls[contestant], device))
 
     return run

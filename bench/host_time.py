@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
-from fastops.cli.bench import interleave
 from fastops.kernels import linear as kernels
+from fastops.timing import interleave
 
 Function = Callable[..., Tensor]
 
@@ -52,8 +52,9 @@ def main() -> None:
     for way in ("triton", "torch"):
         with fastops.backend(way):
             for name, call in rows.items():
-                interleave(call(eager), call(FF.linear_relu), pairs=2, calls=200)
-                eagers, ours = map(np.array, interleave(call(eager), call(FF.linear_relu), pairs=pairs, calls=500))
+                contestants = call(eager), call(FF.linear_relu)
+                interleave(contestants, turns=2, calls=200)
+                eagers, ours = map(np.array, interleave(contestants, turns=pairs, calls=500))
                 medians = f"{1e6 * np.median(eagers):7.2f} {1e6 * np.median(ours):7.2f}"
                 print(f"{way:7} {name:28} {medians} ratio {np.median(ours / eagers):.2f}", flush=True)
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastops.cli.bench import interleave
 from fastops.kernels import add_relu, configs, elementwise, linear
 from fastops.kernels.launch import Plan, launch
+from fastops.timing import interleave
 
 
 def by_triton(plan: Plan, *tensors: Tensor) -> None:
@@ -56,9 +56,9 @@ def main() -> None:
         for module, launcher in launchers.items():
             words = launched(module, launcher)
             calls = [partial(by_triton, *words), partial(launch, *words)]
-            interleave(calls[0], calls[1], pairs=2, calls=10)
-            theirs, ours = map(np.array, interleave(calls[0], calls[1], pairs=pairs, calls=100))
-            _, whole = map(np.array, interleave(calls[0], launcher, pairs=pairs, calls=100))
+            interleave(calls, turns=2, calls=10)
+            theirs, ours = map(np.array, interleave(calls, turns=pairs, calls=100))
+            _, whole = map(np.array, interleave((calls[0], launcher), turns=pairs, calls=100))
             least, ratio = f"{1e6 * theirs.min():8.2f} {1e6 * ours.min():8.2f}", np.median(ours / theirs)
             print(f"{words[0].kernel.__name__:18} {least}  {ratio:5.2f} {1e6 * whole.min():10.2f}", flush=True)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastops
+from fastops import timing
 from fastops.cli import EXTRAS, bench, main
 from fastops.ops import OPS
 
@@ -154,16 +156,16 @@ def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], words: list[s
 
 def test_pairs_alternate() -> None:
     order: list[str] = []
-    first, second = bench.interleave(lambda: order.append("A"), lambda: order.append("B"), pairs=3, calls=2)
-    assert "".join(order) == "AABB" + "BBAA" + "AABB"
-    assert len(first) == len(second) == 3
+    times = timing.interleave([partial(order.append, name) for name in "ABC"], turns=3, calls=2)
+    assert "".join(order) == "AABBCC" + "CCBBAA" + "AABBCC"
+    assert [len(own) for own in times] == [3, 3, 3]
 
 
 def test_ratio_is_taken_within_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that becomes ten times slower half way through does not change the ratio."""
-    times = [1.0, 1.1, 10.0, 12.0, 11.0], [0.5, 0.55, 6.0, 6.0, 5.5]
-    monkeypatch.setattr(bench, "interleave", lambda *_, **__: times)
-    case = bench.Case("name", lambda device: bench.Contest(lambda: None, lambda: None, "torch"))
+    times = {"eager": [1.0, 1.1, 10.0, 12.0, 11.0], "fastops": [0.5, 0.55, 6.0, 6.0, 5.5]}
+    monkeypatch.setattr(bench, "timed", lambda *_: times)
+    case = bench.Case("name", lambda device: bench.Contest({}, "torch"))
     result = bench.measure(case, torch.device("cpu"), pairs=5)
     ratios = [0.5, 0.5, 0.6, 0.5, 0.5]
     assert result.ratio == pytest.approx(np.median(ratios))
@@ -189,5 +191,5 @@ def test_contestants_do_the_same_work(case: bench.Case, backend: str) -> None:
     with fastops.backend(backend):
         contest = case.prepare(torch.device("cpu"))
         for _ in range(2 if case.name.endswith("/step") else 1):
-            eager, ours = flat(contest.eager()), flat(contest.fastops())
+            eager, ours = flat(contest.calls["eager"]()), flat(contest.calls["fastops"]())
     assert (ours - eager).norm() <= 1e-5 * eager.norm()

@@ -1,14 +1,9 @@
-"""``fastops bench``: time fastops against eager PyTorch, call by call in turns, and print the ratios.
-
-A machine's speed drifts while it works. Two calls that follow each other see the same machine, so the ratio is taken
-within such pairs, and every second pair runs in the other order.
-"""
+"""``fastops bench``: time fastops against eager PyTorch, call by call in turns, and print the ratios."""
 
 import argparse
 import copy
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,22 +23,18 @@ from fastops.cli.table import Table
 from fastops.cli.tasks import squared_error
 from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
 from fastops.ops import OPS, Op
-from fastops.ops.examples import Example
+from fastops.ops.examples import Example, Named
 from fastops.progress import tracked
-
-Call = Callable[[], object]
-
-SAMPLE_SECONDS = 1e-3  # A shorter call is repeated to fill this: a clock and a synchronization cost microseconds.
+from fastops.timing import Call, clock_of, ratio, timed
 
 # Cases ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Contest:
-    """The same work twice, on equal values of its own, and the backend that the second one takes."""
+    """The same work by each contestant, on equal values, and the backend that fastops takes."""
 
-    eager: Call
-    fastops: Call
+    calls: dict[str, Call]  # "eager" and "fastops"
     backend: str
 
 
@@ -55,15 +46,19 @@ class Case:
     prepare: Callable[[torch.device], Contest]
 
 
-def _synchronized(call: Call, device: torch.device) -> Call:
-    if device.type == "cpu":
-        return call
+def op_call(
+    function: Callable[..., Tensor], arguments: Named, leaves: Sequence[Tensor], grad_output: Tensor, backward: bool
+) -> Call:
+    """The call of an op without gradients, or with its backward pass to ``leaves``."""
 
-    def call_and_wait() -> None:
-        call()
-        torch.accelerator.synchronize(device)
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(**arguments)
 
-    return call_and_wait
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(**arguments), leaves, grad_output)
+
+    return forward_backward if backward else forward
 
 
 def _op_case(op: Op, example: Example, backward: bool) -> Case:
@@ -76,21 +71,40 @@ def _op_case(op: Op, example: Example, backward: bool) -> Case:
         reference = torch_function(op)
         with torch.no_grad():
             grad_output = torch.ones_like(reference(**arguments))
-
-        def contestant(function: Callable[..., Tensor]) -> Call:
-            def forward() -> Tensor:
-                with torch.no_grad():
-                    return function(**arguments)
-
-            def forward_backward() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(function(**arguments), leaves, grad_output)
-
-            return _synchronized(forward_backward if backward else forward, device)
-
-        backend = fastops.explain(op.name, **arguments).backend
-        return Contest(contestant(reference), contestant(getattr(FF, op.name)), backend)
+        calls = {
+            name: op_call(function, arguments, leaves, grad_output, backward)
+            for name, function in (("eager", reference), ("fastops", getattr(FF, op.name)))
+        }
+        return Contest(calls, fastops.explain(op.name, **arguments).backend)
 
     return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare)
+
+
+def model_call(
+    model: nn.Module,
+    criterion: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    training: bool,
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+) -> Call:
+    """A whole training step with SGD, or inference."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def predict() -> Tensor:
+        with torch.inference_mode():
+            output: Tensor = model(inputs)
+            return output
+
+    return step if training else predict
 
 
 def _model_cases(
@@ -114,27 +128,14 @@ def _model_cases(
         targets = (torch.randint(classes, shape[:1]) if indices else torch.randn(shape[0], classes)).to(device)
         eager = build().to(device).train(training)
         swapped = fastops.swap(copy.deepcopy(eager), **options)
-
-        def contestant(model: nn.Module, criterion: nn.Module) -> Call:
-            optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-
-            def step() -> Tensor:
-                optimizer.zero_grad()
-                loss: Tensor = criterion(model(inputs), targets)
-                loss.backward()
-                optimizer.step()
-                return loss
-
-            def predict() -> Tensor:
-                with torch.inference_mode():
-                    output: Tensor = model(inputs)
-                    return output
-
-            return _synchronized(step if training else predict, device)
-
+        contestants = {"eager": (eager, loss()), "fastops": (swapped, fastops.swap(loss()))}
+        calls = {
+            name: model_call(model, criterion, inputs, targets, training, lr, momentum)
+            for name, (model, criterion) in contestants.items()
+        }
         lines = backend_lines(swapped, len(inputs), device)
         backends = {line.partition(" runs on ")[2].partition(":")[0] for line in lines}
-        return Contest(contestant(eager, loss()), contestant(swapped, fastops.swap(loss())), "+".join(sorted(backends)))
+        return Contest(calls, "+".join(sorted(backends)))
 
     return [
         Case(f"{name}/step", lambda device: prepare(device, training=True)),
@@ -201,32 +202,13 @@ class Measurement:
     ratio_upper_quartile: float
 
 
-def interleave(first: Call, second: Call, pairs: int, calls: int) -> tuple[list[float], list[float]]:
-    """Seconds per call of both, once in each pair: ``calls`` in a row of the one, then of the other."""
-
-    def seconds(call: Call) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append(seconds((first, second)[which]))
-    return times
-
-
 def measure(case: Case, device: torch.device, pairs: int) -> Measurement:
     """Prepare a case, warm it up, and time it."""
     torch.manual_seed(0)
     contest = case.prepare(device)
-    warm_up, _ = interleave(contest.eager, contest.fastops, pairs=3, calls=1)
-    calls = max(1, round(SAMPLE_SECONDS / min(warm_up)))
-    eager, ours = (np.array(times) for times in interleave(contest.eager, contest.fastops, pairs, calls))
-    lower, ratio, upper = (float(quartile) for quartile in np.quantile(ours / eager, [0.25, 0.5, 0.75]))
-    eager_ms, ours_ms = (1e3 * float(np.median(times)) for times in (eager, ours))
-    return Measurement(case.name, contest.backend, eager_ms, ours_ms, ratio, lower, upper)
+    times = timed(contest.calls, pairs, clock_of(device))
+    eager_ms, ours_ms = (1e3 * float(np.median(times[name])) for name in ("eager", "fastops"))
+    return Measurement(case.name, contest.backend, eager_ms, ours_ms, *ratio(times["fastops"], times["eager"]))
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

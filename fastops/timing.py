@@ -1,0 +1,104 @@
+"""Times calls in turns, and what the times say: shared by ``fastops bench`` and ``fastops qualify``.
+
+A machine's speed drifts while it works. Calls that follow each other see the same machine, so ratios are taken within
+each turn, and every second turn runs in the other order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]  # the seconds of one call, of so many
+
+SAMPLE_SECONDS: Final = 1e-3  # A shorter call is repeated to fill this: clocks and synchronizations cost microseconds.
+FLUSHED: Final = 2**28  # bytes written between two calls on a GPU: more than any L2 cache has
+
+
+class Ratio(NamedTuple):
+    """Median and quartiles of the time of one call over that of another, taken within each turn."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Of two calls that `interleave` has timed."""
+    lower, median, upper = (float(value) for value in np.quantile(np.divide(ours, theirs), [0.25, 0.5, 0.75]))
+    return Ratio(median, lower, upper)
+
+
+def synchronized(call: Call, device: torch.device) -> Call:
+    """The call, which returns when the device is done."""
+    if device.type == "cpu":
+        return call
+
+    def call_and_wait() -> None:
+        call()
+        torch.accelerator.synchronize(device)
+
+    return call_and_wait
+
+
+def wall_clock(call: Call, calls: int) -> float:
+    """Seconds of a call on the host's clock, over ``calls`` of them in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of a device. On a GPU with CUDA's events it is theirs, and each call finds an empty L2 cache."""
+    if device.type == "cuda":
+        return partial(_events, torch.empty(FLUSHED, dtype=torch.int8, device=device))
+    return lambda call, calls: wall_clock(synchronized(call, device), calls)
+
+
+def _events(flushed: torch.Tensor, call: Call, calls: int) -> float:
+    """Meanwhile the host runs ahead: what it takes to launch is hidden behind the flush, if that is longer."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    with torch.cuda.device(flushed.device):
+        for start, end in pairs:
+            flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / calls
+
+
+def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
+    """Seconds for which a call keeps the host busy, least of five turns; the device works on meanwhile."""
+    waits = synchronized(lambda: None, device)
+    times = []
+    for _ in range(5):
+        waits()
+        times.append(wall_clock(call, calls))
+    waits()
+    return min(times)
+
+
+def interleave(contestants: Sequence[Call], turns: int, calls: int, clock: Clock = wall_clock) -> list[list[float]]:
+    """Seconds per call of each, once in each turn: ``calls`` in a row of the one, then of the next."""
+    times: list[list[float]] = [[] for _ in contestants]
+    for turn in range(turns):
+        order = range(len(contestants))
+        for which in order if turn % 2 == 0 else reversed(order):
+            times[which].append(clock(contestants[which], calls))
+    return times
+
+
+def timed(contestants: Mapping[str, Call], turns: int, clock: Clock) -> dict[str, list[float]]:
+    """Warm up and time them, as `interleave` does, each so often that the fastest fills a sample."""
+    calls = list(contestants.values())
+    fastest = min(map(min, interleave(calls, 3, 1, clock)))
+    repeated = max(1, round(SAMPLE_SECONDS / fastest))
+    return dict(zip(contestants, interleave(calls, turns, repeated, clock), strict=True))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import tuning_cache
+from . import measured, tuning_cache
 from .kernels import onednn
 from .ops.accepts import PLAIN
 from .ops.op import OPS, STRICT, Explanation, Op, failed, fallback_error, has_failed
@@ -197,6 +197,11 @@ _WRONG_IN_INTERPRETER: Final = Explanation("torch", WRONG_IN_INTERPRETER)
 _TRANSFORMED: Final = Explanation("torch", "under torch.func, forward-mode AD and jit.trace torch differentiates")
 _MEASURED: Final = {way: Explanation(way, "fastops.tune measured it the fastest here") for way in tuning_cache.WAYS}
 
+_OF_ITS_KIND: Final = "fastops qualify measured it the fastest on this kind of GPU"
+_WON: Final = {way: Explanation(way, _OF_ITS_KIND) for way in ("triton", "torch")} | {
+    "vendor": Explanation("triton", _OF_ITS_KIND, "vendor", _OF_ITS_KIND)
+}
+
 
 def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanation:
     """Which way a call goes.
@@ -242,6 +247,8 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         return _TRANSFORMED
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
+    if found is None and kinds_measured:
+        found = _measured_on_its_kind(op, arguments)
     found = found or op.gpu(*arguments)
     if failed and found.backend == "triton" and not selection.strict and has_failed(op.name, input):
         return _FAILED
@@ -274,6 +281,7 @@ def autocast_to(dtype: torch.dtype, value: Any) -> Any:
 # What was measured ----------------------------------------------------------------------------------------------------
 
 tuned = tuning_cache.anything()  # or `fastops.tune` ran in this process
+kinds_measured = measured.anything()
 
 
 @contextlib.contextmanager
@@ -311,3 +319,13 @@ def _measured(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Expl
     if way is None or (op.saves_memory is not None and op.accepts(*arguments) is None and op.saves_memory(*arguments)):
         return None  # no speed is worth more memory than was asked for
     return _MEASURED[way]
+
+
+def _measured_on_its_kind(op: Op, arguments: tuple[Any, ...]) -> Explanation | None:
+    """The way that won on this kind of GPU for calls of this class; ``op`` accepts the arguments."""
+    known = {} if torch.compiler.is_compiling() else measured.of(arguments[0].device)
+    if not known or (op.saves_memory is not None and op.saves_memory(*arguments)):
+        return None
+    key = tuning_cache.key(op.name, arguments)
+    way = None if key is None else known.get(measured.shape_class(key))
+    return None if way is None else _WON[way]

@@ -138,7 +138,9 @@ def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
     groups = []
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
-            groups += [(gradients, *group, alike) for group, alike in _grouped(calls).items()]
+            groups += [
+                (gradients, device, key, rule.backend, alike) for (device, key, rule), alike in grouped(calls).items()
+            ]
     # Tiles are shared: the ways are timed with those that are there in the end.
     turns = [(tiling, *group) for tiling in (True, False) for group in groups]
     for tiling, gradients, device, key, usual, alike in tracked(turns, len(turns), lambda turn: turn[-1][0].name):
@@ -299,14 +301,14 @@ def calls_of(model: nn.Module, example: Example) -> list[Call]:
     return recorder.calls
 
 
-def _grouped(calls: list[Call]) -> dict[tuple[torch.device, tuning_cache.Key, str], list[Call]]:
+def grouped(calls: list[Call]) -> dict[tuple[torch.device, tuning_cache.Key, Explanation], list[Call]]:
     """The calls that no decision can tell apart, by what it can tell and the way that the rule takes."""
-    groups: dict[tuple[torch.device, tuning_cache.Key, str], list[Call]] = {}
+    groups: dict[tuple[torch.device, tuning_cache.Key, Explanation], list[Call]] = {}
     for call in calls:
         with dispatch.by_the_rule() as keys:
-            usual = call.way().backend
+            rule = call.way()
         if keys and keys[0][1] == torch.is_grad_enabled():  # else it has no backward pass
-            groups.setdefault((call.device, keys[0], usual), []).append(call)
+            groups.setdefault((call.device, keys[0], rule), []).append(call)
     return groups
 
 

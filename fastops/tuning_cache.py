@@ -75,8 +75,9 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else operator.index(value)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def tuples(value: Any) -> Any:
+    """A key as JSON gives it back, as it was."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _versions() -> dict[str, str]:
@@ -131,7 +132,7 @@ def candidates(device: torch.device, dtype: torch.dtype, precision: str) -> tupl
 def _read(file: Path, device: torch.device) -> tuple[Winners, Tiles]:
     try:
         saved = json.loads(file.read_text())
-        ways = {_tuples(entry["call"]): WAYS[WAYS.index(entry["way"])] for entry in saved["winners"]}
+        ways = {tuples(entry["call"]): WAYS[WAYS.index(entry["way"])] for entry in saved["winners"]}
         tiles: Tiles = {}
         for entry in saved["tiles"]:
             name, precision, M, N = entry["product"]

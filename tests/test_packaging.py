@@ -23,6 +23,7 @@ import fastops.models
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_FILES = sorted((ROOT / "kernels").glob("*.py"))
+MADE_UP = "fastops/kernels/measured/Made-up-GPU.json"
 
 # A swapped model trains one step on plain torch tensors.
 TRAIN_ONE_STEP = """
@@ -76,6 +77,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = tmp_path_factory.mktemp("build") / "source"
     skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "_build")
     shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    table = source / MADE_UP.replace("fastops/", "")  # as if a GPU had been measured
+    table.parent.mkdir(exist_ok=True)
+    table.write_text("{}")
     run_python("-m", "build", "--no-isolation", "--sdist", "--wheel", cwd=source)
     (wheel,), (sdist,) = source.glob("dist/*.whl"), source.glob("dist/*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
@@ -98,14 +102,18 @@ def wheel_metadata(wheel: Path) -> Message:
 
 
 def package_files() -> set[str]:
-    """Every file of the package that git would carry; the link to the kernels is followed."""
+    """Every file of the package that git would carry, and a made-up table; the link to the kernels is followed."""
     folders = [ROOT / "fastops", *(path for path in (ROOT / "fastops").iterdir() if path.is_dir())]
-    return {
-        f"{folder.relative_to(ROOT)}/{path.name}"
-        for folder in folders
-        for path in folder.iterdir()
-        if path.suffix == ".py" or path.name == "py.typed"
-    }
+    return (
+        {
+            f"{folder.relative_to(ROOT)}/{path.name}"
+            for folder in folders
+            for path in folder.iterdir()
+            if path.suffix == ".py" or path.name == "py.typed"
+        }
+        | {MADE_UP}
+        | {f"fastops/kernels/measured/{path.name}" for path in (ROOT / "kernels" / "measured").glob("*.json")}
+    )
 
 
 def test_kernels_is_a_link() -> None:

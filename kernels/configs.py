@@ -324,12 +324,12 @@ def _warps(tile: MatmulConfig, elements: int) -> int:
     return tile.num_warps if elements > 128 * 64 else min(4, tile.num_warps)
 
 
-def register_limit(device: torch.device, epilogue: bool = False) -> dict[str, int]:
+def register_limit(device: torch.device, everywhere: bool = False) -> dict[str, int]:
     """Compiler options for GPUs where ptxas spills before it has used all of a thread's 255 registers.
 
-    It does so on all of NVIDIA's in a product with an ``epilogue`` that takes many.
+    It does so ``everywhere`` on NVIDIA's in a product with an epilogue that takes many, or without matrix instructions.
     """
-    spilling = ("sm",) if epilogue else ("sm75", "sm100", "sm120")
+    spilling = ("sm",) if everywhere else ("sm75", "sm100", "sm120")
     return {"maxnreg": 255} if architecture(device).startswith(spilling) else {}
 
 

@@ -55,7 +55,7 @@ def unravel(index, size):
 def quotient(index, divisor, magic, shift):
     """``index // divisor`` of int32 numbers from 0 on by a product with a `magic` number; as it is of int64, and by the
     constant 1."""
-    if index.dtype == tl.int64 or isinstance(divisor, tl.constexpr):
+    if index.dtype == tl.int64 or isinstance(divisor, int):
         return index // divisor
     n = index.to(tl.uint32)
     product = tl.umulhi(n, tl.zeros_like(n) + tl.cast(magic, tl.uint32)) + n
@@ -134,7 +134,7 @@ def conv_kernel(
     tile_n = program % TILES_N
     group = program // TILES_N % GROUPS
     own_rows = (program // (TILES_N * GROUPS)).to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns, own_columns = tile_positions(tile_n, OUT_CHANNELS, BLOCK_N)
+    columns, own_columns = tile_positions(tile_n, OUT_CHANNELS, BLOCK_N, OUT_CHANNELS)
     columns += group * OUT_CHANNELS
 
     rows = tl.minimum(own_rows, positions - 1)
@@ -237,7 +237,7 @@ def conv_grad_input_kernel(
     members = depths.to(POSITION) * rows_ * columns_ * batch_size
     own_rows = tile_m.to(POSITION) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tile_m.to(POSITION) * BLOCK_M < members:
-        columns, own_columns = tile_positions(tile_n, CHANNELS, BLOCK_N)
+        columns, own_columns = tile_positions(tile_n, CHANNELS, BLOCK_N, CHANNELS)
         batch, depth, row, column = unravel(tl.minimum(own_rows, members - 1)[:, None], (depths, rows_, columns_))
         depth = depth * STRIDE[0] + depth0
         row = row * STRIDE[1] + row0
@@ -331,7 +331,6 @@ def conv_grad_weight_kernel(
 ):
     """One program per BLOCK_M output channels, BLOCK_N taps and channels, group and part of the positions."""
     input_size = input_depth, input_height, input_width
-    output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
     INNER: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2] * CHANNELS
@@ -343,7 +342,7 @@ def conv_grad_weight_kernel(
     tile_n = program // TILES_M % TILES_N
     group = program // (TILES_M * TILES_N) % GROUPS
     split = program // (TILES_M * TILES_N * GROUPS)
-    rows, own_rows = tile_positions(tile_m, OUT_CHANNELS, BLOCK_M)
+    rows, own_rows = tile_positions(tile_m, OUT_CHANNELS, BLOCK_M, OUT_CHANNELS)
     rows += group * OUT_CHANNELS
     tap, channel = tap_and_channel(tile_n, CHANNELS, BLOCK_N, FLAT)
     across = tap[None, :] if FLAT else tap
@@ -360,7 +359,12 @@ def conv_grad_weight_kernel(
         grad_ptrs = grad_ptr + position[None, :].to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows[:, None]
         grad = tl.load(grad_ptrs, mask=(own < end)[None, :], other=0.0)
         batch, depth, row, column = unravel_by_magic(
-            position[:, None], output_size, magic_height, shift_height, magic_width, shift_width
+            position[:, None],
+            (output_depth, output_height, output_width),  # a variable would hold a constant 1 as a number
+            magic_height,
+            shift_height,
+            magic_width,
+            shift_width,
         )
         depth = depth * STRIDE[0] + d
         row = row * STRIDE[1] + r

@@ -41,13 +41,17 @@ from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped, 
 
 
 @triton.jit
-def tile_positions(index, size, BLOCK: tl.constexpr):
+def tile_positions(index, size, BLOCK: tl.constexpr, DIVISOR: tl.constexpr):
     """Positions, in int64, of tile number ``index`` along a dimension of ``size``, and which of them lie inside.
 
-    Those past the edge start over at 0, so that no load leaves the tensor and none needs a mask.
+    No load leaves the tensor and none needs a mask: past the edge the last unit of positions is repeated. A unit is as
+    many as divide ``BLOCK``, a power of 2, and ``DIVISOR``, which divides ``size``. They follow each other: one access
+    can load them, or the addresses of all are that of the first and constants.
     """
-    positions = index * BLOCK + tl.arange(0, BLOCK)
-    return (positions % size).to(tl.int64), positions < size
+    UNIT: tl.constexpr = (BLOCK | DIVISOR) & -(BLOCK | DIVISOR)
+    lanes = tl.arange(0, BLOCK)
+    unit = tl.minimum(index * BLOCK + lanes // UNIT * UNIT, size - UNIT).to(tl.int64)
+    return unit + lanes % UNIT, index * BLOCK + lanes < size
 
 
 @triton.jit
@@ -76,15 +80,17 @@ def product_tile(
     BLOCK_K: tl.constexpr = a_ptrs.shape[1]
 
     accumulator = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[1]), ACCUMULATOR)
-    for step in range(first_step, last_step):
+    full = last_step if EVEN_K else tl.minimum(last_step, K // BLOCK_K)
+    for step in range(first_step, full):
         start = tl.cast(step * BLOCK_K, tl.int64)
-        if EVEN_K:
-            a = tl.load(a_ptrs + start * k_strides[0])
-            b = tl.load(b_ptrs + start * k_strides[1])
-        else:
-            inside = tl.arange(0, BLOCK_K) < K - step * BLOCK_K
-            a = tl.load(a_ptrs + start * k_strides[0], mask=inside[None, :], other=0.0)
-            b = tl.load(b_ptrs + start * k_strides[1], mask=inside[:, None], other=0.0)
+        a = tl.load(a_ptrs + start * k_strides[0])
+        b = tl.load(b_ptrs + start * k_strides[1])
+        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+    if not EVEN_K and full < last_step:  # not in the loop, where each mask takes four instructions
+        start = tl.cast(full * BLOCK_K, tl.int64)
+        inside = tl.arange(0, BLOCK_K) < K - full * BLOCK_K
+        a = tl.load(a_ptrs + start * k_strides[0], mask=inside[None, :], other=0.0)
+        b = tl.load(b_ptrs + start * k_strides[1], mask=inside[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     return accumulator
 
@@ -132,11 +138,12 @@ def matmul_kernel(
     stride_bk, stride_bn = stride_bk * UNITS[5], stride_bn * UNITS[6]
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
-    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
-    columns, own_columns = tile_positions(tile_n, N, BLOCK_N)
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M, UNITS[0])
+    columns, own_columns = tile_positions(tile_n, N, BLOCK_N, UNITS[1])
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
-    a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :] * stride_ak
-    b_ptrs = b_ptr + inner[:, None] * stride_bk + columns[None, :] * stride_bn
+    # Offsets are added up first: pointers would be, two by two, in each step of the loop.
+    a_ptrs = a_ptr + (rows[:, None] * stride_am + inner[None, :] * stride_ak)
+    b_ptrs = b_ptr + (inner[:, None] * stride_bk + columns[None, :] * stride_bn)
 
     first_step, last_step = 0, tl.cdiv(K, BLOCK_K)
     if SPLIT:
@@ -244,7 +251,7 @@ def sum_of_splits_kernel(
 ):
     """One program per BLOCK elements of C: relu(the sum of its parts, one after the other, + bias)."""
     N = N * UNIT
-    elements, own = tile_positions(tl.program_id(0), M * N, BLOCK)
+    elements, own = tile_positions(tl.program_id(0), M * N, BLOCK, UNIT)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
     for split in range(0, splits):  # only results of few tiles are split, so offsets fit 32 bits
         total += tl.load(partial_ptr + split * M * N + elements)
@@ -376,7 +383,7 @@ def product_plan(
         GROUP_M=8,
         **(constants if single else dict.fromkeys(constants, False)),
         **config._asdict(),
-        **register_limit(device),
+        **register_limit(device, dtype is torch.float32 and precision == "ieee"),
     )
     if single:
         return ProductPlan(product, single)
@@ -431,7 +438,7 @@ def relu_mask_and_column_sum_kernel(
 
     N, grad_row_stride, grad_column_stride = N * UNITS[0], grad_row_stride * UNITS[1], grad_column_stride * UNITS[2]
     strip = tl.program_id(1).to(tl.int64)
-    columns, own_columns = tile_positions(tl.program_id(0), N, BLOCK_N)
+    columns, own_columns = tile_positions(tl.program_id(0), N, BLOCK_N, UNITS[0])
     total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for step in range(0, ROWS_PER_PROGRAM, BLOCK_M):
         rows = strip * ROWS_PER_PROGRAM + step + tl.arange(0, BLOCK_M)

@@ -50,8 +50,9 @@ def logit_tile(
 ):
     """Logits of ``rows`` and ``columns``: [BLOCK_M, BLOCK_N]."""
     inner = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_ptrs = input[0] + rows[:, None] * input[1] + inner[None, :] * input[2]
-    w_ptrs = weight[0] + inner[:, None] * weight[2] + columns[None, :] * weight[1]
+    # As in `matmul_kernel`: offsets are added up first.
+    x_ptrs = input[0] + (rows[:, None] * input[1] + inner[None, :] * input[2])
+    w_ptrs = weight[0] + (inner[:, None] * weight[2] + columns[None, :] * weight[1])
     z = product_tile(x_ptrs, w_ptrs, (input[2], weight[2]), 0, steps, K, INPUT_PRECISION, EVEN_K)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
@@ -133,7 +134,7 @@ def linear_cross_entropy_kernel(
     probabilities = target_ptr, stride_target_row * UNITS[6], stride_target_class * UNITS[7]
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, split = tl.program_id(0), tl.program_id(1)
-    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M, 1)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N))
     if not PROBABILITIES:
@@ -153,7 +154,7 @@ def linear_cross_entropy_kernel(
     if CHECK_TARGET:
         target_logit = tl.where(valid, target_logit, float("nan"))  # where assertions are not compiled
     for tile in range(first, last):
-        columns, own = tile_positions(tile, N, BLOCK_N)
+        columns, own = tile_positions(tile, N, BLOCK_N, UNITS[0])
         z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
         if not PROBABILITIES:
             is_target = at_target(target, tile * BLOCK_N, own, BLOCK_N)
@@ -235,8 +236,8 @@ def logit_gradient_kernel(
     probabilities = target_ptr, stride_target_row * UNITS[6], stride_target_class * UNITS[7]
     uniform = tl.full((), LABEL_SMOOTHING, ACCUMULATOR) / all_classes
     tile_m, tile_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows, own_rows = tile_positions(tile_m, M, BLOCK_M)
-    columns, own_columns = tile_positions(tile_n, N, BLOCK_N)
+    rows, own_rows = tile_positions(tile_m, M, BLOCK_M, 1)
+    columns, own_columns = tile_positions(tile_n, N, BLOCK_N, UNITS[0])
     own = own_rows[:, None] & own_columns[None, :]
     grad_ptrs = grad_ptr + rows[:, None] * N + columns[None, :]
 
@@ -317,7 +318,7 @@ class Logits(NamedTuple):
             "EVEN_K": K % config.BLOCK_K == 0,
             **dict(self.options),
             **config._asdict(),
-            **register_limit(self.device, epilogue=True),
+            **register_limit(self.device, True),
         }
         return constants, config
 

@@ -33,6 +33,30 @@ def test_machine_code(target: str, ops: tuple[str, ...]) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize(
+    ("target", "op", "words", "least"),
+    [
+        ("sm90", "linear", ("matmul_kernel", "tf32", "128x128x32", "512x784x512"), 0.98),
+        ("sm90", "linear", ("matmul_kernel", "bf16", "64x128x64", "512x784x512"), 1.0),
+        ("sm90", "linear", ("matmul_kernel", "bf16", "64x64x128", "512x784x512"), 1.0),
+        ("sm80", "linear", ("matmul_kernel", "bf16", "64x64x64", "512x784x512"), 0.94),
+        ("sm90", "linear_cross_entropy", ("_kernel", "bf16", "64x64x64", "512x768x1024"), 0.9),
+        ("sm90", "conv2d", ("conv_grad_weight_kernel", "bf16", "64x64x64", "8x64x100"), 0.38),
+    ],
+)
+def test_small_tiles_leave_the_matrix_units_busy(target: str, op: str, words: tuple[str, ...], least: float) -> None:
+    """Where few elements are multiplied for each address, mask and division, forward and backward."""
+    found = []
+    for launch in launches(target, [op]):
+        text = f"{launch.kernel} {launch.dtype} {launch.config} {launch.shape}"
+        found += [launch] if all(word in text for word in words) else []
+    assert found
+    for machine in machine_code([launch.request for launch in found], jobs=1):
+        assert isinstance(machine, Machine)
+        assert machine.issue_bound is not None
+        assert machine.issue_bound >= least
+
+
 def test_the_rules_see_what_they_look_for() -> None:
     """Each kind of code that a rule reads is there where it must be: an instruction name that changes is no pass."""
     found = {target: launches(target, ["linear"]) for target in TARGETS}

@@ -67,7 +67,7 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 @planned
 def add_relu_plan(kernel: Any, elements: Elements) -> tuple[Plan, tuple[int, ...]]:
     """The launch of a kernel of two inputs, and the strides that all tensors get."""
-    return elementwise_plan(kernel, elements.device, elements.shape.numel()), elements.result_strides()
+    return elementwise_plan(kernel, elements), elements.result_strides()
 
 
 def _elementwise(plan: Plan, strides: tuple[int, ...], first: Tensor, second: Tensor) -> Tensor:

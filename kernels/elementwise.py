@@ -77,15 +77,21 @@ def total_kernel(partials_ptr, loss_ptr, programs, divisor, BLOCK: tl.constexpr)
     tl.store(loss_ptr, total.to(loss_ptr.dtype.element_ty))
 
 
-def elementwise_config(size: int, device: torch.device) -> tuple[int, int]:
-    """Elements and warps of one program; the interpreter pays per operation, not per element."""
-    block, num_warps = (1 << 20, 1) if device.type == "cpu" else (2048, 4)
+def elementwise_config(size: int, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Elements and warps of one program; the interpreter pays per operation, not per element.
+
+    A number of float64 takes two registers: of 2048, some kernels spill.
+    """
+    block, num_warps = 1024 if dtype is torch.float64 else 2048, 4
+    if device.type == "cpu":
+        block, num_warps = 1 << 20, 1
     return min(block, triton.next_power_of_2(size)), num_warps
 
 
-def elementwise_plan(kernel: Any, device: torch.device, size: int, *numbers: int, **constants: float | str) -> Plan:
-    """A kernel over ``size`` elements, its first number."""
-    block, num_warps = elementwise_config(size, device)
+def elementwise_plan(kernel: Any, elements: Elements, *numbers: int, **constants: float | str) -> Plan:
+    """A kernel over all elements; how many these are is its first number."""
+    size = elements.shape.numel()
+    block, num_warps = elementwise_config(size, elements.device, elements.dtype)
     return Plan(
         kernel,
         (triton.cdiv(size, block),),
@@ -136,8 +142,8 @@ def loss_plan(kernel: Any, elements: Elements, reduction: str, *numbers: int, **
     """
     size, reduced = elements.shape.numel(), reduction != "none"
     divisor = size if reduction == "mean" else 1
-    alone = elementwise_config(size, elements.device)[0] >= size
-    first = elementwise_plan(kernel, elements.device, size, divisor if alone else 1, *numbers, SUM=reduced, **constants)
+    alone = elementwise_config(size, elements.device, elements.dtype)[0] >= size
+    first = elementwise_plan(kernel, elements, divisor if alone else 1, *numbers, SUM=reduced, **constants)
     total = Plan(total_kernel, (1,), first.grid[0], divisor, BLOCK=1024) if reduced and not alone else None
     return LossPlan(first, elements.result_strides(), reduced, accumulator_dtype(elements.dtype), total)
 
@@ -188,7 +194,7 @@ def loss_backward_plan(
     size = elements.shape.numel()
     names = dict(zip(("SCALAR_GRAD", "NEED_INPUT", "NEED_TARGET"), choices, strict=True))
     divisor = size if reduction == "mean" else 1
-    plan = elementwise_plan(kernel, elements.device, size, divisor, *numbers, **names, **constants)
+    plan = elementwise_plan(kernel, elements, divisor, *numbers, **names, **constants)
     return LossBackwardPlan(plan, elements.result_strides(), *choices)
 
 

@@ -26,7 +26,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """The one program of the table, or programs of 16 elements."""
     if request.param == "16":
         monkeypatch.setattr(
-            elementwise, "elementwise_config", lambda size, _: (min(16, 1 << (size - 1).bit_length()), 1)
+            elementwise, "elementwise_config", lambda size, *_: (min(16, 1 << (size - 1).bit_length()), 1)
         )
 
 

@@ -22,9 +22,7 @@ Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 @pytest.fixture
 def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 elements, so that there are several."""
-    monkeypatch.setattr(
-        elementwise, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1)
-    )
+    monkeypatch.setattr(elementwise, "elementwise_config", lambda size, *_: (min(16, 1 << (size - 1).bit_length()), 1))
 
 
 def check(make: Callable[[], Tensors], reduction: str, grad_output: Tensor | None = None) -> None:

@@ -62,9 +62,7 @@ def channels_last(*shape: int) -> Tensor:
 @pytest.fixture
 def tile_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 elements, so that there are several."""
-    monkeypatch.setattr(
-        elementwise, "elementwise_config", lambda size, device: (min(16, 1 << (size - 1).bit_length()), 1)
-    )
+    monkeypatch.setattr(elementwise, "elementwise_config", lambda size, *_: (min(16, 1 << (size - 1).bit_length()), 1))
 
 
 def check(

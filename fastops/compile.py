@@ -1,4 +1,4 @@
-"""The backend ``"fastops"`` of `torch.compile`: ``model.compile(backend="fastops")``.
+"""The backend ``"fastops"`` of `torch.compile`: ``torch.compile(model, backend="fastops")``.
 
 Dynamo hands over the graph of what a model computes, whatever its control flow. Where a kernel takes the arguments,
 calls of layers and losses give way to those of `fastops.functional`, and what `fastops.fusions` lists to one call. What
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from . import dispatch, functional
 from .fusions import CALLS, FUSIONS, SUMS_IN_PLACE
-from .kernels import chunked_logits
+from .kernels import chunked_logits, private
 from .ops import OPS, Explanation
 from .reporting import Report, Row
 
@@ -107,10 +107,7 @@ def compile_graph(
         _rewrite(module)
     others = dict(options or {})
     name = others.pop("compiler", "inductor")
-    mode = mode or "default"
-    if name == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, others, None)(graph, inputs)
-    return torch._TorchCompileWrapper(name, mode, others, None)(graph, inputs)
+    return private.compiler(name, mode or "default", others)(graph, inputs)
 
 
 def report() -> Report:

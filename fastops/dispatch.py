@@ -17,10 +17,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import measured, tuning_cache
-from .kernels import onednn
+from .kernels import onednn, private
 from .ops.accepts import PLAIN
 from .ops.op import OPS, STRICT, Explanation, Op, failed, fallback_error, has_failed
 
@@ -31,9 +30,11 @@ WRONG_IN_INTERPRETER: Final = "Triton's interpreter computes bfloat16 wrongly"
 interpreter_has_bfloat16 = False  # the tests mend the interpreter and say so here
 triton_installed = importlib.util.find_spec("triton") is not None
 # By name: a lookup through modules at each call adds up.
-_is_any_autocast_enabled: Final = torch._C._is_any_autocast_enabled
+_is_any_autocast_enabled: Final = private.is_any_autocast_enabled
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
-_transforms_active: Final = torch._C._are_functorch_transforms_active
+_transforms_active: Final = private.transforms_active
+_levels: Final = private.forward_levels
+_tracing_state: Final = private.tracing_state
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 # Backends -------------------------------------------------------------------------------------------------------------
@@ -225,15 +226,14 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         pass
     elif selected == "onednn":
         found = _SELECTED_ONEDNN if op.onednn else _NO_PRODUCT
+    elif selected == "triton" and not triton_installed and device != "meta":
+        raise RuntimeError(
+            "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
+        )
     elif device in ("cuda", "xpu") or (on_cpu and _INTERPRETER):
+        found = _NO_TRITON
         if triton_installed:
             found = _SELECTED_TRITON if selected == "triton" or on_cpu else None  # None: the op decides
-        elif selected == "triton":
-            raise RuntimeError(
-                "backend 'triton' is selected but Triton is not installed: pip install 'torch-fastops[triton]'"
-            )
-        else:
-            found = _NO_TRITON
     elif selected == "triton" and device != "meta":
         hint = ": set TRITON_INTERPRET=1 before importing fastops to interpret kernels" if on_cpu else ""
         raise RuntimeError(f"backend 'triton' is selected but Triton cannot run on {device!r} tensors{hint}")
@@ -242,7 +242,7 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
     if found is not None and found.backend == "torch":
         return found
     if _transforms_active() or (
-        not _is_dynamo_compiling() and (forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None)
+        not _is_dynamo_compiling() and (_levels._current_level >= 0 or _tracing_state() is not None)
     ):
         return _TRANSFORMED
     if (unfit := op.accepts(*arguments)) is not None:

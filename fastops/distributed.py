@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import explain
-from .kernels import chunked_logits, onednn
+from .kernels import chunked_logits, onednn, private
 from .kernels.chunked_logits import Statistics, Target
 
 _IGNORED: Final = -(2**63)  # what no class index becomes, whatever shard it is relative to
@@ -99,7 +99,7 @@ def linear_cross_entropy(
     chunked_logits.check_targets(target, classes, ignore_index)
     if not target.is_cpu:  # a kernel sees the classes of its rank alone
         inside = ~chunked_logits.out_of_bounds(target, classes, ignore_index).any()
-        torch._assert_async(inside, "Target is out of bounds.")
+        private.assert_async(inside, "Target is out of bounds.")
     kept = target != ignore_index
     goal = Target(target.where(kept, _IGNORED), None, _IGNORED, label_smoothing, classes)
     kernels: ModuleType = onednn

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .kernels import private
 from .ops.accepts import PLAIN
 
 # Folding passes over the weight instead of the output. It must be so much smaller to make up for the smaller steps.
@@ -34,7 +34,7 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
     """
     if norm.training or norm.running_mean is None or norm.running_var is None or torch.compiler.is_compiling():
         return None
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if private.forward_levels._current_level >= 0 or private.transforms_active():
         return None
     weight, statistics = layer.weight, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     present = [tensor for tensor in (weight, layer.bias, *statistics) if tensor is not None]

@@ -12,11 +12,11 @@ from typing import ParamSpec
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .backport import LinearCrossEntropyOptions
 from .dispatch import autocast_dtype, autocast_to, call
+from .kernels.private import legacy_reduction
 from .ops import OPS
 from .ops.conv import ConvOptions
 
@@ -247,7 +247,7 @@ def mse_loss(
         ValueError: if ``reduction`` is none of the three.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss: Tensor = call(OPS["mse_loss"], input, target, weight, reduction)
     return loss
 
@@ -274,7 +274,7 @@ def l1_loss(
         ValueError: if ``reduction`` is none of the three.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss: Tensor = call(OPS["l1_loss"], input, target, weight, reduction)
     return loss
 
@@ -302,7 +302,7 @@ def smooth_l1_loss(
         ValueError: if ``reduction`` is none of the three.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss: Tensor = call(OPS["smooth_l1_loss"], input, target, None, reduction, beta)
     return loss
 
@@ -361,7 +361,7 @@ def cross_entropy(
         RuntimeError, ValueError: torch's own, for mismatched shapes, dtypes, devices and options.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss: Tensor = call(OPS["cross_entropy"], input, target, weight, reduction, ignore_index, label_smoothing)
     return loss
 
@@ -393,7 +393,7 @@ def binary_cross_entropy_with_logits(
         RuntimeError: torch's own, for weights that do not broadcast or require gradients.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     loss: Tensor = call(OPS["binary_cross_entropy_with_logits"], input, target, weight, pos_weight, reduction)
     return loss
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from . import nn as fnn
 from .dispatch import call
+from .kernels import private
 from .nn import conv, norm
 from .ops import OPS
 
@@ -39,7 +40,7 @@ CALLS: Final[dict[Any, str]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, "add", "add_"), "add"),
     **dict.fromkeys((*RELU_FUNCTIONS, Tensor.relu, Tensor.relu_, *RELU_METHODS), "relu"),
 }
-_is_mode_active: Final = torch._C._is_torch_function_mode_enabled
+_is_mode_active: Final = private.is_function_mode_active
 SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
 
 
@@ -55,7 +56,7 @@ class Layer(NamedTuple):
 
         All of them are plain tensors: a mode is the only one that may want to see the call.
         """
-        name = self.ops[relu]
+        name = self.ops[1 if relu else 0]  # Dynamo up to torch 2.11 knows no bool there
         if self.with_options is not None:
             return self.with_options(getattr(functional, name), layer, input, weight, bias)
         if _is_mode_active():

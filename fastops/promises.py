@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional as FF
 from .dispatch import explain
 from .fold import folded_weights
 from .fusions import FOLDED_NORMS, LAYERS, RELU_FUNCTIONS, Layer
+from .kernels import private
 from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
 
 _NORMS: Final = (*FOLDED_NORMS, *FOLDED_NORMS.values())
@@ -107,7 +107,7 @@ def untouched(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or type(module).__call__ is not MODULE_CALL
         or nn.Module._call_impl is not MODULE_CALL_IMPL
-        or _has_any_global_hook()
+        or private.has_global_hooks()
     )
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import dispatch, functional, tuning_cache
-from .kernels import configs
+from .kernels import configs, private
 from .ops.op import Explanation, FallbackWarning, failures_raised
 from .progress import tracked
 
@@ -253,7 +253,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         options = options or {}
         own = getattr(function, "__module__", "") == functional.__name__
-        if own and not torch._C._are_functorch_transforms_active():
+        if own and not private.transforms_active():
             self.calls.append(Call(function, words, options))
         return function(*words, **options)
 

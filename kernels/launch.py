@@ -95,7 +95,7 @@ def units_of(dtype: torch.dtype, *numbers: int) -> tuple[int, ...]:
 
 def reshaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A new tensor in another shape, but no view: a view that a Function returns may not be changed in place."""
-    return torch.ops.aten._unsafe_view(result, shape)
+    return private.unsafe_view(result, shape)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

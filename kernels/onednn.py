@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from . import private
 from .chunked_logits import Statistics, Target, accumulated_gradients, losses, reference, slices, tile_shape
 from .launch import accumulator_dtype, reshaped
 
@@ -53,14 +54,14 @@ _LEAST_PART: Final = 1024  # rows or columns of a product: fewer are not worth o
 
 def available() -> bool:
     """Whether this build of torch has the oneDNN product and oneDNN is not switched off."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and private.linear_pointwise is not None
 
 
 def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """``relu(input @ weight.T + bias)``: [M, K], [N, K], [N] -> [M, N], any strides, any device and dtype."""
     if input.is_cpu and input.dtype is torch.float32 and available():
         dense_bias = None if bias is None else bias.contiguous()  # the primitive does not look at its stride
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, dense_bias, "none", [], "")
+        output: Tensor = private.linear_pointwise(input, weight, dense_bias, "none", [], "")
     else:
         output = torch.nn.functional.linear(input, weight, bias)
     return output.relu_() if relu else output

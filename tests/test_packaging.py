@@ -48,8 +48,8 @@ import torch
 
 model, x = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU()), torch.randn(4, 7)
 expected = model(x)
-model.compile(backend="fastops", options={"compiler": "eager"})
-torch.testing.assert_close(model(x), expected)
+compiled = torch.compile(model, backend="fastops", options={"compiler": "eager"})
+torch.testing.assert_close(compiled(x), expected)
 import fastops.compile
 import fastops.distributed
 assert len(fastops.compile.report().rows) == 2

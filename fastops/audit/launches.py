@@ -17,10 +17,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
 
 from fastops import kernels
-from fastops.kernels import configs
+from fastops.kernels import configs, private
 from fastops.kernels.launch import Plan
 from fastops.ops import OPS
 
@@ -112,9 +112,7 @@ def jit_function(kernel: Any) -> JITFunction[Any]:
 
 def _request(target: str, kernel: Any, values: tuple[Any, ...], constants: dict[str, Any]) -> Request:
     function = jit_function(kernel)
-    # Triton's own look at the arguments of a launch: what has to be compiled for them?
-    binder = create_function_from_signature(function.signature, function.params, make_backend(gpu_target(target)))
-    bound, specialized, options = binder(*values, **constants)
+    bound, specialized, options = private.binder(function, make_backend(gpu_target(target)))(*values, **constants)
     types, attributes, fixed = {}, {}, {}
     for (name, value), (type_, attribute) in zip(bound.items(), specialized, strict=True):
         if type_ == "constexpr":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backport
+from ..kernels import private
 from ..ops import OPS
 from ..ops.accepts import PLAIN
 
@@ -63,6 +64,6 @@ def overrides(*tensors: Tensor | None) -> bool:
         kind = type(tensor)
         if tensor is not None and kind not in PLAIN:
             own = getattr(kind, "__torch_function__", None)
-            if own is not torch._C._disabled_torch_function_impl:
+            if own is not private.overrides_nothing:
                 return True
     return False

@@ -18,10 +18,10 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ..kernels import onednn
 from ..kernels.geometry import conv_output_size
+from ..kernels.private import memory_format
 from . import flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
@@ -125,7 +125,7 @@ def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options
 def is_channels_last(input: Tensor, weight: Tensor) -> bool:
     """torch's rule: the output and both gradients are channels-last if input or weight is, else contiguous."""
     contiguous = torch.contiguous_format
-    return suggest_memory_format(input) is not contiguous or suggest_memory_format(weight) is not contiguous
+    return memory_format(input) is not contiguous or memory_format(weight) is not contiguous
 
 
 def _expression(
@@ -148,7 +148,7 @@ def _raw_arguments(
         input = F.pad(input, [number for end in reversed(options.extra) for number in (0, end)])
     batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
     contiguous = torch.contiguous_format  # `is_channels_last`, without the cost of a function call
-    last = suggest_memory_format(batch) is not contiguous or suggest_memory_format(weight) is not contiguous
+    last = memory_format(batch) is not contiguous or memory_format(weight) is not contiguous
     return batch, weight, bias, *options.numbers, options.groups, last
 
 

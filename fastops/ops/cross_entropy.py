@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import private
 from ..kernels.launch import reshaped
 from .accepts import REDUCTIONS, Tensors, constant, loss_options, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
@@ -70,8 +71,8 @@ def _expression(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    number: Any = torch.nn._reduction.get_enum(reduction)  # torch's stubs take it for a string
-    return torch._C._nn.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)
+    number = private.reduction_number(reduction)
+    return private.cross_entropy_loss(input, target, weight, number, ignore_index, label_smoothing)
 
 
 # Formulas -------------------------------------------------------------------------------------------------------------

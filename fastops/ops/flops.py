@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ..kernels import private
 
 Formula = Callable[..., int]
 
@@ -23,7 +24,7 @@ def tell_counters() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    counters = [getattr(mode, "counter", None) for mode in private.dispatch_modes()]
     for table in (module, *counters):
         for op, formula in formulas.items():
             getattr(table, "flop_registry", formulas).setdefault(op, formula)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import onednn
+from ..kernels import onednn, private
 from . import flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
@@ -56,7 +56,7 @@ def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
 
 # By name: a lookup through modules at each call adds up.
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
-_tracing_state: Final = torch._C._get_tracing_state
+_tracing_state: Final = private.tracing_state
 
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backport import LinearCrossEntropyLoss, LinearCrossEntropyOptions, linear_cross_entropy
-from ..kernels import chunked_logits, onednn
+from ..kernels import chunked_logits, onednn, private
 from ..kernels.chunked_logits import Target
 from ..kernels.launch import accumulator_dtype
 from . import flops
@@ -73,8 +73,8 @@ def _budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOpt
     if (budget := getattr(options, "memory_budget", None)) is not None:
         return int(budget)
     rows, classes = input.shape[:-1].numel(), linear_weight.shape[:-1].numel()
-    own: Any = cast(Any, options)._adjust(rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
-    return max(1, own.batch_chunk_size * classes * input.element_size())
+    own = private.chunk_rows(options, rows, input.shape[-1], linear_weight.shape[0], input)
+    return chunked_logits.BUDGET if own is None else max(1, own * classes * input.element_size())
 
 
 def _exceeds_budget(input: Tensor, linear_weight: Tensor, *rest: Any) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..kernels import private
 from . import flops
 from .accepts import PLAIN, Tensors
 from .examples import Audit, Example
@@ -164,7 +165,7 @@ class Op:
         if direct:  # and now the rest of `_nobody_looks_on`, without the cost of a function call
             for argument in arguments:
                 if isinstance(argument, Tensor) and (
-                    type(argument) not in PLAIN or argument.is_neg() or argument._is_zerotensor()
+                    type(argument) not in PLAIN or argument.is_neg() or _is_zero_tensor(argument)
                 ):
                     direct = False
         if not direct:
@@ -221,20 +222,17 @@ OPS: Final[dict[str, Op]] = {}  # by name, in the order in which their files are
 # torch's dispatcher ---------------------------------------------------------------------------------------------------
 
 _library: Final = torch.library.Library("fastops", "DEF")
-# The dispatcher's state outside of all modes, transforms and tracers; the second is inference mode's.
-_BACKEND_SELECT: Final = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_IDLE: Final = (
-    (_BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
-    _BACKEND_SELECT.raw_repr(),
-)
-_VMAP_MODE: Final = torch._C._dispatch_key_parse("VmapMode")
 # By name: a lookup through modules at each call adds up.
-_include_set: Final = torch._C._dispatch_tls_local_include_set
-_profiler_enabled: Final = torch._C._autograd._profiler_enabled
+_IDLE: Final = private.IDLE
+_VMAP_MODE: Final = private.VMAP_MODE
+_include_set: Final = private.included_keys
+_profiler_enabled: Final = private.is_profiling
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 _is_grad_enabled: Final = torch.is_grad_enabled
-_any_requires_grad: Final = torch._C._any_requires_grad
-_transforms_active: Final = torch._C._are_functorch_transforms_active
+_any_requires_grad: Final = private.any_requires_grad
+_transforms_active: Final = private.transforms_active
+_is_zero_tensor: Final = private.is_zero_tensor
+_levels: Final = private.forward_levels
 
 
 def _register(
@@ -256,7 +254,7 @@ def _autograd(op: Op, *arguments: Any) -> Any:
     if _recorded(arguments):
         _refuse_transforms(op.name, arguments)
         return _apply(op, arguments[-1], False, *arguments[:-1])
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         return op.raw(*arguments)
 
 
@@ -265,7 +263,7 @@ def _without_derivatives(name: str, *arguments: Any) -> Any:
     flops.tell_counters()
     if _recorded(arguments):
         raise RuntimeError(_NO_DERIVATIVES.format(name))
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         return getattr(torch.ops.fastops, name).default(*arguments)
 
 
@@ -280,7 +278,7 @@ def _recorded(arguments: tuple[Any, ...]) -> bool:
 
 
 def _have_tangents(arguments: tuple[Any, ...]) -> bool:
-    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+    if _levels._current_level < 0 or not private.is_forward_ad_enabled():
         return False
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -297,7 +295,7 @@ def _nobody_looks_on(arguments: tuple[Any, ...]) -> bool:
         return False
     for argument in arguments:
         if isinstance(argument, Tensor) and (
-            type(argument) not in PLAIN or argument.is_neg() or argument._is_zerotensor()
+            type(argument) not in PLAIN or argument.is_neg() or _is_zero_tensor(argument)
         ):
             return False
     return True
@@ -319,7 +317,7 @@ class KernelFunction(torch.autograd.Function):
         elif nobody_looks_on:
             results = op.plain(*arguments)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
+            with private.below_autograd():
                 results = op.raw(*arguments, way)
         ctx.op, ctx.way = op, way
         saved, ctx.options = op.save(ctx.needs_input_grad[3:], op, arguments, results)
@@ -334,14 +332,14 @@ class KernelFunction(torch.autograd.Function):
         op, way, all_needs = ctx.op, ctx.way, ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(all_needs)
-        if torch._C._is_any_autocast_enabled():  # the forward pass has cast what is to be cast
+        if private.is_any_autocast_enabled():  # the forward pass has cast what is to be cast
             with torch.autocast(grad_output.device.type, enabled=False):
                 return KernelFunction.backward(ctx, grad_output)
         needs = all_needs[3 : 3 + op.variables]
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs)
         compiling = _is_dynamo_compiling()
         if _is_grad_enabled() or (
-            not compiling and (forward_ad._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
+            not compiling and (_levels._current_level >= 0 or _transforms_active() or _include_set().has(_VMAP_MODE))
         ):
             if way.endswith(STRICT):
                 raise fallback_error(f"{op.name}_backward", way, _DIFFERENTIATED)
@@ -349,7 +347,7 @@ class KernelFunction(torch.autograd.Function):
         elif compiling or not _nobody_looks_on(arguments):
             found = op.raw_backward(*arguments, way)
             found = found if isinstance(found, tuple) else (found,)
-        elif op.overwrite is None or torch._C._autograd._get_current_graph_task_keep_graph():
+        elif op.overwrite is None or private.keeps_graph():
             found = op.compute_backward(way, arguments)
         else:  # the graph goes with this pass: what the forward pass made for it is nobody else's
             found = op.overwrite(*arguments) or op.compute_backward(way, arguments)

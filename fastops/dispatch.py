@@ -68,9 +68,10 @@ except ValueError as error:
 
 
 class _Thread(threading.local):
-    """Where each thread has its selection: a class attribute until it makes one."""
+    """Where each thread has its selection. As a class attribute, Dynamo up to torch 2.11 would see that alone."""
 
-    selection = _default
+    def __init__(self) -> None:
+        self.selection = _default
 
 
 _thread = _Thread()

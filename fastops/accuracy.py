@@ -37,3 +37,19 @@ def error_share(result: Tensor, expected: Tensor, exact: Tensor) -> float:
     allowed = times * scale * (expected - exact).abs().max() + one_rounding
     error = (result - exact).abs()
     return torch.where(error == 0, 0.0, error / allowed).nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+
+
+def times_torchs(result: Tensor, expected: Tensor, exact: Tensor) -> float:
+    """The largest error of ``result`` in units of torch's own, or of one rounding if torch's is less.
+
+    Takes what `error_share` takes. Elements where any of the three is infinite or NaN do not count.
+    """
+    precision = torch.finfo(result.dtype)
+    scale = precision.eps / torch.finfo(expected.dtype).eps
+    finite = result.isfinite() & expected.isfinite() & exact.isfinite()
+    result, expected, exact = (tensor[finite].double() for tensor in (result, expected, exact))
+    if not exact.numel():
+        return 0.0
+    one_rounding = precision.eps / 2 * exact.abs().max()
+    unit = torch.maximum(scale * (expected - exact).abs().max(), one_rounding).clamp(min=precision.tiny)
+    return ((result - exact).abs().max() / unit).item()

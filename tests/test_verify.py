@@ -163,7 +163,7 @@ def test_ops_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_fits_where_it_can(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In 120 columns; in fewer it keeps its figures."""
-    monkeypatch.setattr(verify, "_check", lambda *_: verify.Outcome("0.1234", "triton"))
+    monkeypatch.setattr(verify, "check", lambda *_: verify.Outcome("0.1234", "triton"))
     for columns in ("120", "60"):
         monkeypatch.setenv("COLUMNS", columns)
         assert main(["verify"]) == 0
@@ -483,5 +483,5 @@ def test_kernel_fallback_is_noticed_every_time(monkeypatch: pytest.MonkeyPatch) 
     put(failing, monkeypatch, OPS["mse_loss"], "forward")
     case = next(case for case in verify.CASES if case.op.name == "mse_loss")
     with fastops.backend("triton"):
-        outcomes = [verify._check(case, "float32", torch.device("cpu")) for _ in range(2)]
+        outcomes = [verify.check(case, "float32", torch.device("cpu")) for _ in range(2)]
     assert [outcome.cell for outcome in outcomes] == ["FAILED", "FAILED"]

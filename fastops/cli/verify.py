@@ -16,7 +16,7 @@ from torch.autograd.gradcheck import gradcheck, gradgradcheck
 import fastops
 import fastops.functional as FF
 from fastops import dispatch
-from fastops.accuracy import error_share
+from fastops.accuracy import error_share, times_torchs
 from fastops.cli import CommandError
 from fastops.cli.environment import check_backend, pick_device, run_interpreted
 from fastops.cli.examples import draw, torch_function
@@ -112,7 +112,7 @@ def _check_derivatives(case: Case, kind: str, variables: Named, constants: Named
         gradcheck(function, values, check_forward_ad=forward, check_backward_ad=not forward, fast_mode=fast)
 
 
-def _value_and_gradients(
+def value_and_gradients(
     function: Callable[..., Tensor], variables: Named, constants: Named, options: Named, dtype: torch.dtype
 ) -> list[Tensor]:
     """The result in ``dtype`` and its gradients from two backward passes, the second with an expanded grad_output."""
@@ -126,38 +126,48 @@ def _value_and_gradients(
     return [result.detach(), *gradients[0], *gradients[1]]
 
 
-def _check_accuracy(case: Case, dtype: torch.dtype, device: torch.device) -> str:
+def check_accuracy(
+    case: Case, dtype: torch.dtype, arguments: Callable[[int], tuple[Named, Named]], draws_at_first: int
+) -> tuple[float, float]:
+    """The largest share of its allowed error that value or a gradient uses, and the largest error in units of torch's.
+
+    ``arguments`` gives those of a seed, as `_draw` does. Raises `CheckError` where something is wrong in
+    all of `MOST_DRAWS` draws.
+    """
     names = list(case.example.draw(TINY, torch.Generator())[0])
     labels = ["value", *(f"gradient of {n}" for n in names), *(f"second gradient of {n}" for n in names)]
     ours, reference, options = getattr(FF, case.op.name), torch_function(case.op), case.example.options
     draws = []
     for seed in range(MOST_DRAWS):
-        variables, constants = _draw(case, seed, dtype, device)
+        variables, constants = arguments(seed)
         before = {name: tensor.clone() for name, tensor in (variables | constants).items()}
-        results = _value_and_gradients(ours, variables, constants, options, dtype)
+        results = value_and_gradients(ours, variables, constants, options, dtype)
         for name, tensor in (variables | constants).items():
             if not torch.equal(tensor, before[name]):
                 raise CheckError(f"{name} was modified")
         own_dtype = torch.float32 if dtype is torch.float64 else dtype
-        expected = _value_and_gradients(reference, variables, constants, options, own_dtype)
-        exact = _value_and_gradients(reference, variables, constants, options, torch.float64)
+        plain = {name: tensor.contiguous() for name, tensor in variables.items()}  # not every stride suits torch
+        expected = value_and_gradients(reference, plain, constants, options, own_dtype)
+        exact = value_and_gradients(reference, plain, constants, options, torch.float64)
         for label, result, right in zip(labels, results, exact, strict=True):
             if result.shape != right.shape or result.dtype is not dtype:
                 raise CheckError(f"{label} is {result.dtype} {tuple(result.shape)}, not {dtype} {tuple(right.shape)}")
         draws.append((results, expected, exact))
-        if len(draws) < DRAWS and not dispatch._INTERPRETER:
+        if len(draws) < draws_at_first:
             continue
-        shares = {
-            label: error_share(*(torch.cat([parts[which][index].flatten() for parts in draws]) for which in range(3)))
+        triples = {
+            label: [torch.cat([parts[which][index].flatten() for parts in draws]) for which in range(3)]
             for index, label in enumerate(labels)
         }
+        shares = {label: error_share(*triple) for label, triple in triples.items()}
         wrong = [label for label, share in shares.items() if share > 1]
         if not wrong:
-            return f"{max(shares.values()):.2f}"
+            return max(shares.values()), max(times_torchs(*triple) for triple in triples.values())
     raise CheckError(f"the error of the {wrong[0]} is {shares[wrong[0]]:.3g} times what is allowed")
 
 
-def _check(case: Case, column: str, device: torch.device) -> Outcome:
+def check(case: Case, column: str, device: torch.device) -> Outcome:
+    """One of `DERIVATIVES`, or the accuracy in a dtype, on the backend that is selected."""
     derivative = column in DERIVATIVES
     dtype = torch.float64 if derivative else getattr(torch, column)
     variables, constants = _draw(case, 0, dtype, device, TINY if derivative else None)
@@ -175,7 +185,8 @@ def _check(case: Case, column: str, device: torch.device) -> Outcome:
                 if derivative:
                     _check_derivatives(case, column, variables, constants)
                 else:
-                    cell = _check_accuracy(case, dtype, device)
+                    draws = 1 if dispatch._INTERPRETER else DRAWS
+                    cell = f"{check_accuracy(case, dtype, lambda seed: _draw(case, seed, dtype, device), draws)[0]:.2f}"
         except Exception as error:  # whatever a check raises is what it found
             kind = "" if isinstance(error, CheckError) else f"{type(error).__name__}: "
             cell, failure = "FAILED", f"{kind}{' '.join(str(error).split())[:300]}"
@@ -244,7 +255,7 @@ def _verify(cases: list[Case], device: torch.device) -> int:
     table = Table(widths | {column: -len(column) for column in columns}, shared=1)
     failures, cells, backends, by_design = [], Counter[str](), Counter[str](), 0
     for case in tracked(cases, len(cases), lambda case: case.name):
-        outcomes = {column: _check(case, column, device) for column in columns}
+        outcomes = {column: check(case, column, device) for column in columns}
         table.row([case.op.name, case.example.name, *(outcome.cell for outcome in outcomes.values())])
         for column, outcome in outcomes.items():
             cells["failed" if outcome.failure else "not checked" if outcome.cell == NOT_CHECKED else "passed"] += 1

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def tracked(items: Iterable[T], total: int, describe: Callable[[T], str]) -> Iterator[T]:
-    """The items, with a bar on stderr that says which of them is at work, if that is a terminal."""
-    if not sys.stderr.isatty():
+    """The items, with a bar on stderr that says which of them is at work, if that is a terminal and rich is there."""
+    if not (sys.stderr.isatty() and find_spec("rich")):
         yield from items
         return
     from rich.console import Console

@@ -21,7 +21,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from .files import replacing
@@ -36,9 +35,18 @@ WAYS = ("triton", "onednn", "torch")
 
 
 def folder() -> Path:
-    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder; ``RuntimeError`` if there is no home."""
+    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder.
+
+    ``RuntimeError`` if there is no home, or no platformdirs to find it.
+    """
     own = os.environ.get("FASTOPS_CACHE_DIR")
-    return Path(own) if own else user_cache_path("fastops", appauthor=False)
+    if own:
+        return Path(own)
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        raise RuntimeError("without platformdirs the environment variable FASTOPS_CACHE_DIR has to name it") from None
+    return user_cache_path("fastops", appauthor=False)
 
 
 def anything() -> bool:
@@ -181,7 +189,7 @@ def add(device: torch.device, ways: Ways, tiles: Tiles) -> Path | None:
             }
             with replacing(file) as new:
                 new.write(json.dumps(saved, indent=1).encode())
-    except (OSError, RuntimeError) as error:  # no such folder can be, or there is no home
+    except (ImportError, OSError, RuntimeError) as error:  # no filelock, no such folder can be, or there is no home
         warnings.warn(f"what was measured counts in this process alone: {error}", stacklevel=3)
         return None
     return file

@@ -22,11 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what a bug report needs."""
+    print(*(f"{name}: {fact}" for name, fact in report().items()), sep="\n")
+    for device in _devices():
+        known = tuning_cache.anything() and tuning_cache.path(device).exists()
+        tuned = f"tuned: {tuning_cache.path(device)}" if known else "not tuned"
+        print(f"\nbackend of each operation on {device}, {tuned}")
+        try:
+            for line in choices(device):
+                print(f"  {line}")
+        except RuntimeError as error:  # the backend that FASTOPS_BACKEND asks for cannot run here
+            print(f"  {error}")
+    return 0
+
+
+def report() -> dict[str, str | int]:
+    """Versions, devices and settings."""
     try:
         cache = str(tuning_cache.folder())
-    except RuntimeError:
-        cache = "none: there is no home"
-    lines = facts() | {
+    except RuntimeError as error:
+        cache = f"none: {error}"
+    return facts() | {
         "oneDNN": _yes(torch.backends.mkldnn.is_available()),
         "MKL": _yes(torch.backends.mkl.is_available()),
         "accelerators": "; ".join(_accelerators()) or "none",
@@ -36,17 +51,6 @@ def run(args: argparse.Namespace) -> int:
         "Triton interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
         "cache folder": cache,
     }
-    print(*(f"{name}: {fact}" for name, fact in lines.items()), sep="\n")
-    for device in _devices():
-        known = tuning_cache.anything() and tuning_cache.path(device).exists()
-        tuned = f"tuned: {tuning_cache.path(device)}" if known else "not tuned"
-        print(f"\nbackend of each operation on {device}, {tuned}")
-        try:
-            for line in _choices(device):
-                print(f"  {line}")
-        except RuntimeError as error:  # the backend that FASTOPS_BACKEND asks for cannot run here
-            print(f"  {error}")
-    return 0
 
 
 def facts() -> dict[str, str | int]:
@@ -59,7 +63,7 @@ def facts() -> dict[str, str | int]:
         "python": platform.python_version(),
         "fastops": fastops.__version__,
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "numpy")},
+        **{name: version_of(name) for name in ("triton", "numpy")},
     }
 
 
@@ -74,7 +78,8 @@ def _yes(available: bool) -> str:
     return "yes" if available else "no"
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """Of an installed distribution."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -96,7 +101,7 @@ def _accelerators() -> list[str]:
     return lines
 
 
-def _choices(device: torch.device) -> Iterator[str]:
+def choices(device: torch.device) -> Iterator[str]:
     """A line for each of the first two timed calls of every operation, or else for its first example."""
     for op in OPS.values():
         for example in (op.timed or op.examples[:1])[:2]:

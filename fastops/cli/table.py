@@ -4,9 +4,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table as Grid
-
 PIPED = 120  # columns, where there is no terminal to be as wide as and COLUMNS says nothing
 
 
@@ -19,6 +16,8 @@ class Table:
     """
 
     def __init__(self, columns: dict[str, int], shared: int = 0) -> None:
+        from rich.console import Console  # here: a command without tables does without rich
+
         room = Console().width if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED
         widths = [width or len(name) for name, width in columns.items()]
         self._shared = shared if _total(widths) > room else 0
@@ -40,6 +39,9 @@ class Table:
         self._print(own)
 
     def _print(self, cells: Sequence[str]) -> None:
+        from rich.console import Console
+        from rich.table import Table as Grid
+
         grid = Grid.grid(padding=(0, 2))
         for width in self._widths:
             grid.add_column(width=abs(width), justify="right" if width < 0 else "left", overflow="fold")

@@ -75,8 +75,8 @@ def _events(flushed: torch.Tensor, call: Call, calls: int) -> float:
     return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / calls
 
 
-def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
-    """Seconds for which a call keeps the host busy, least of five turns; the device works on meanwhile."""
+def host_seconds(call: Call, device: torch.device, calls: int) -> float:
+    """Seconds for which each of so many calls keeps the host busy, least of five turns; the device works meanwhile."""
     waits = synchronized(lambda: None, device)
     times = []
     for _ in range(5):
@@ -99,6 +99,7 @@ def interleave(contestants: Sequence[Call], turns: int, calls: int, clock: Clock
 def timed(contestants: Mapping[str, Call], turns: int, clock: Clock) -> dict[str, list[float]]:
     """Warm up and time them, as `interleave` does, each so often that the fastest fills a sample."""
     calls = list(contestants.values())
-    fastest = min(map(min, interleave(calls, 3, 1, clock)))
+    interleave(calls, 2, 1, clock)
+    fastest = min(wall_clock(partial(clock, call, 1), 1) for call in calls)  # with all that the clock itself takes
     repeated = max(1, round(SAMPLE_SECONDS / fastest))
     return dict(zip(contestants, interleave(calls, turns, repeated, clock), strict=True))

@@ -14,6 +14,7 @@ COMMANDS = {
     "verify": "check gradients and accuracy of every operation",
     "doctor": "show versions, devices and the backend of each operation",
     "bench": "time fastops against eager PyTorch",
+    "qualify": "check and time all of fastops on the GPU that is here, and write a report",
     "audit": "compile every kernel for GPUs that need not be here, and inspect it",
 }
 # What `pip install torch-fastops` brings, alone and with an extra.

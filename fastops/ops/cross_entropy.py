@@ -261,7 +261,9 @@ def _examples() -> Iterator[Example]:
         yield _example(probabilities, "mean", layout=layout)
 
 
-def _timed(rows: int, classes: int) -> Example:
+def timed(rows: int, classes: int) -> Example:
+    """For these sizes: class indices, the mean."""
+
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         logits = torch.randn(rows, classes, generator=generator)
         return {"input": logits}, {"target": torch.randint(classes, (rows,), generator=generator)}
@@ -317,6 +319,6 @@ CROSS_ENTROPY: Final = Op(
     tensors=3,
     variables=2,
     examples=tuple(_examples()),
-    timed=[_timed(64, 10), _timed(8192, 10), _timed(256, 1000), _timed(512, 32000)],
+    timed=[timed(64, 10), timed(8192, 10), timed(256, 1000), timed(512, 32000)],
     audit=_audit,
 )

@@ -378,7 +378,9 @@ def _examples() -> Iterator[Example]:
     yield example("probabilities, mean, weight", probabilities=True, weight=True)
 
 
-def _timed(rows: int, features: int, classes: int) -> Example:
+def timed(rows: int, features: int, classes: int) -> Example:
+    """A head of these sizes: class indices, the mean."""
+
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         weight = torch.randn(classes, features, generator=generator) / features**0.5
         variables = {"input": torch.randn(rows, features, generator=generator), "linear_weight": weight}
@@ -441,6 +443,6 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     save=_save,
     overwrite=_overwrite,
     examples=tuple(_examples()),
-    timed=[_timed(1024, 256, 16000), _timed(4096, 512, 32000)],
+    timed=[timed(1024, 256, 16000), timed(4096, 512, 32000)],
     audit=_audit,
 )

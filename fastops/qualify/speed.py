@@ -1,0 +1,309 @@
+"""The third part: how fast the ways of a call are, beside eager torch, torch.compile and Liger."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastops
+import fastops.functional as FF
+from fastops import dispatch
+from fastops.cli.bench import model_call, op_call
+from fastops.cli.examples import draw, torch_function
+from fastops.models import FashionMLP, LeNet
+from fastops.ops import OPS, Op
+from fastops.ops.cross_entropy import timed as timed_cross_entropy
+from fastops.ops.examples import SMALL, Example
+from fastops.ops.linear_cross_entropy import timed as timed_head
+from fastops.ops.op import failures_raised
+from fastops.timing import Call, clock_of, host_seconds, ratio, synchronized, timed
+
+from .cases import Case, Figures, NotRun, on_a_gpu, one_line
+from .models import Autocast, half, resnet
+from .ways import ways_of
+
+DEFAULTS: Final = {("reduction", "mean"), ("label_smoothing", 0.0)}
+TURNS: Final = 15
+HOST_SECONDS: Final = 0.01  # of calls in a row, to see how long the host takes
+MOST_IN_A_ROW: Final = 20  # a GPU's queue takes so many at once
+COPIED: Final = 2**30  # bytes
+LIGER: Final = {  # by op: its function and our arguments in its order
+    "cross_entropy": ("liger_cross_entropy", ("input", "target")),
+    "linear_cross_entropy": ("liger_fused_linear_cross_entropy", ("input", "linear_weight", "target")),
+}
+
+
+class Network(NamedTuple):
+    """A model, the shape of a batch, and the number of classes."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int = 10
+
+
+def _mlp(width: int) -> nn.Module:
+    layers = [layer for _ in range(3) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, 1000))
+
+
+def _networks(device: torch.device) -> dict[str, Network]:
+    if not on_a_gpu(device):
+        return {
+            "FashionMLP-2": Network(FashionMLP, (2, 784)),
+            "LeNet-2": Network(LeNet, (2, 1, 32, 32)),
+            "MLP-16-2": Network(partial(_mlp, 16), (2, 16), 1000),
+        }
+    images = (32, 3, 224, 224)
+    return {
+        "ResNet-50-32": Network(partial(resnet, "resnet50"), images, 1000),
+        "MLP-4096-256": Network(partial(_mlp, 4096), (256, 4096), 1000),
+        "FashionMLP-64": Network(FashionMLP, (64, 784)),
+        "LeNet-64": Network(LeNet, (64, 1, 32, 32)),
+        "ResNet-18-32": Network(partial(resnet, "resnet18"), images, 1000),
+        "FashionMLP-512": Network(FashionMLP, (512, 784)),
+        "MLP-4096-4096": Network(partial(_mlp, 4096), (4096, 4096), 1000),
+    }
+
+
+def _examples(device: torch.device) -> list[tuple[Op, Example]]:
+    if not on_a_gpu(device):
+        return [(op, op.examples[0]) for op in OPS.values()]
+    heads = {
+        "linear_cross_entropy": [timed_head(4096, 1024, 128000)],
+        "cross_entropy": [timed_cross_entropy(4096, 32000), timed_cross_entropy(1024, 128000)],
+    }
+    return [(op, example) for op in OPS.values() for example in (*heads.get(op.name, ()), *op.timed)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Measurement ----------------------------------------------------------------------------------------------------------
+
+
+def _median(seconds: list[float]) -> float:
+    return float(np.median(seconds))
+
+
+def _peaks(device: torch.device) -> Figures:
+    """What this device can do at most: bytes of a copy (read and written), operations of a product of each dtype."""
+    size, width = (COPIED, 8192) if on_a_gpu(device) else (2**10, 8)
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target, clock = torch.empty_like(source), clock_of(device)
+    rates = {"copy": 2 * size / _median(timed({"": lambda: target.copy_(source)}, TURNS, clock)[""])}
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
+        rows = width // 2 if dtype is torch.float64 else width
+        a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+        seconds = _median(timed({"": partial(torch.mm, a, b)}, 5, clock)[""])
+        rates[_name(dtype)] = 2 * rows**3 / seconds
+    return {"rates": rates if on_a_gpu(device) else {}}
+
+
+def contest(contestants: Mapping[str, Call], device: torch.device, work: Figures) -> Figures:
+    """Times of each in turns, its ratio to "eager", and how long it keeps the host busy.
+
+    One that fails at once is left out, with the reason. Without a GPU all run and no time is told.
+    """
+    able: dict[str, Call] = {}
+    left_out = {}
+    for name, call in contestants.items():
+        try:
+            with failures_raised():
+                synchronized(call, device)()
+        except Exception as error:  # a compiler's or another package's own: why it is not compared
+            if name == "eager" or (not isinstance(error, NotRun) and name in ("fastops", "triton")):
+                raise
+            left_out[name] = str(error) if isinstance(error, NotRun) else one_line(error)
+        else:
+            able[name] = call
+    times = timed(able, TURNS if on_a_gpu(device) else 1, clock_of(device))
+    found = {}
+    for name, own in times.items():
+        seconds = _median(own)
+        host = host_seconds(able[name], device, calls=max(1, min(MOST_IN_A_ROW, round(HOST_SECONDS / seconds))))
+        found[name] = {"seconds": seconds, "ratio": ratio(own, times["eager"]), "host": host}
+    return {**work, "times": found if on_a_gpu(device) else {}, "ran": list(able), "left out": left_out}
+
+
+def _flops(call: Call) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _through(way: str, call: Call) -> Call:
+    def through() -> object:
+        with fastops.backend(way):
+            return call()
+
+    return through
+
+
+def _liger(op: str) -> Callable[..., Tensor]:
+    if op not in LIGER:
+        raise NotRun("it has no such function")
+    name, words = LIGER[op]
+    try:
+        function = getattr(import_module("liger_kernel.transformers.functional"), name)
+    except ImportError:
+        raise NotRun("liger_kernel is not installed") from None
+
+    def call(**arguments: Any) -> Tensor:
+        if {name: value for name, value in arguments.items() if name not in words}.items() - DEFAULTS:
+            raise NotRun("not compared with these options")
+        found = function(*(arguments[word] for word in words))
+        loss: Tensor = found[0] if isinstance(found, tuple) else found
+        return loss
+
+    return call
+
+
+def _op(op: Op, example: Example, dtype: torch.dtype, backward: bool, device: torch.device) -> Figures:
+    """A call alone. ``bytes``: every tensor of it read or written once."""
+    variables, constants = draw(example, SMALL, torch.default_generator, dtype, device)
+    reference = torch_function(op)
+    with torch.no_grad():
+        grad_output = torch.ones_like(reference(**variables, **constants, **example.options))
+
+    def of(function: Callable[..., Tensor]) -> Call:
+        """On values of its own: there are functions that overwrite their arguments."""
+        own = {name: tensor.clone().requires_grad_(backward) for name, tensor in variables.items()}
+        leaves = [*own.values()]
+        return op_call(function, {**own, **constants, **example.options}, leaves, grad_output, backward)
+
+    def by_compiler() -> Call:
+        torch._dynamo.reset()
+        return of(torch.compile(reference, dynamic=False))
+
+    ours = of(getattr(FF, op.name))
+    way = fastops.explain(op.name, **variables, **constants, **example.options)
+    contestants = {"eager": of(reference), "fastops": _through("auto", ours)}
+    if way.way != "triton":
+        contestants["triton"] = _through("triton", ours)
+    contestants |= {"torch.compile": _first(by_compiler), "Liger": _first(lambda: of(_liger(op.name)))}
+    sizes = {name: t.numel() * t.element_size() for name, t in {**variables, **constants, "": grad_output}.items()}
+    moved = sum(sizes.values())
+    if backward:  # the gradient of the result, the arguments once more, and their gradients
+        moved += sum(sizes.values()) + sum(sizes[name] for name in variables)
+    work = {
+        "way": way.way,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": moved,
+        "flops": _flops(contestants["eager"]),
+    }
+    return contest(contestants, device, work)
+
+
+def _first(make: Callable[[], Call]) -> Call:
+    """A call that is made when it is first called."""
+    made: list[Call] = []
+
+    def call() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
+def _network(network: Network, dtype: torch.dtype, by_compilers: bool, device: torch.device) -> Figures:
+    """A step of training: forward, backward and SGD, in float32 or under autocast."""
+    eager = network.build().to(device)
+    inputs = torch.randn(network.shape, device=device)
+    targets = torch.randint(network.classes, network.shape[:1], device=device)
+
+    def step(model: nn.Module, criterion: nn.Module) -> Call:
+        whole = model if dtype is torch.float32 else Autocast(model, device, dtype)
+        return model_call(whole, criterion, inputs, targets, training=True)
+
+    def by_compiler() -> Call:
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(copy.deepcopy(eager), dynamic=False)
+        return step(compiled, nn.CrossEntropyLoss())
+
+    swapped, criterion = fastops.swap(copy.deepcopy(eager)), fastops.swap(nn.CrossEntropyLoss())
+    ours = step(swapped, criterion)
+    contestants = {"eager": step(eager, nn.CrossEntropyLoss()), "fastops": _through("auto", ours)}
+    if by_compilers:
+        contestants["torch.compile"] = _first(by_compiler)
+    else:
+        contestants["triton"] = _through("triton", ours)
+    work = {"dtype": _name(dtype), "flops": _flops(contestants["eager"])}
+    return contest(contestants, device, work)
+
+
+def _ways(network: Network, dtype: torch.dtype, device: torch.device) -> Figures:
+    model = fastops.swap(network.build().to(device))
+    whole = model if dtype is torch.float32 else Autocast(model, device, dtype)
+    return {"classes": ways_of(whole, torch.randn(network.shape, device=device))}
+
+
+def _op_ways(op: Op, example: Example, dtype: torch.dtype, device: torch.device) -> Figures:
+    variables, constants = draw(example, SMALL, torch.default_generator, dtype, device)
+    for tensor in variables.values():
+        tensor.requires_grad_()
+
+    class Alone(nn.Module):
+        def forward(self) -> Tensor:
+            result: Tensor = getattr(FF, op.name)(**variables, **constants, **example.options)
+            return result
+
+    return {"classes": ways_of(Alone(), ())}
+
+
+def _tune(network: Network, device: torch.device) -> Figures:
+    """`fastops.tune` itself, with its tiles, into a cache folder that is not the user's."""
+    if dispatch._INTERPRETER:
+        raise NotRun("in the interpreter there is nothing to tune")
+    found = fastops.tune(fastops.swap(network.build().to(device)), torch.randn(network.shape, device=device))
+    return {"tuned": str(found).splitlines()[:-1]}
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Peaks; which way wins for each call of the networks and for each op; single ops; networks; the compiler; tune."""
+    dtypes = (half(device), torch.float32)
+    networks, examples = _networks(device), _examples(device)
+
+    return [
+        Case("peaks", _peaks),
+        *(
+            Case(f"{op.name} / {example.name} / {_name(dtype)} / ways", partial(_op_ways, op, example, dtype))
+            for dtype in dtypes
+            for op, example in examples
+        ),
+        *(
+            Case(f"{name} / {_name(dtype)} / ways", partial(_ways, network, dtype))
+            for dtype in dtypes
+            for name, network in networks.items()
+        ),
+        *(
+            Case(f"{name} / {_name(dtype)} / step", partial(_network, network, dtype, False))
+            for dtype in dtypes
+            for name, network in networks.items()
+        ),
+        *(
+            Case(
+                f"{op.name} / {example.name} / {_name(dtype)} / forward{'+backward' * backward}",
+                partial(_op, op, example, dtype, backward),
+            )
+            for dtype in dtypes
+            for backward in (True, False)
+            for op, example in examples
+        ),
+        *(
+            Case(f"{name} / {_name(dtype)} / step, torch.compile", partial(_network, network, dtype, True))
+            for dtype in dtypes
+            for name, network in networks.items()
+        ),
+        *(Case(f"{name} / tune", partial(_tune, network)) for name, network in networks.items()),
+    ]

@@ -1,0 +1,554 @@
+"""`fastops qualify` without a GPU: that all of it runs, finds what is wrong, survives crashes, and tells no times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import fail
+from torch import Tensor, nn
+
+import fastops
+from fastops import measured, progress, timing
+from fastops.cli import main, qualify, verify
+from fastops.cli.verify import CheckError
+from fastops.models import FashionMLP
+from fastops.ops import OPS
+from fastops.ops.op import ATEN_IS_FASTER, FUSES
+from fastops.qualify import cases, graphs, kernels, models, processes, report, speed, ways
+from fastops.qualify.cases import FAILED, HOLDS, NOT_RUN, Case, NotRun, Result
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+ADD_RELU = verify.Case(OPS["add_relu"], OPS["add_relu"].examples[0])
+Launcher = Callable[..., Any]
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_runs_every_part_and_tells_no_time(tmp_path: Path) -> None:
+    """In processes of its own, with kernels in the interpreter; nothing that it writes looks like a GPU's figure."""
+    text, page, tables = tmp_path / "q.json", tmp_path / "q.html", tmp_path / "tables"
+    case = "add_relu / two tensors"
+    chosen = (f"{case} / float64", f"{case} / gradcheck", "CUDA graph", "peaks", f"{case} / float16 / ")
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "fastops", "qualify", "--device", "cpu", "--case", *chosen),
+            *("--json", str(text), "--html", str(page), "--table", str(tables), "--minutes", "10"),
+        ],
+        cwd=ROOT,
+        # torch.compile takes part, and compiles nothing
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TORCHDYNAMO_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.startswith("no GPU here: the same kernels run in Triton's interpreter on CPU tensors")
+    data = json.loads(text.read_text())
+    outcomes = {part: {r["name"]: r["outcome"] for r in results} for part, results in data["parts"].items()}
+    assert outcomes == {
+        "kernels": {
+            f"{case} / float64": HOLDS,
+            "FashionMLP / CUDA graph": NOT_RUN,
+            "LeNet / CUDA graph": NOT_RUN,
+        },
+        "models": {f"{case} / gradcheck": HOLDS},
+        "speed": {
+            "peaks": HOLDS,
+            f"{case} / float16 / ways": HOLDS,
+            f"{case} / float16 / forward+backward": HOLDS,
+            f"{case} / float16 / forward": HOLDS,
+        },
+    }
+    assert data["gpu"] is data["table"] is None and data["rates"] == {} and not any(data["left"].values())
+    errors = data["parts"]["kernels"][0]["figures"]["errors in units of torch's"]
+    assert list(errors) == list(kernels.arrangements(ADD_RELU.op, CPU))
+    for result in data["parts"]["speed"][2:]:
+        figures = result["figures"]
+        assert figures["times"] == {} and figures["ran"] == ["eager", "fastops", "torch.compile"]
+        assert "Liger" in figures["left out"]
+    assert not list(tables.iterdir())
+    html = page.read_text()
+    assert "CUDA graphs need a GPU" in html and f"{case} / float64" in html
+    assert not any(word in html for word in ("http:", "https:", "src=", "href=", " ms<"))
+
+
+def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "q.json"
+    assert main(["qualify", "--minutes", "1e-9", "--case", "add_relu / two tensors / f", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("no time for") == 3  # the first part comes twice
+    data = json.loads(file.read_text())
+    assert data["left"]["kernels"][0] == "add_relu / two tensors / float32"
+    assert data["parts"] == {"kernels": [], "models": [], "speed": []}
+
+
+def test_an_interrupted_run_keeps_what_came_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def results(self: object, names: list[str], count: int) -> Iterator[Result]:
+        yield Result(names[0], FAILED, "it is <wrong>", 1.0, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.Pool, "results", results)
+    text, page = tmp_path / "q.json", tmp_path / "q.html"
+    assert main(["qualify", "--case", "add_relu", "--json", str(text), "--html", str(page)]) == 130
+    assert "FAILED add_relu / two tensors / float32: it is <wrong>" in capsys.readouterr().out
+    data = json.loads(text.read_text())
+    assert [result["outcome"] for result in data["parts"]["kernels"]] == [FAILED]
+    assert data["left"]["kernels"][0] == "add_relu / two tensors / bfloat16"
+    assert "it is &lt;wrong&gt;" in page.read_text()
+
+
+def test_a_failed_case_is_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(self: object, names: list[str], count: int) -> Iterator[Result]:
+        return (Result(name, FAILED if "float16" in name else HOLDS, "", 1.0, {}) for name in names)
+
+    monkeypatch.setattr(processes.Pool, "results", results)
+    assert main(["qualify", "--case", "add_relu / two tensors / float32"]) == 0
+    assert main(["qualify", "--case", "add_relu / two tensors / float16"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--minutes", "none"], "argument --minutes: 'none' is no time"),
+        (["--minutes", "-1"], "argument --minutes: '-1' is no time"),
+        (["--case", "conv9d", "none of them"], "no case contains 'conv9d' or 'none of them'"),
+        (["--html", "/nowhere/file"], "cannot write to /nowhere/file: "),
+        (["--device", "nonsense"], "cannot use device 'nonsense': "),
+    ],
+)
+def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
+    assert f"error: {line}" in fail(capsys, "qualify", *words)
+
+
+def test_without_triton_there_is_nothing_to_qualify(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastops.dispatch, "triton_installed", False)
+    assert "without Triton" in fail(capsys, "qualify")
+
+
+def test_it_does_without_what_is_missing(tmp_path: Path) -> None:
+    """Neither rich nor filelock nor platformdirs, nor anything else but torch, numpy and Triton."""
+    missing = ["rich", "filelock", "platformdirs", "mlxtend", "matplotlib", "torchvision", "transformers", "elftools"]
+    program = f"""
+import sys
+for name in {missing}: sys.modules[name] = None
+import importlib.metadata as metadata
+find = metadata.distribution
+def distribution(name):
+    if name in {missing}: raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.distribution = distribution
+from fastops.cli import main
+from fastops.qualify.cases import cases_of, run_case
+import torch
+status = main(["qualify", "--minutes", "1e-9", "--device", "cpu"])
+(case,) = [case for case in cases_of("models", torch.device("cpu")) if case.name == "ResNet-18 / training"]
+print(run_case(case, torch.device("cpu")).reason)
+sys.exit(status)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTOPS_CACHE_DIR"}
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = process.stdout.splitlines()
+    named = {line.split()[2] for line in lines if line.startswith("not installed: ")}
+    assert named == {*missing, "liger-kernel"} - {"matplotlib", "elftools"}
+    assert lines[-1] == "torchvision is not installed"
+
+
+def test_progress_needs_no_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert list(progress.tracked("abc", 3, str)) == ["a", "b", "c"]
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    name = line.strip()
+    print("said", name, file=sys.stderr, flush=True)
+    if name == "crash": os.abort()
+    if name == "end": sys.exit(3)
+    if name == "hang": time.sleep(1000)
+    result = {"name": name, "outcome": "holds", "reason": str(os.getpid()), "seconds": 0.0, "figures": {}}
+    print(json.dumps({"result": result, "lives": name != "spoils"}), flush=True)
+    if name == "spoils": time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In place of the program that runs cases, one that does what their names say."""
+    program = tmp_path / "worker.py"
+    program.write_text(WORKER)
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(program)))
+
+
+def pool(seconds: float) -> processes.Pool:
+    return processes.Pool("kernels", CPU, time.monotonic() + seconds, {})
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_crash_takes_nothing_along() -> None:
+    names = ["a", "crash", "b", "end", "c", "spoils", "d", "e"]
+    found = {result.name: result for result in pool(1000).results(names, 1)}
+    assert [name for name in names if found[name].outcome == FAILED] == ["crash", "end"]
+    assert found["crash"].reason == "the process ended with signal SIGABRT: said crash"
+    assert found["end"].reason == "the process ended with status 3: said end"
+    own = [found[name].reason for name in ("a", "b", "c", "spoils", "d", "e")]
+    assert len(set(own)) == 4 and own[2] == own[3] and own[4] == own[5]  # a device that is spoilt gets a new process
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_case_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "CASE_SECONDS", 0.0)
+    (result,) = pool(1000).results(["hang"], 1)
+    assert (result.outcome, result.reason) == (FAILED, "it took longer than 0 s")
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_end_of_the_time_is_no_failure() -> None:
+    assert list(pool(0.0).results(["a"], 1)) == []
+    assert list(pool(1.0).results(["hang", "hang", "hang"], 1)) == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_several_at_a_time() -> None:
+    found = list(pool(1000).results([str(number) for number in range(20)], 3))
+    assert sorted(int(result.name) for result in found) == list(range(20))
+    assert len({result.reason for result in found}) <= 3
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    for device in (CPU, torch.device("cuda")):
+        for part in cases.PARTS:
+            names = [case.name for case in cases.cases_of(part, device)]
+            assert names and len(set(names)) == len(names) and not any("\n" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (None, HOLDS, ""),
+        (NotRun("no GPU"), NOT_RUN, "no GPU"),
+        (torch.OutOfMemoryError("full"), NOT_RUN, "OutOfMemoryError: full"),
+        (CheckError("wrong"), FAILED, "wrong"),
+        (ZeroDivisionError("by\nzero"), FAILED, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_what_becomes_of_a_case(error: Exception | None, outcome: str, reason: str) -> None:
+    def run(device: torch.device) -> dict[str, Any]:
+        if error is not None:
+            raise error
+        return {"one": 1}
+
+    result = cases.run_case(Case("name", run), CPU)
+    assert (result.name, result.outcome, result.reason) == ("name", outcome, reason)
+    assert result.figures == ({"one": 1} if error is None else {})
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def check_with(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Check add_relu with a forward kernel whose result is ``spoil(input, right result)``."""
+    forward, backward = ADD_RELU.op.launchers
+
+    def spoilt(input: Tensor, other: Tensor) -> Tensor:
+        return spoil(input, forward(input, other))
+
+    monkeypatch.setitem(vars(ADD_RELU.op), "launchers", (spoilt, backward))
+    kernels._check(ADD_RELU, torch.float32, CPU)
+
+
+def outside(input: Tensor, result: Tensor) -> Tensor:
+    """Write in front of the input, if something is there: in a guard."""
+    if input.storage_offset() > 1:
+        input.as_strided((1,), (1,), input.storage_offset() - 1).fill_(0)
+    return result
+
+
+DEFECTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "error": (lambda _, y: y * 1.001, r"odd sizes: the error of the value is .* times what is allowed"),
+    "only where misaligned": (
+        lambda x, y: y * 1.001 if x.data_ptr() % 16 else y,
+        r"misaligned: the error of the value",
+    ),
+    "only behind a tile": (
+        lambda _, y: y * 1.001 if len(y) == 17 else y,
+        r"one behind full tiles: the error of the value",
+    ),
+    "memory": (outside, r"odd sizes: memory outside a tensor of shape \(13, 37\) was written"),
+    "argument": (lambda x, y: (x.add_(1), y)[1], r"odd sizes: input was modified"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_of_a_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, message = DEFECTS[name]
+    with pytest.raises(CheckError, match=message):
+        check_with(monkeypatch, spoil)
+
+
+def test_two_runs_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one rounding, in every second run."""
+    runs = iter(range(1000))
+    with pytest.raises(CheckError, match="odd sizes: two runs differ"):
+        check_with(monkeypatch, lambda _, y: y * (1 + next(runs) % 2 * torch.finfo(y.dtype).eps))
+
+
+def test_what_no_kernel_takes_is_not_run() -> None:
+    mse = OPS["mse_loss"]
+    weighted = next(example for example in mse.examples if "element weights" in example.name)
+    with pytest.raises(NotRun, match="weights"):
+        kernels._check(verify.Case(mse, weighted), torch.float32, CPU)
+    with pytest.raises(NotRun, match="needs a GPU with 40 GiB to spare"):
+        kernels._far(ADD_RELU, torch.float32, CPU)
+
+
+def test_layouts() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    for layout in (kernels.misaligned, kernels.padded, kernels.channels_last):
+        assert torch.equal(layout(image), image)
+    assert kernels.misaligned(image).data_ptr() % 16 == 4 and kernels.misaligned(image).stride() == image.stride()
+    assert kernels.padded(image).stride() == (72, 24, 6, 1)
+    assert kernels.channels_last(image).is_contiguous(memory_format=torch.channels_last)
+    for shape in ((13, 37), (1, 3, 4, 5)):
+        distant = kernels.far(torch.empty(shape, device="meta"))
+        last = sum(step * (size - 1) for step, size in zip(distant.stride(), shape, strict=True))
+        assert distant.shape == shape and 2**31 < last < 2**31 + 2**12
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_sizes_reach_the_edges_of_tiles(name: str) -> None:
+    op = OPS[name]
+    widths = []
+    for sizes, _ in list(kernels.arrangements(op, torch.device("cuda")).values())[1:3]:
+        weight = op.examples[0].draw(sizes, torch.Generator())[0]["weight"]
+        widths.append(tuple(weight.shape[:2]))
+    assert widths == {"linear": [(256, 256), (257, 257)], "conv2d": [(64, 64), (65, 65)]}[name]
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+
+
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"autocast": True}], ids=str)
+def test_training_beside_eager(options: dict[str, bool]) -> None:
+    found = models._compare(models.Training(tiny, (1, 8, 8), **options), CPU)
+    assert list(found["distance from float64 in units of eager's"]) == ["auto", "triton"]
+
+
+def test_training_that_goes_astray_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["linear"]
+    forward, backward = op.launchers
+    monkeypatch.setitem(vars(op), "launchers", (lambda *arguments: forward(*arguments) * 1.01, backward))
+    with pytest.raises(CheckError, match=r"with backend 'auto' [\d.]+ times as far from float64 as eager, not 2"):
+        models._compare(models.Training(tiny, (1, 8, 8)), CPU)
+
+
+def test_a_gradient_that_is_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = ADD_RELU.op.launchers
+    monkeypatch.setitem(vars(ADD_RELU.op), "launchers", (forward, lambda *a: tuple(g * 1.01 for g in backward(*a))))
+    with pytest.raises(CheckError, match="Jacobian"):
+        models._gradcheck(ADD_RELU, CPU)
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told of a GPU is told here, of made-up times."""
+
+    def made_up(contestants: dict[str, Any], *_: object) -> dict[str, list[float]]:
+        seconds = {"eager": 2.0, "torch": 2.0, "vendor": 3.0, "fastops": 1.0, "triton": 4.0}
+        return {name: [seconds.get(name, 5.0)] * 3 for name in contestants}
+
+    for module in (speed, ways, report):
+        monkeypatch.setattr(module, "on_a_gpu", lambda device: True)
+    for module in (speed, ways):
+        monkeypatch.setattr(module, "timed", made_up)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
+    monkeypatch.setattr(measured, "name_of", lambda device: "Made-up GPU")
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_contestants_that_cannot_run_are_left_out() -> None:
+    def absent() -> None:
+        raise NotRun("it is not installed")
+
+    def broken() -> None:
+        raise ValueError("no compiler")
+
+    contestants = {"eager": nothing, "fastops": nothing, "Liger": absent, "torch.compile": broken}
+    found = speed.contest(contestants, CPU, {"bytes": 8})
+    assert found["left out"] == {"Liger": "it is not installed", "torch.compile": "ValueError: no compiler"}
+    assert found["bytes"] == 8 and found["ran"] == list(found["times"]) == ["eager", "fastops"]
+    assert (found["times"]["fastops"]["seconds"], found["times"]["fastops"]["ratio"]) == (1.0, (0.5, 0.5, 0.5))
+    for name in ("eager", "fastops"):
+        with pytest.raises(ValueError, match="no compiler"):
+            speed.contest({**contestants, name: broken}, CPU, {})
+
+
+def test_liger_is_called_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a made-up one, which overwrites its arguments, as the real one does."""
+
+    def loss(input: Tensor, target: Tensor) -> tuple[Tensor, None]:
+        result = nn.functional.cross_entropy(input, target)
+        input.detach().zero_()
+        return result, None
+
+    name = "liger_kernel.transformers.functional"
+    fake = types.ModuleType(name)
+    fake.liger_cross_entropy = loss  # type: ignore[attr-defined]
+    for parent in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    op = OPS["cross_entropy"]
+    mean, none = (next(e for e in op.examples if e.name == f"indices, {name}") for name in ("mean", "none"))
+    found = speed._op(op, mean, torch.float32, False, CPU)
+    assert found["ran"] == ["eager", "fastops", "torch.compile", "Liger"] and found["left out"] == {}
+    found = speed._op(op, none, torch.float32, False, CPU)
+    assert found["left out"] == {"Liger": "not compared with these options"}
+
+
+def test_work_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of all its tensors, once; floating-point operations of its products."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    op = OPS["linear"]
+    rows, features, outputs = kernels.SMALL
+    tensors = 4 * (rows * features + outputs * features + outputs)
+    result = 4 * rows * outputs
+    for backward, times in ((False, 1), (True, 3)):
+        found = speed._op(op, op.examples[0], torch.float32, backward, CPU)
+        assert found["flops"] == times * 2 * rows * features * outputs
+        assert found["bytes"] == times * tensors + (2 if backward else 1) * result
+        assert found["times"] == {}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("seconds", "won"),
+    [
+        ({"vendor": [2.0, 2.0, 2.0], "triton": [1.0, 1.0, 1.0], "torch": [1.5, 1.5, 1.5]}, "triton"),
+        ({"vendor": [2.0, 2.0, 2.0], "triton": [1.99, 1.99, 1.99]}, "vendor"),  # not clearly
+        ({"vendor": [2.0, 2.0, 2.0], "triton": [1.0, 1.0, 3.0]}, "vendor"),  # not in every turn
+    ],
+)
+def test_which_way_won(seconds: dict[str, list[float]], won: str) -> None:
+    assert ways._won(seconds, "vendor") == won
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_classes_of_a_model() -> None:
+    """Each call with and without gradients; the rule of the interpreter takes kernels."""
+    model, x = fastops.swap(FashionMLP()), torch.randn(2, 784)
+    entries = ways.ways_of(model, x)
+    assert {(entry["rule"], entry["way"]) for entry in entries} == {("triton", "torch")}
+    classes = [entry["class"][:3] for entry in entries]
+    assert classes == [
+        (op, gradients, "torch.float32")
+        for gradients in (True, False)
+        for op in ("linear_relu", "linear_relu", "linear")
+    ]
+    assert entries[0]["class"][4][0] == ((2, 1024), (0, 1)) and entries[0]["seconds"] == {"triton": 4.0, "torch": 2.0}
+
+
+def test_no_class_is_told_without_a_gpu() -> None:
+    assert ways.ways_of(fastops.swap(nn.Sequential(nn.Linear(3, 4))), torch.randn(2, 3)) == []
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_report_of_made_up_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of what the device reaches, the table of ways, and the page: of a GPU that there is not."""
+    made = report.Report(CPU, 8.0, tmp_path / "q.json", tmp_path / "q.html", tmp_path)
+    made.begin("speed", ["peaks", "op", "ways", "later"])
+    made.add("speed", Result("peaks", HOLDS, "", 1.0, {"rates": {"copy": 1e12, "float32": 4e12}}))
+    times = {
+        name: {"seconds": seconds, "ratio": (seconds, seconds, seconds), "host": 1e-6}
+        for name, seconds in (("eager", 1.0), ("fastops", 0.5))
+    }
+    work = {"way": "vendor", "dtype": "float32", "bytes": 1e11, "flops": 1e12}
+    made.add(
+        "speed", Result("op", HOLDS, "", 1.0, {**work, "times": times, "ran": [], "left out": {"Liger": "absent"}})
+    )
+    key = ("linear", True, "torch.float32", "", (((2, 4), (0, 1)),), ())
+    entry = {"class": key, "rule": "torch", "way": "triton", "seconds": {"triton": 1e-6, "torch": 2e-6}}
+    made.add("speed", Result("ways", HOLDS, "", 1.0, {"classes": [entry]}))
+    made.end("speed")
+    data = json.loads((tmp_path / "q.json").read_text())
+    ours = data["parts"]["speed"][1]["figures"]["times"]["fastops"]
+    assert (ours["of copy"], ours["of matmul"]) == pytest.approx((0.2, 0.5))
+    assert data["left"]["speed"] == ["later"]
+    table = json.loads((tmp_path / "Made-up-GPU.json").read_text())
+    assert table == data["table"] and table["gpu"] == "Made-up GPU" and table["torch"] == torch.__version__
+    page = (tmp_path / "q.html").read_text()
+    for text in ("0.50 (0.50 - 0.50)", "20 %", "50 %", "op: Liger: absent", "linear float32  2x4", "later"):
+        assert text in page
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    measured.of.cache_clear()
+    assert measured.of(torch.device("cuda:0")) == {key: "triton"}  # `auto` can read what was written
+    measured.of.cache_clear()
+
+
+def test_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two events there is the call alone: the cache is emptied before."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.name = "start" if sum(line == "made" for line in log) % 2 == 0 else "end"
+            log.append("made")
+
+        def record(self) -> None:
+            log.append(self.name)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert (self.name, end.name, log[-1]) == ("start", "end", "waited")
+            return 3.0
+
+    class Flushed:
+        device = CPU
+
+        def zero_(self) -> None:
+            log.append("flushed")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("waited"))
+    assert timing._events(Flushed(), lambda: log.append("call"), 2) == pytest.approx(3e-3)  # type: ignore[arg-type]
+    assert log == ["made"] * 4 + ["flushed", "start", "call", "end"] * 2 + ["waited"]
+
+
+def test_what_only_a_gpu_has_is_not_run() -> None:
+    with pytest.raises(NotRun, match="CUDA graphs need a GPU"):
+        graphs.captured(nothing, CPU)
+    assert ATEN_IS_FASTER.way == "torch" and FUSES.way == "triton"  # the ways that tables know
+
+
+def test_the_plan_has_every_part() -> None:
+    assert [part for part, _ in qualify.PLAN[:3]] == list(cases.PARTS)
+    assert {part for part, share in qualify.PLAN if share == 1} == set(cases.PARTS)

@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
+MINUTES ?= 8
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest bench lint docs clean
+.PHONY: demo test test-oldest gpu bench lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -21,6 +22,10 @@ OLDEST := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=defa
 test-oldest: $(VENV)/.dev-installed
 	env $(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 tests/interpreter
 
+# With the torch that $(PYTHON) has, and nothing installed: a machine with a GPU comes with its own, and may have no network.
+gpu:
+	$(PYTHON) -m fastops qualify --minutes $(MINUTES) --json qualify.json --html qualify.html --table kernels/measured
+
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest bench
 
@@ -35,7 +40,7 @@ docs: $(VENV)/.dev-installed
 
 clean:
 	if [ -e $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
-	rm -rf build dist torch_fastops.egg-info docs/_build curves.png
+	rm -rf build dist torch_fastops.egg-info docs/_build curves.png qualify.json qualify.html
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastops kernels tests bench docs -name __pycache__ -prune -exec rm -rf {} +
 

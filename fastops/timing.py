@@ -35,6 +35,12 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     return Ratio(median, lower, upper)
 
 
+def shown(ratio: Sequence[float]) -> str:
+    """A `Ratio`, or what JSON made of one, in words."""
+    median, lower, upper = ratio
+    return f"{median:.2f} ({lower:.2f} - {upper:.2f})"
+
+
 def synchronized(call: Call, device: torch.device) -> Call:
     """The call, which returns when the device is done."""
     if device.type == "cpu":

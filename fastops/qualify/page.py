@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, Final
 
+from fastops.timing import shown
+
 from .cases import FAILED, NOT_RUN, PARTS
 
 STYLE: Final = """
@@ -74,7 +76,7 @@ def _speed(results: list[dict[str, Any]]) -> list[str]:
         times = result["figures"].get("times")
         if times:
             ours, eager = times["fastops"], times["eager"]
-            ratios = (_ratio(times[name]) if name in times else "" for name in CONTESTANTS)
+            ratios = (shown(times[name]["ratio"]) if name in times else "" for name in CONTESTANTS)
             shares = (f"{100 * ours[of]:.0f} %" if of in ours else "" for of in ("of copy", "of matmul"))
             hosts = (f"{1e6 * one['host']:.1f}" for one in (eager, ours))
             way = result["figures"].get("way", "")
@@ -86,11 +88,6 @@ def _speed(results: list[dict[str, Any]]) -> list[str]:
     )
     tuned = (f"{r['name']}: {line}" for r in results for line in r["figures"].get("tuned", ()))
     return [*_table(headings, rows), *_list("Left out of comparisons", left_out), *_list("fastops.tune", tuned)]
-
-
-def _ratio(times: dict[str, Any]) -> str:
-    median, lower, upper = times["ratio"]
-    return f"{median:.2f} ({lower:.2f} - {upper:.2f})"
 
 
 def _won(entry: dict[str, Any]) -> tuple[str, str, str, str]:

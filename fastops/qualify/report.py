@@ -14,6 +14,7 @@ import torch
 from fastops import measured
 from fastops.cli import doctor
 from fastops.cli.environment import writing
+from fastops.timing import shown
 
 from .cases import FAILED, HOLDS, NOT_RUN, PARTS, Result, on_a_gpu
 from .page import page
@@ -135,5 +136,4 @@ def _json(data: dict[str, Any]) -> str:
 
 
 def _line(name: str, times: dict[str, Any]) -> str:
-    median, lower, upper = times["ratio"]
-    return f"{name} {1e3 * times['seconds']:.4f} ms, {median:.2f} ({lower:.2f} - {upper:.2f})"
+    return f"{name} {1e3 * times['seconds']:.4f} ms, {shown(times['ratio'])}"

@@ -24,7 +24,7 @@ def page(data: dict[str, Any]) -> str:
     body = [f"<h1>fastops on {escape(gpu)}</h1>", *_failures(data), "<h2>Machine</h2>"]
     body += _table(("", ""), data["doctor"].items())
     body += _list("Not installed", (f"{name}: {use}" for name, use in data["missing"].items()))
-    body += _list("The way of each op by the rule", data["ways"])
+    body += _list("The way of each op", data["ways"])
     for part, title in PARTS.items():
         results = data["parts"][part]
         body.append(f"<h2>{escape(title)}</h2>")

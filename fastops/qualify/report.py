@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from fastops import measured
+from fastops import dispatch, measured
 from fastops.cli import doctor
 from fastops.cli.environment import writing
 from fastops.timing import shown
@@ -41,11 +41,13 @@ class Report:
         self.left: dict[str, list[str]] = {part: [] for part in PARTS}
         self._saved = 0.0
         gpu = measured.name_of(device) if on_a_gpu(device) else None
+        with dispatch.by_the_rule():
+            ways = list(doctor.choices(device))
         self.data: dict[str, Any] = {
             "gpu": gpu,
             "minutes": minutes,
             "doctor": doctor.report(),
-            "ways": list(doctor.choices(device)),
+            "ways": ways,
             "missing": {name: use for name, use in PACKAGES.items() if doctor.version_of(name) == "not installed"},
             "rates": {},
             "parts": {part: [] for part in PARTS},

@@ -6,7 +6,7 @@ MINUTES ?= 8
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest gpu bench lint docs clean
+.PHONY: demo test test-oldest test-versions gpu bench lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -21,6 +21,16 @@ OLDEST := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=defa
 
 test-oldest: $(VENV)/.dev-installed
 	env $(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 tests/interpreter
+
+# What depends most on the versions of torch, Triton and Python, about a third of all tests: with each pair of versions
+# that is supported, or with that of TORCH alone.
+SOME ?= $(patsubst %,tests/%.py,interpreter/test_add_relu_kernels interpreter/test_bce_kernels \
+	interpreter/test_linear_kernels test_autograd test_compile test_compile_backend test_dispatch test_errors \
+	test_export test_func test_functional test_launch test_linear_cross_entropy test_offline_compile test_private \
+	test_strict test_swap test_swap_classes)
+
+test-versions:
+	WORKERS=$(WORKERS) .ci/versions "$(TORCH)" $(SOME)
 
 # With the torch that $(PYTHON) has, and nothing installed: a machine with a GPU comes with its own, and may have no network.
 gpu:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -265,6 +264,8 @@ def _devices(model: nn.Module) -> set[torch.device]:
 @contextmanager
 def random_state_kept(devices: set[torch.device]) -> Iterator[None]:
     """Put the random state of these devices, of Python and of NumPy back afterwards."""
+    import numpy as np  # not above: nothing else here needs it
+
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     kind = accelerators[0].type if accelerators else "cuda"
     pythons, numpys = random.getstate(), np.random.get_state()

@@ -35,17 +35,13 @@ WAYS = ("triton", "onednn", "torch")
 
 
 def folder() -> Path:
-    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder.
-
-    ``RuntimeError`` if there is no home, or no platformdirs to find it.
-    """
-    own = os.environ.get("FASTOPS_CACHE_DIR")
-    if own:
+    """``$FASTOPS_CACHE_DIR``, or ``fastops`` in the user's cache folder; ``RuntimeError`` if there is no home."""
+    if own := os.environ.get("FASTOPS_CACHE_DIR"):
         return Path(own)
     try:
         from platformdirs import user_cache_path
-    except ImportError:
-        raise RuntimeError("without platformdirs the environment variable FASTOPS_CACHE_DIR has to name it") from None
+    except ImportError:  # its rule on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastops"
     return user_cache_path("fastops", appauthor=False)
 
 

@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 import fastops.distributed
 import fastops.models
+from fastops import tuning_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_FILES = sorted((ROOT / "kernels").glob("*.py"))
@@ -169,8 +170,30 @@ def test_import_leaves_out_what_takes_seconds(module: str) -> None:
     assert run_python("-c", f"import sys, fastops, fastops.nn; print({module!r} in sys.modules)") == "False\n"
 
 
-def test_works_without_triton() -> None:
-    run_python("-c", "import sys; sys.modules['triton'] = None\n" + TRAIN_ONE_STEP)
+@pytest.mark.parametrize("modules", [["triton"], ["filelock", "numpy", "platformdirs", "rich"]])
+def test_works_without(modules: list[str]) -> None:
+    """Also without all dependencies but torch."""
+    run_python("-W", "ignore", "-c", f"import sys; sys.modules.update(dict.fromkeys({modules}))\n" + TRAIN_ONE_STEP)
+
+
+def test_cache_folder_without_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTOPS_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    found = tuning_cache.folder()
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert tuning_cache.folder() == Path("/somewhere/fastops")
+    assert found == Path("/somewhere/fastops") or sys.platform != "linux"
+
+
+def test_pairs_of_versions() -> None:
+    """From the oldest torch that is allowed to the one that is pinned."""
+    pairs = re.findall(r'^  "([\d.]+) ([\d.]+) ([\d.]+) 3', (ROOT / ".ci" / "versions").read_text(), flags=re.MULTILINE)
+    (oldest,) = re.findall(r"torch>=([\d.]+)", (ROOT / "pyproject.toml").read_text())
+    pins = dict(
+        re.findall(r"^(torch|triton|torchvision)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    )
+    assert pairs[0][0].startswith(f"{oldest}.")
+    assert pairs[-1] == (pins["torch"], pins["triton"], pins["torchvision"])
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -39,11 +39,8 @@ def loaded(path: Path, **names: Any) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     vars(module).update(names)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[spec.name]
+    sys.modules[spec.name] = module  # where dataclasses and Dynamo look for it
+    spec.loader.exec_module(module)
     return module
 
 

@@ -40,6 +40,7 @@ CALLS: Final[dict[Any, str]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, "add", "add_"), "add"),
     **dict.fromkeys((*RELU_FUNCTIONS, Tensor.relu, Tensor.relu_, *RELU_METHODS), "relu"),
 }
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 _is_mode_active: Final = private.is_function_mode_active
 SUMS_IN_PLACE: Final = (operator.iadd, Tensor.add_, "add_")
 
@@ -59,7 +60,7 @@ class Layer(NamedTuple):
         name = self.ops[1 if relu else 0]  # Dynamo up to torch 2.11 knows no bool there
         if self.with_options is not None:
             return self.with_options(getattr(functional, name), layer, input, weight, bias)
-        if _is_mode_active():
+        if _is_dynamo_compiling() or _is_mode_active():  # Dynamo of torch 2.9 cannot ask the latter
             return getattr(functional, name)(input, weight, bias)
         return call(OPS[name], input, weight, bias)
 

@@ -54,9 +54,9 @@ class Report:
             "left": self.left,
             "table": None,
         }
-        shown = {name: self.data["doctor"][name] for name in ("torch", "triton", "python", "system")}
         print(f"{gpu or 'no GPU: Triton interprets kernels, with tiny sizes, and no time means anything'}")
-        print(", ".join(f"{name} {value}" for name, value in shown.items()))
+        for name, fact in self.data["doctor"].items():
+            print(f"{name}: {fact}")
         for name, use in self.data["missing"].items():
             print(f"not installed: {name} ({use})")
         self._save()
@@ -64,7 +64,7 @@ class Report:
     def begin(self, part: str, names: list[str]) -> None:
         """All of these cases are left to be run."""
         print(f"\n{PARTS[part]}", flush=True)
-        self.left[part] = self.data["left"][part] = list(names)
+        self.left[part] = list(names)
 
     def add(self, part: str, result: Result) -> None:
         """A case is done."""

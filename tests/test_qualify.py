@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastops
 from fastops import measured, progress, timing
-from fastops.cli import main, qualify, verify
+from fastops.cli import main, matrix, qualify, verify
 from fastops.cli.verify import CheckError
 from fastops.models import FashionMLP
 from fastops.ops import OPS
@@ -369,6 +369,19 @@ def test_a_gradient_that_is_none_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(vars(ADD_RELU.op), "launchers", (forward, lambda *a: tuple(g * 1.01 for g in backward(*a))))
     with pytest.raises(CheckError, match="Jacobian"):
         models._gradcheck(ADD_RELU, CPU)
+
+
+def test_transforms_are_those_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotRun, match="fastops verify --matrix"):
+        models._transforms(ADD_RELU.op, CPU)
+    monkeypatch.setattr(models, "on_a_gpu", lambda device: True)
+    few = {"higher order": {"backward": matrix.FAMILIES["higher order"]["backward"]}}
+    monkeypatch.setattr(matrix, "FAMILIES", few | {"objects": matrix.FAMILIES["objects"]})
+    assert models._transforms(ADD_RELU.op, CPU) == {"transforms that hold": 4}
+    forward, backward = ADD_RELU.op.launchers
+    monkeypatch.setitem(vars(ADD_RELU.op), "launchers", (lambda *a: forward(*a) + 1, backward))
+    with pytest.raises(CheckError, match="higher order, backward: AssertionError"):
+        models._transforms(ADD_RELU.op, CPU)
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ FAMILIES: Final[dict[str, dict[str, Property]]] = {
 }
 
 
-def _subjects(op: Op, device: torch.device) -> tuple[Subject, Subject, Callable[[], str]]:
+def subjects_of(op: Op, device: torch.device) -> tuple[Subject, Subject, Callable[[], str]]:
     """Of fastops' function and of torch's, with the arguments of the op's first example; and which way it goes."""
     example = op.examples[0]
     variables, constants = draw(example, TINY, torch.Generator().manual_seed(0), torch.float32, device)
@@ -319,7 +319,7 @@ def _same_error(property: Property, ours: Subject, expected: NotImplementedError
     return f"no error, but torch: {expected}"
 
 
-def _failure(property: Property, ours: Subject, torchs: Subject) -> str | None:
+def failure_of(property: Property, ours: Subject, torchs: Subject) -> str | None:
     """What is wrong, or `NOT_IN_TORCH` if torch lacks it and fastops says so in torch's words."""
     try:
         with warnings.catch_warnings():
@@ -342,7 +342,7 @@ def _failure(property: Property, ours: Subject, torchs: Subject) -> str | None:
 
 def run(names: list[str], ways: Sequence[str], device: torch.device) -> int:
     """Print a table for each family, of all operations on all ways; return 1 unless fastops ran and all holds."""
-    subjects = {name: _subjects(OPS[name], device) for name in names}
+    subjects = {name: subjects_of(OPS[name], device) for name in names}
     first = max(map(len, names))
     taken = {}
     print("**ways**\n")
@@ -366,7 +366,7 @@ def run(names: list[str], ways: Sequence[str], device: torch.device) -> int:
                 bad, good = [], "yes"
                 for way in checked:
                     with fastops.backend(way):
-                        failure = _failure(property, ours, torchs)
+                        failure = failure_of(property, ours, torchs)
                     if failure == NOT_IN_TORCH:
                         good = NOT_IN_TORCH
                     elif failure is not None:

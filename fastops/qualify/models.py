@@ -15,6 +15,7 @@ import fastops
 from fastops.cli import verify
 from fastops.cli.verify import CheckError
 from fastops.models import FashionMLP, LeNet
+from fastops.ops import OPS, Op
 from fastops.ops.op import failures_raised
 
 from .cases import Case, Figures, NotRun, on_a_gpu
@@ -120,12 +121,31 @@ def _gradcheck(case: verify.Case, device: torch.device) -> Figures:
     return {"gradients by": outcome.backend}
 
 
+def _transforms(op: Op, device: torch.device) -> Figures:
+    """What ``fastops verify --matrix`` checks of an op, on its kernels."""
+    if not on_a_gpu(device):
+        raise NotRun("without a GPU `fastops verify --matrix` checks transforms")
+    from fastops.cli import matrix  # with torch's compilers
+
+    ours, torchs, way = matrix.subjects_of(op, device)
+    properties = {f"{family}, {name}": p for family, named in matrix.FAMILIES.items() for name, p in named.items()}
+    with fastops.backend("triton"):
+        if way() != "triton":
+            raise NotRun("no kernel takes it")
+        found = {name: matrix.failure_of(property, ours, torchs) for name, property in properties.items()}
+    failures = [f"{name}: {failure}" for name, failure in found.items() if failure not in (None, matrix.NOT_IN_TORCH)]
+    if failures:
+        raise CheckError("; ".join(failures))
+    return {"transforms that hold": len(found)}
+
+
 def cases(device: torch.device) -> list[Case]:
-    """gradcheck of each op, the reference models, and gradcheck of the other examples."""
+    """gradcheck of each op, the reference models, gradcheck of the other examples, and transforms."""
     first = [case for case in verify.CASES if case.example is case.op.examples[0]]
     others = [case for case in verify.CASES if case not in first]
     return [
         *(Case(f"{case.name} / gradcheck", partial(_gradcheck, case)) for case in first),
         *(Case(f"{name} / training", partial(_compare, training)) for name, training in TRAININGS.items()),
         *(Case(f"{case.name} / gradcheck", partial(_gradcheck, case)) for case in others),
+        *(Case(f"{op.name} / transforms", partial(_transforms, op)) for op in OPS.values()),
     ]

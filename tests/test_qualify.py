@@ -67,15 +67,19 @@ def test_command_runs_every_part_and_tells_no_time(tmp_path: Path) -> None:
             f"{case} / float16 / ways": HOLDS,
             f"{case} / float16 / forward+backward": HOLDS,
             f"{case} / float16 / forward": HOLDS,
+            f"{case} / float16 / forward+backward, torch.compile": HOLDS,
+            f"{case} / float16 / forward, torch.compile": HOLDS,
         },
+        "compilations": {},
     }
     assert data["gpu"] is data["table"] is None and data["rates"] == {} and not any(data["left"].values())
     errors = data["parts"]["kernels"][0]["figures"]["errors in units of torch's"]
     assert list(errors) == list(kernels.arrangements(ADD_RELU.op, CPU))
     for result in data["parts"]["speed"][2:]:
         figures = result["figures"]
-        assert figures["times"] == {} and figures["ran"] == ["eager", "fastops", "torch.compile"]
-        assert "Liger" in figures["left out"]
+        compiled = result["name"].endswith("torch.compile")
+        assert figures["times"] == {} and figures["ran"] == ["eager", "fastops", *["torch.compile"] * compiled]
+        assert list(figures["left out"]) == ["Liger"] * (not compiled)
     assert not list(tables.iterdir())
     html = page.read_text()
     assert "CUDA graphs need a GPU" in html and f"{case} / float64" in html
@@ -89,7 +93,7 @@ def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str], 
     assert printed.count("no time for") == 3  # the first part comes twice
     data = json.loads(file.read_text())
     assert data["left"]["kernels"][0] == "add_relu / two tensors / float32"
-    assert data["parts"] == {"kernels": [], "models": [], "speed": []}
+    assert data["parts"] == {"kernels": [], "models": [], "compilations": [], "speed": []}
 
 
 def test_an_interrupted_run_keeps_what_came_before(
@@ -237,7 +241,8 @@ def test_every_case_has_a_name_of_its_own() -> None:
     for device in (CPU, torch.device("cuda")):
         for part in cases.PARTS:
             names = [case.name for case in cases.cases_of(part, device)]
-            assert names and len(set(names)) == len(names) and not any("\n" in name for name in names)
+            assert names or (part, device) == ("compilations", CPU)
+            assert len(set(names)) == len(names) and not any("\n" in name for name in names)
 
 
 @pytest.mark.parametrize(
@@ -439,12 +444,11 @@ def test_liger_is_called_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
     for parent in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     op = OPS["cross_entropy"]
     mean, none = (next(e for e in op.examples if e.name == f"indices, {name}") for name in ("mean", "none"))
-    found = speed._op(op, mean, torch.float32, False, CPU)
-    assert found["ran"] == ["eager", "fastops", "torch.compile", "Liger"] and found["left out"] == {}
-    found = speed._op(op, none, torch.float32, False, CPU)
+    found = speed._op(op, mean, torch.float32, False, False, CPU)
+    assert found["ran"] == ["eager", "fastops", "Liger"] and found["left out"] == {}
+    found = speed._op(op, none, torch.float32, False, False, CPU)
     assert found["left out"] == {"Liger": "not compared with these options"}
 
 
@@ -456,7 +460,7 @@ def test_work_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = 4 * (rows * features + outputs * features + outputs)
     result = 4 * rows * outputs
     for backward, times in ((False, 1), (True, 3)):
-        found = speed._op(op, op.examples[0], torch.float32, backward, CPU)
+        found = speed._op(op, op.examples[0], torch.float32, backward, True, CPU)
         assert found["flops"] == times * 2 * rows * features * outputs
         assert found["bytes"] == times * tensors + (2 if backward else 1) * result
         assert found["times"] == {}
@@ -488,6 +492,19 @@ def test_classes_of_a_model() -> None:
         for op in ("linear_relu", "linear_relu", "linear")
     ]
     assert entries[0]["class"][4][0] == ((2, 1024), (0, 1)) and entries[0]["seconds"] == {"triton": 4.0, "torch": 2.0}
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compilations_time_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way of each call is gone once."""
+    gone: list[str] = []
+    run = ways.Call.run
+    monkeypatch.setattr(ways.Call, "run", lambda call: gone.append(fastops.dispatch.selected_backend()) or run(call))
+    monkeypatch.setattr(ways, "timed", None)
+    example = ADD_RELU.example
+    assert speed._op_ways(ADD_RELU.op, example, torch.float32, False, CPU) == {"classes": []}
+    assert gone == ["auto", "torch"] * 2
+    assert {case.name.rpartition(" / ")[2] for case in speed.compilations(torch.device("cuda"))} == {"kernels"}
 
 
 def test_no_class_is_told_without_a_gpu() -> None:
@@ -563,5 +580,6 @@ def test_what_only_a_gpu_has_is_not_run() -> None:
 
 
 def test_the_plan_has_every_part() -> None:
-    assert [part for part, _ in qualify.PLAN[:3]] == list(cases.PARTS)
-    assert {part for part, share in qualify.PLAN if share == 1} == set(cases.PARTS)
+    assert [part for part, _ in qualify.PLAN[:4]] == list(cases.PARTS)
+    shares = [share for _, share in qualify.PLAN]
+    assert shares == sorted(shares) and shares[-1] == dict(qualify.PLAN)["speed"] == 1

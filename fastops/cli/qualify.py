@@ -17,8 +17,8 @@ from fastops.qualify.processes import Pool
 from fastops.qualify.report import Report
 
 # Until which share of the time each part may go on. What is left of the first two comes again at the end.
-PLAN = (("kernels", 0.4), ("models", 0.6), ("speed", 1.0), ("kernels", 1.0), ("models", 1.0))
-SIDE_BY_SIDE = ("kernels", "models")  # parts that time nothing
+PLAN = (("kernels", 0.35), ("models", 0.5), ("compilations", 0.6), ("speed", 1.0), ("kernels", 1.0), ("models", 1.0))
+SIDE_BY_SIDE = ("kernels", "models", "compilations")  # parts that time nothing
 MOST_PROCESSES = 8
 
 

@@ -16,6 +16,7 @@ Figures = dict[str, Any]  # as JSON has it
 PARTS: Final = {
     "kernels": "Kernels: errors in units of torch's own, memory outside of tensors, two runs bit for bit, CUDA graphs",
     "models": "Gradients of each op, and reference models beside eager ones in training",
+    "compilations": "Compiling what is timed",
     "speed": "Which way is the fastest, and how fast: fastops, eager, torch.compile, Liger",
 }
 
@@ -77,4 +78,5 @@ def cases_of(part: str, device: torch.device) -> list[Case]:
     """Those of a part, the most important first."""
     from . import kernels, models, speed
 
-    return {"kernels": kernels.cases, "models": models.cases, "speed": speed.cases}[part](device)
+    parts = {"kernels": kernels.cases, "models": models.cases, "compilations": speed.compilations, "speed": speed.cases}
+    return parts[part](device)

@@ -28,7 +28,7 @@ def page(data: dict[str, Any]) -> str:
     for part, title in PARTS.items():
         results = data["parts"][part]
         body.append(f"<h2>{escape(title)}</h2>")
-        body += {"kernels": _errors, "models": _figures, "speed": _speed}[part](results)
+        body += {"kernels": _errors, "models": _figures, "compilations": lambda _: [], "speed": _speed}[part](results)
         body += _list("Not run", (f"{r['name']}: {r['reason']}" for r in results if r["outcome"] == NOT_RUN))
         body += _list("No time was left for", data["left"][part])
     if data["rates"]:

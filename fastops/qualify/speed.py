@@ -129,7 +129,8 @@ def contest(contestants: Mapping[str, Call], device: torch.device, work: Figures
     found = {}
     for name, own in times.items():
         seconds = _median(own)
-        host = host_seconds(able[name], device, calls=max(1, min(MOST_IN_A_ROW, round(HOST_SECONDS / seconds))))
+        in_a_row = max(1, min(MOST_IN_A_ROW, round(HOST_SECONDS / max(seconds, 1e-9))))
+        host = host_seconds(able[name], device, in_a_row)
         found[name] = {"seconds": seconds, "ratio": ratio(own, times["eager"]), "host": host}
     return {**work, "times": found if on_a_gpu(device) else {}, "ran": list(able), "left out": left_out}
 
@@ -168,8 +169,10 @@ def _liger(op: str) -> Callable[..., Tensor]:
     return call
 
 
-def _op(op: Op, example: Example, dtype: torch.dtype, backward: bool, device: torch.device) -> Figures:
-    """A call alone. ``bytes``: every tensor of it read or written once."""
+def _op(
+    op: Op, example: Example, dtype: torch.dtype, backward: bool, by_compilers: bool, device: torch.device
+) -> Figures:
+    """A call alone, beside torch.compile or beside all others. ``bytes``: every tensor of it read or written once."""
     variables, constants = draw(example, SMALL, torch.default_generator, dtype, device)
     reference = torch_function(op)
     with torch.no_grad():
@@ -188,16 +191,19 @@ def _op(op: Op, example: Example, dtype: torch.dtype, backward: bool, device: to
     ours = of(getattr(FF, op.name))
     way = fastops.explain(op.name, **variables, **constants, **example.options)
     contestants = {"eager": of(reference), "fastops": _through("auto", ours)}
-    if way.way != "triton":
-        contestants["triton"] = _through("triton", ours)
-    contestants |= {"torch.compile": _first(by_compiler), "Liger": _first(lambda: of(_liger(op.name)))}
+    if by_compilers:
+        contestants["torch.compile"] = _first(by_compiler)
+    else:
+        if way.way != "triton":
+            contestants["triton"] = _through("triton", ours)
+        contestants["Liger"] = _first(lambda: of(_liger(op.name)))
     sizes = {name: t.numel() * t.element_size() for name, t in {**variables, **constants, "": grad_output}.items()}
     moved = sum(sizes.values())
     if backward:  # the gradient of the result, the arguments once more, and their gradients
         moved += sum(sizes.values()) + sum(sizes[name] for name in variables)
     work = {
         "way": way.way,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "bytes": moved,
         "flops": _flops(contestants["eager"]),
     }
@@ -242,13 +248,13 @@ def _network(network: Network, dtype: torch.dtype, by_compilers: bool, device: t
     return contest(contestants, device, work)
 
 
-def _ways(network: Network, dtype: torch.dtype, device: torch.device) -> Figures:
+def _ways(network: Network, dtype: torch.dtype, timing: bool, device: torch.device) -> Figures:
     model = fastops.swap(network.build().to(device))
     whole = model if dtype is torch.float32 else Autocast(model, device, dtype)
-    return {"classes": ways_of(whole, torch.randn(network.shape, device=device))}
+    return {"classes": ways_of(whole, torch.randn(network.shape, device=device), timing)}
 
 
-def _op_ways(op: Op, example: Example, dtype: torch.dtype, device: torch.device) -> Figures:
+def _op_ways(op: Op, example: Example, dtype: torch.dtype, timing: bool, device: torch.device) -> Figures:
     variables, constants = draw(example, SMALL, torch.default_generator, dtype, device)
     for tensor in variables.values():
         tensor.requires_grad_()
@@ -258,7 +264,7 @@ def _op_ways(op: Op, example: Example, dtype: torch.dtype, device: torch.device)
             result: Tensor = getattr(FF, op.name)(**variables, **constants, **example.options)
             return result
 
-    return {"classes": ways_of(Alone(), ())}
+    return {"classes": ways_of(Alone(), (), timing)}
 
 
 def _tune(network: Network, device: torch.device) -> Figures:
@@ -269,41 +275,42 @@ def _tune(network: Network, device: torch.device) -> Figures:
     return {"tuned": str(found).splitlines()[:-1]}
 
 
-def cases(device: torch.device) -> list[Case]:
-    """Peaks; which way wins for each call of the networks and for each op; single ops; networks; the compiler; tune."""
-    dtypes = (half(device), torch.float32)
-    networks, examples = _networks(device), _examples(device)
-
+def _named(kind: str, dtype: torch.dtype, device: torch.device, run: Callable[..., Figures], *words: Any) -> list[Case]:
+    """A case for each network, or for each op where ``run`` takes one."""
+    if run in (_network, _ways):
+        return [
+            Case(f"{name} / {_name(dtype)} / {kind}", partial(run, network, dtype, *words))
+            for name, network in _networks(device).items()
+        ]
     return [
-        Case("peaks", _peaks),
-        *(
-            Case(f"{op.name} / {example.name} / {_name(dtype)} / ways", partial(_op_ways, op, example, dtype))
-            for dtype in dtypes
-            for op, example in examples
-        ),
-        *(
-            Case(f"{name} / {_name(dtype)} / ways", partial(_ways, network, dtype))
-            for dtype in dtypes
-            for name, network in networks.items()
-        ),
-        *(
-            Case(f"{name} / {_name(dtype)} / step", partial(_network, network, dtype, False))
-            for dtype in dtypes
-            for name, network in networks.items()
-        ),
-        *(
-            Case(
-                f"{op.name} / {example.name} / {_name(dtype)} / forward{'+backward' * backward}",
-                partial(_op, op, example, dtype, backward),
-            )
-            for dtype in dtypes
-            for backward in (True, False)
-            for op, example in examples
-        ),
-        *(
-            Case(f"{name} / {_name(dtype)} / step, torch.compile", partial(_network, network, dtype, True))
-            for dtype in dtypes
-            for name, network in networks.items()
-        ),
-        *(Case(f"{name} / tune", partial(_tune, network)) for name, network in networks.items()),
+        Case(f"{op.name} / {example.name} / {_name(dtype)} / {kind}", partial(run, op, example, dtype, *words))
+        for op, example in _examples(device)
     ]
+
+
+def compilations(device: torch.device) -> list[Case]:
+    """On a GPU each way of all calls once: so the kernels are compiled, several at a time, before any is timed."""
+    if not on_a_gpu(device):
+        return []
+    dtypes = (half(device), torch.float32)
+    return [
+        case for dtype in dtypes for run in (_op_ways, _ways) for case in _named("kernels", dtype, device, run, False)
+    ]
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Peaks; in each dtype which way wins for each call, networks and single ops; torch.compile; and tune."""
+    dtypes = (half(device), torch.float32)
+    found = [Case("peaks", _peaks)]
+    for dtype in dtypes:
+        found += _named("ways", dtype, device, _op_ways, True)
+        found += _named("ways", dtype, device, _ways, True)
+        found += _named("step", dtype, device, _network, False)
+        found += _named("forward+backward", dtype, device, _op, True, False)
+        found += _named("forward", dtype, device, _op, False, False)
+    for dtype in dtypes:
+        found += _named("step, torch.compile", dtype, device, _network, True)
+        found += _named("forward+backward, torch.compile", dtype, device, _op, True, True)
+    for dtype in dtypes:
+        found += _named("forward, torch.compile", dtype, device, _op, False, True)
+    return found + [Case(f"{name} / tune", partial(_tune, network)) for name, network in _networks(device).items()]

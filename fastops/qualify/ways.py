@@ -32,17 +32,18 @@ def _throughput(device: torch.device, call: Any, calls: int) -> float:
     return wall_clock(many, 1) / calls
 
 
-def ways_of(model: nn.Module, example_input: Any) -> list[dict[str, Any]]:
+def ways_of(model: nn.Module, example_input: Any, timing: bool = True) -> list[dict[str, Any]]:
     """For each class of calls in a run of ``model``: the rule's way, the one that won, and the seconds of each.
 
-    The rule's has won where no other is clearly faster. Without a GPU each way is gone, and none is told.
+    The rule's has won where no other is clearly faster. Without a GPU each way is gone, and none is told; without
+    ``timing`` each is gone once, which compiles what it needs.
     """
     calls = calls_of(model, Example(example_input, None))
     entries = []
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             for (device, key, rule), alike in grouped(calls).items():
-                seconds = _seconds(alike[0], rule, device)
+                seconds = _seconds(alike[0], rule, device, timing)
                 if seconds and on_a_gpu(device):
                     way = _won(seconds, rule.way)
                     medians = {name: float(np.median(own)) for name, own in seconds.items()}
@@ -52,7 +53,7 @@ def ways_of(model: nn.Module, example_input: Any) -> list[dict[str, Any]]:
     return entries
 
 
-def _seconds(call: Call, rule: Explanation, device: torch.device) -> dict[str, list[float]]:
+def _seconds(call: Call, rule: Explanation, device: torch.device, timing: bool) -> dict[str, list[float]]:
     """Of each way that the call can go, in turns; nothing if that is one alone."""
 
     def through(backend: str) -> None:
@@ -68,7 +69,7 @@ def _seconds(call: Call, rule: Explanation, device: torch.device) -> dict[str, l
         except (FallbackWarning, torch.OutOfMemoryError):  # no way for this call here
             continue
         able[way] = partial(through, backend)
-    if rule.way not in able or len(able) == 1:
+    if rule.way not in able or len(able) == 1 or not timing:
         return {}
     return timed(able, TURNS if on_a_gpu(device) else 1, partial(_throughput, device))
 

@@ -64,7 +64,7 @@ def facts() -> dict[str, str | int]:
         "python": platform.python_version(),
         "fastops": fastops.__version__,
         "torch": torch.__version__,
-        **{name: version_of(name) for name in ("triton", "numpy")},
+        **{name: _version(name) for name in ("triton", "numpy")},
     }
 
 
@@ -79,8 +79,7 @@ def _yes(available: bool) -> str:
     return "yes" if available else "no"
 
 
-def version_of(name: str) -> str:
-    """Of an installed distribution."""
+def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -69,11 +69,13 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as cache:
         # What the user tuned does not count, and stays as it is.
         environment = {"FASTOPS_CACHE_DIR": cache, "FASTOPS_BACKEND": "auto"}
+        begun = set()
         for part, share in PLAN:
-            if names[part]:
-                pool = Pool(part, device, start + share * 60 * args.minutes, environment)
-                _run_part(part, names[part], pool, report, device)
+            deadline = start + share * 60 * args.minutes
+            if names[part] and (part not in begun or time.monotonic() < deadline):
+                _run_part(part, names[part], Pool(part, device, deadline, environment), report, device)
                 names[part] = report.left[part]
+                begun.add(part)
     report.finish()
     return 1 if report.failed() else 0
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ class Report:
             "minutes": minutes,
             "doctor": doctor.report(),
             "ways": ways,
-            "missing": {name: use for name, use in PACKAGES.items() if doctor.version_of(name) == "not installed"},
+            "missing": {name: use for name, use in PACKAGES.items() if find_spec(name.replace("-", "_")) is None},
             "rates": {},
             "parts": {part: [] for part in PARTS},
             "left": self.left,

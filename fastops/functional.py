@@ -226,6 +226,63 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
 
 @_overridable
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``relu(batch_norm(..))`` of `torch.nn.functional`, in the passes of the batch norm. NaN stays NaN.
+
+    Args:
+        input: [N, C] or [N, C, ...].
+        running_mean, running_var: [C], in the input's dtype or, beside 16 bits, float32. In training they are changed
+            in place, or None; else they are what to normalize with.
+        weight, bias: [C] or None, of the same dtype.
+        training: whether to normalize with mean and variance of the batch.
+        momentum: how far the running statistics move.
+        eps: is added to the variance.
+
+    Returns:
+        The input's shape and dtype. It is channels-last if the input is.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: torch's own, for arguments that do not fit, and in training for one value
+            per channel.
+    """
+    arguments = running_mean, running_var, weight, bias, training, momentum, eps
+    output: Tensor = call(OPS["batch_norm_relu"], input, None, *arguments)
+    return output
+
+
+@_overridable
+def batch_norm_add_relu(
+    input: Tensor,
+    other: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``relu(batch_norm(input, ..) + other)``, as at the end of a residual block: see `batch_norm_relu`.
+
+    Args:
+        input: [N, C] or [N, C, ...].
+        other: the same shape (another one is broadcast, and another dtype promoted, as torch does).
+    """
+    arguments = running_mean, running_var, weight, bias, training, momentum, eps
+    output: Tensor = call(OPS["batch_norm_add_relu"], input, other, *arguments)
+    return output
+
+
+@_overridable
 def mse_loss(
     input: Tensor,
     target: Tensor,

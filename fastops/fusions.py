@@ -37,6 +37,7 @@ RELU_METHODS: Final = ("relu", "relu_")
 # Functions and methods by what they compute, as Dynamo names them in its graphs: an op of ours, "add" or "relu".
 CALLS: Final[dict[Any, str]] = {
     **{function: op.name for op in OPS.values() for function in op.replaces},
+    F.batch_norm: "batch_norm",
     **dict.fromkeys((operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, "add", "add_"), "add"),
     **dict.fromkeys((*RELU_FUNCTIONS, Tensor.relu, Tensor.relu_, *RELU_METHODS), "relu"),
 }

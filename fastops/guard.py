@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dispatch
 
 BANDS: Final = {True: 64, False: 2**16}  # elements on either side, on the CPU and on a GPU, whose tiles are large
-POISON: Final = {True: float("nan"), False: -(2**62)}  # by is_floating_point
+POISON: Final[dict[torch.dtype, float]] = {torch.int64: -(2**62), torch.uint8: 173}  # and NaN
 ALLOCATIONS: Final = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 ALIGNED: Final = 16  # bytes: what kernels may know of an address
 
@@ -43,7 +43,7 @@ class Guard:
         span, band = int(offsets_of(tensor).max()) + 1, BANDS[tensor.is_cpu]
         begin = band + tensor.data_ptr() % ALIGNED // tensor.element_size()
         memory = torch.full(
-            (begin + span + band,), POISON[tensor.is_floating_point()], dtype=tensor.dtype, device=tensor.device
+            (begin + span + band,), POISON.get(tensor.dtype, torch.nan), dtype=tensor.dtype, device=tensor.device
         )
         guarded = memory.as_strided(tensor.shape, tensor.stride(), begin)
         self.tensors.append((guarded, memory, begin))
@@ -64,7 +64,7 @@ class Guard:
             outside = torch.ones_like(memory, dtype=torch.bool)
             outside[begin + offsets_of(tensor)] = False
             poison = memory[outside]
-            intact = poison.isnan() if tensor.is_floating_point() else poison == POISON[False]
+            intact = poison.isnan() if tensor.is_floating_point() else poison == POISON[tensor.dtype]
             if not intact.all():
                 raise AssertionError(f"memory outside a tensor of shape {tuple(tensor.shape)} was written")
 

@@ -1,9 +1,14 @@
-"""Sizes of a convolution. Without Triton: what decides and what pretends needs them where no kernel runs."""
+"""Sizes of convolutions and batch norms. Without Triton: what decides and what pretends needs them, without kernels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def conv_output_size(
@@ -46,3 +51,39 @@ POINTWISE: Final = Geometry.of((), (), (), ())
 def three(size: Sequence[int]) -> tuple[int, ...]:
     """A size in one to three dimensions -> in three."""
     return (1,) * (3 - len(size)) + tuple(size)
+
+
+class Columns(NamedTuple):
+    """[N, C, ...] as a batch norm's kernels see it: [outer, columns, inner], or [inner, columns] if ``last``.
+
+    A channel has ``fold`` columns beside each other.
+    """
+
+    outer: int
+    columns: int
+    inner: int
+    fold: int
+    last: bool
+
+    @classmethod
+    def of(cls, shape: Sequence[int], channels_last: bool) -> Columns:
+        """Of a dense tensor in this order in memory. Few positions beside each other would waste most of a tile."""
+        samples, channels, *rest = shape
+        positions = math.prod(rest)
+        if channels_last or positions == 1:
+            return cls(1, channels, samples * positions, 1, True)
+        if positions < 512 and samples >= 16:
+            return cls(1, channels * positions, samples, positions, True)
+        return cls(samples, channels, positions, 1, False)
+
+    def row(self) -> int:
+        """How many elements of a row follow each other in memory."""
+        return self.columns if self.last else self.inner
+
+
+CHANNELS_LAST: Final = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
+
+
+def memory_format_of(input: Tensor) -> torch.memory_format:
+    """torch's choice for the output of a batch norm and the gradient of its input."""
+    return torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)

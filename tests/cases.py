@@ -95,6 +95,37 @@ def _elementwise_cases() -> Iterator[Case]:
     yield Case("add_relu", "pair", FF.add_relu, torch_add_relu, ((4, 3), (4, 3)))
 
 
+def torch_batch_norm_relu(input: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return F.relu(F.batch_norm(input, *arguments, **options))
+
+
+def torch_batch_norm_add_relu(input: Tensor, other: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return F.relu(F.batch_norm(input, *arguments, **options) + other)
+
+
+def _normalized(function: Callable[..., Tensor], training: bool, input: Tensor, *parameters: Tensor) -> Tensor:
+    """In training, or with statistics that are no variables."""
+    C = input.shape[1]
+    known = None if training else torch.linspace(0.5, 1, C, dtype=input.dtype, device=input.device)
+    return function(input, known, known, *parameters, training=training)
+
+
+def _normalized_sum(function: Callable[..., Tensor], input: Tensor, other: Tensor) -> Tensor:
+    return function(input, other, None, None, training=True, eps=0.1)
+
+
+def _batch_norm_cases() -> Iterator[Case]:
+    both = FF.batch_norm_relu, torch_batch_norm_relu
+    for options, training, shapes in (
+        ("bias", True, ((4, 3, 2), (3,), (3,))),
+        ("2d", True, ((6, 2),)),
+        ("evaluation", False, ((2, 3, 2, 2), (3,), (3,))),
+    ):
+        yield Case("batch_norm_relu", options, *(functools.partial(_normalized, f, training) for f in both), shapes)
+    sums = (functools.partial(_normalized_sum, f) for f in (FF.batch_norm_add_relu, torch_batch_norm_add_relu))
+    yield Case("batch_norm_add_relu", "pair", *sums, ((3, 2, 4, 2), (3, 2, 4, 2)))
+
+
 def _of_indices(function: Callable[..., Tensor], target: Tensor, options: dict[str, Any], input: Tensor) -> Tensor:
     weight = options.get("weight")
     return function(input, target, **{**options, "weight": None if weight is None else weight.to(input.dtype)})
@@ -196,6 +227,7 @@ CASES = [
     *_linear_cases(),
     *_conv_cases(),
     *_elementwise_cases(),
+    *_batch_norm_cases(),
     *_cross_entropy_cases(),
     *_bce_cases(),
     *_linear_cross_entropy_cases(),

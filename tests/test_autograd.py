@@ -122,7 +122,12 @@ def test_float32(case: Case, backend: str) -> None:
         second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
         # Not all the same: the loss of logits that a constant is added to does not change, but for roundings.
         along = tangent(function, tensors, tuple(0.5 - t.detach() for t in tensors))
-        return [result, *first, *(torch.zeros_like(result) if s is None else s for s in second), along]
+        return [
+            result,
+            *first,
+            *(torch.zeros_like(t) if s is None else s for s, t in zip(second, tensors, strict=True)),
+            along,
+        ]
 
     drawn = [case.tensors(torch.float32), *(tuple(map(case.make, case.shapes)) for _ in range(3))]
     runs = ((all_derivatives(case.ours, *values), values) for values in drawn)

@@ -40,7 +40,10 @@ class Recorder:
         from torch._dynamo.backends.common import aot_autograd
 
         def remember(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-            self.ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            for node in graph.graph.nodes:
+                if node.op == "call_function":  # of what may change an argument, the op is that of a wrapper
+                    wrapped = node.target is torch.ops.higher_order.auto_functionalized_v2
+                    self.ops.add(str(node.args[0] if wrapped else node.target))
             return make_boxed_func(graph.forward)
 
         return aot_autograd(fw_compiler=remember, bw_compiler=remember)(graph, inputs)

@@ -374,6 +374,31 @@ def all_seven(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any,
     return (*arguments, *list(given.values())[len(arguments) - 2 :])
 
 
+c = torch.rand(3) + 0.5
+BATCH_NORM: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    *(((x, c.clone(), c.clone(), c, c, training), {}) for training in (True, False)),
+    *(((x, None, None, None, bias), {"training": True}) for bias in (c, c[:2], c.double(), c.to_sparse())),
+    ((x, None, None), {}),
+    ((x, c, None), {}),
+    ((x, c, None), {"training": True}),
+    ((x, c, c[:2]), {}),
+    ((x, c, c.half()), {}),
+    ((x.half(), c, c), {}),
+    ((x.half(), c.half(), c.half()), {"training": True}),
+    ((x, torch.rand(6)[::2], torch.rand(6)[::2]), {"training": True}),
+    ((x, c.clone().requires_grad_(), c), {}),
+    ((x[:1], None, None), {"training": True}),
+    ((x[0], c, c), {}),
+    ((x[:0], c, c), {}),
+    ((x[:0], None, None), {"training": True}),
+    ((x.to_sparse(), c, c), {}),
+    ((x.long(), c, c), {}),
+    ((x.to("meta"), c.to("meta"), c.to("meta")), {}),
+    ((x.to("meta"), c, c), {}),
+    *(((x, None, None), {"training": True, "eps": eps}) for eps in (0.0, -1.0, None, 1)),
+    *(((x, c, c.clone()), {"training": True, "momentum": momentum}) for momentum in (None, 2.0, 1, "bad")),
+    *(((x, c, c), {"training": training}) for training in (1, None)),
+]
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("linear", arguments, {}) for arguments in LINEAR),
     *(("linear_relu", arguments, {}) for arguments in LINEAR),
@@ -395,6 +420,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
     *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
     *(("linear_cross_entropy", arguments, options) for arguments, options in HEAD),
+    *(("batch_norm_relu", arguments, options) for arguments, options in BATCH_NORM),
     ("linear", (x,), {}),
     ("mse_loss", (x, x), {"unknown": 1}),
 ]

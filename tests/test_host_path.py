@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastops
-from fastops.kernels import add_relu, bce, conv, cross_entropy, elementwise, linear
+from fastops.kernels import add_relu, batch_norm, bce, conv, cross_entropy, elementwise, linear
 from fastops.kernels.launch import Plan
 from fastops.kernels.pair_loss import pair_loss, pair_loss_backward
 
@@ -44,12 +44,13 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
 
 @pytest.fixture
 def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (add_relu, conv, cross_entropy, elementwise, linear):
+    for module in (add_relu, batch_norm, conv, cross_entropy, elementwise, linear):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(elementwise, "elementwise_config", lambda *_: (16, 1))  # several programs, whose sums are added
 
 
 x, w, b, y = torch.ones(100, 64), torch.ones(32, 64), torch.ones(32), torch.ones(100, 32)
+channel = torch.ones(8)
 image, kernel, output = torch.ones(2, 8, 9, 9), torch.ones(32, 8, 3, 3), torch.ones(2, 32, 7, 7)
 options = (1, 1), (0, 0), (1, 1), 1
 backward = output, image, kernel, output, image.shape, kernel.shape, *options, True
@@ -67,6 +68,14 @@ LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "conv_backward, vendor": (lambda: conv.conv_backward(*backward, last, vendor=True), 10),
     "add_relu": (lambda: add_relu.add_relu(x, x), 4),
     "add_relu_backward": (lambda: add_relu.add_relu_backward(x, x), 4),
+    "batch_norm_relu": (lambda: batch_norm.batch_norm_relu(image, *(None,) * 7, 0.1, 1e-5, False), 10),
+    "batch_norm_relu_backward": (
+        lambda: batch_norm.batch_norm_relu_backward(
+            *(image, image, None, None, channel, channel, image, channel, True, 1e-5, False, False),
+            *(True, False, False, False),
+        ),
+        10,
+    ),
     "pair_loss": (lambda: pair_loss("huber_loss", x, x, "mean", 0.3), 6),
     "pair_loss_backward": (lambda: pair_loss_backward("huber_loss", one, x, x, "mean", 0.3, True, True), 6),
     "bce": (lambda: bce.bce(x, x, None, None, "mean"), 6),

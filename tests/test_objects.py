@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fastops
 import fastops.functional as FF
 from fastops import nn as fnn
+from fastops.kernels.geometry import memory_format_of
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
@@ -199,6 +200,25 @@ def raw_convolutions(way: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"conv_relu{n}d_backward", (g, x, w, g, *common, True, True, True, way)
 
 
+def raw_batch_norms() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """In training, with statistics to change and without, and in evaluation; what marks the ReLU's mask."""
+    x, c = torch.randn(2, 8, 4, 4), torch.rand(8) + 0.5
+    for large in (x, x.to(memory_format=torch.channels_last), torch.randn(8, 2, 4, 4).transpose(0, 1)):
+        for running in (None, c):
+            batch = None, None, running, running if running is None else running.clone(), 0.1, 1e-5
+            yield "batch_norm_relu", (large, None, c, c, *batch, False, "triton")
+        known = c, c, None, None, 0.1, 1e-5
+        other = large.contiguous(memory_format=memory_format_of(large))
+        yield "batch_norm_add_relu", (large, other, None, None, *known, True, "triton")
+        last = memory_format_of(large) is torch.channels_last
+        bits = torch.full((x.numel() // 8,), 173, dtype=torch.uint8)
+        options = (True, 1e-5, False, last, True, False, True, True, "triton")
+        yield "batch_norm_relu_backward", (x, large, c, c, c, c, other, bits[:0], *options)
+        for found in (bits, bits[:0]):
+            options = (False, 1e-5, True, last, True, True, False, False, "triton")
+            yield "batch_norm_add_relu_backward", (x, large, None, None, c, c, other, found, *options)
+
+
 def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments for every raw op, with the layouts that its results follow."""
     a, w, b, g = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2), torch.randn(4, 2)
@@ -229,6 +249,7 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         needs = (True, True)
         yield "binary_cross_entropy_with_logits_backward", (a, a, target, *weights, "none", *needs, "triton")
     yield "binary_cross_entropy_with_logits", (a, a, None, None, "mean", "triton")
+    yield from raw_batch_norms()
     probabilities = torch.rand(4, 2, 3).movedim(2, 1)
     for way in ("triton", "onednn"):
         for reduction, goal in (("none", torch.tensor([[0], [2], [1], [0]])), ("mean", probabilities)):

@@ -3,3 +3,4 @@
 from .conv import *
 from .linear import *
 from .loss import *
+from .norm import *

@@ -1,11 +1,36 @@
-"""Batch norms that `fastops.swap` may run as part of the convolution before them: by themselves they are torch's own.
+"""Batch norms: with ReLU, and those that `fastops.swap` may run as part of the convolution before them.
 
-The class is all that tells them apart, so that it travels with a copy and comes off with `fastops.unswap`.
+By themselves the latter are torch's own. The class is all that tells them apart, so that it travels with a copy and
+comes off with `fastops.unswap`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from .. import functional as FF
+
+__all__ = ["BatchNormReLU1d", "BatchNormReLU2d", "BatchNormReLU3d"]
+
+
+def normalized(function: Callable[..., Tensor], layer: Any, input: Tensor, *others: Tensor) -> Tensor:
+    """``function(input, *others, ..)`` with all options of a `torch.nn` batch norm, whose counter it advances."""
+    layer._check_input_dim(input)
+    training, momentum = layer.training, layer.momentum
+    mean, var = layer.running_mean, layer.running_var
+    if training and not layer.track_running_stats:
+        mean = var = None
+    elif training and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if momentum is None:  # the mean of all batches
+            momentum = 1.0 / float(layer.num_batches_tracked)
+    batch = training or (mean is None and var is None)
+    arguments = mean, var, layer.weight, layer.bias, batch, 0.0 if momentum is None else momentum, layer.eps
+    return function(input, *others, *arguments)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -18,3 +43,24 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, folded where `fastops.swap` was called with ``fold_batchnorm=True``."""
+
+
+class BatchNormReLU1d(torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` followed by ReLU, on `fastops.functional.batch_norm_relu`: [N, C] or [N, C, L]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(FF.batch_norm_relu, self, input)
+
+
+class BatchNormReLU2d(torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` followed by ReLU, on `fastops.functional.batch_norm_relu`: [N, C, H, W]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(FF.batch_norm_relu, self, input)
+
+
+class BatchNormReLU3d(torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` followed by ReLU, on `fastops.functional.batch_norm_relu`: [N, C, D, H, W]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(FF.batch_norm_relu, self, input)

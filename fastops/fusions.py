@@ -23,11 +23,17 @@ FUSIONS: Final = {op.fuses: op.name for op in OPS.values() if op.fuses is not No
 COUNTERPARTS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     op.module: getattr(fnn, op.module.__name__) for op in OPS.values() if op.module is not None
 }
-# Batch norms take these places only where they are to be folded into the convolutions before them.
-FOLDED_NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
+NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.BatchNorm1d: norm.BatchNorm1d,
     nn.BatchNorm2d: norm.BatchNorm2d,
     nn.BatchNorm3d: norm.BatchNorm3d,
+}
+COUNTERPARTS.update(NORMS)
+# Batch norms take these places where they are to be folded into the convolutions before them.
+FOLDED_NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    nn.BatchNorm1d: norm.FoldedBatchNorm1d,
+    nn.BatchNorm2d: norm.FoldedBatchNorm2d,
+    nn.BatchNorm3d: norm.FoldedBatchNorm3d,
 }
 ORIGINALS: Final = {ours: torchs for table in (COUNTERPARTS, FOLDED_NORMS) for torchs, ours in table.items()}
 
@@ -66,9 +72,17 @@ class Layer(NamedTuple):
         return call(OPS[name], input, weight, bias)
 
 
+def _normalized(function: Callable[..., Tensor], layer: nn.Module, input: Tensor, *parameters: Tensor | None) -> Tensor:
+    """A batch norm looks for its parameters by itself."""
+    return norm.normalized(function, layer, input)
+
+
 def _layers() -> dict[Callable[..., Any], Layer]:
     found = {}
     for original, ours in COUNTERPARTS.items():
+        if original in NORMS:
+            found[ours.forward] = Layer(original, ("batch_norm", FUSIONS["batch_norm", "relu"]), _normalized)
+            continue
         op = next(op.name for op in OPS.values() if op.module is original)
         if (op, "relu") in FUSIONS:
             with_options = None if issubclass(original, nn.Linear) else conv.convolved

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from . import functional as FF
 from .dispatch import explain
 from .fold import folded_weights
-from .fusions import FOLDED_NORMS, LAYERS, RELU_FUNCTIONS, Layer
+from .fusions import FOLDED_NORMS, LAYERS, NORMS, RELU_FUNCTIONS, Layer
 from .kernels import private
 from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
 
-_NORMS: Final = (*FOLDED_NORMS, *FOLDED_NORMS.values())
+_NORMS: Final = tuple(NORMS)
 
 
 class LayerPromise:
@@ -139,7 +139,7 @@ def is_fresh(function: Any) -> bool:
     ):
         return untouched(function) and is_fresh(next(reversed(function._modules.values())))
     if kind in _NORMS:
-        return untouched(function) and not replaced(_TO_FOLD.get(kind, kind))
+        return untouched(function) and not replaced(kind)
     return layer_of(function) is not None
 
 
@@ -314,5 +314,7 @@ def _with_relu(relu: Callable[[Any], Any], kind: Layer, layer: Any, input: Tenso
     if (type(weight) is not nn.Parameter and overrides(weight)) or (type(bias) is not nn.Parameter and overrides(bias)):
         if isinstance(layer, nn.Linear):
             return relu(torch.nn.functional.linear(input, weight, bias))
-        return relu(layer._conv_forward(input, weight, bias))
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            return relu(layer._conv_forward(input, weight, bias))
+        return relu(layer(input))
     return kind.run(layer, True, input, weight, bias)

@@ -381,7 +381,7 @@ def _is_layer(module: nn.Module) -> bool:
     return known is not None and COUNTERPARTS[known].forward in LAYERS and type(module).forward not in _WITH_RELU
 
 
-_WITH_RELU: Final = tuple(cls.forward for cls in (fnn.LinearReLU, fnn.ConvReLU1d, fnn.ConvReLU2d, fnn.ConvReLU3d))
+_WITH_RELU: Final = tuple(cls.forward for name, cls in vars(fnn).items() if "ReLU" in name)
 
 
 def _is_fresh(module: nn.Module) -> bool:

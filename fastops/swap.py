@@ -29,7 +29,7 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import Site, Surroundings, rewrite
-from .fusions import COUNTERPARTS, FOLDED_NORMS, ORIGINALS, RELU_FUNCTIONS, RELU_METHODS
+from .fusions import COUNTERPARTS, FOLDED_NORMS, NORMS, ORIGINALS, RELU_FUNCTIONS, RELU_METHODS
 from .nn.overrides import replaced
 from .promises import HELPERS, sequential_forward, user_class
 from .source import LeftAlone, twin_of
@@ -73,7 +73,7 @@ def swap(
     known: dict[tuple[type, tuple[type, ...]], type] = {}  # looked up once for all modules of a class
     try:
         for module, found in before:
-            if found not in COUNTERPARTS.values():
+            if found not in COUNTERPARTS.values() or found in NORMS.values():  # those may be folded now
                 set_class(module, original_class(found))
             with suppress(LeftAlone):
                 set_class(module, swapped_class(module, fold_batchnorm))

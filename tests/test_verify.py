@@ -336,7 +336,10 @@ def test_a_defect_of_onednn_is_found(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--op", "linear", "conv9d"], "unknown op 'conv9d': expected one of add_relu, batch_norm_relu, batch_norm_add_relu, "),
+        (
+            ["--op", "linear", "conv9d"],
+            "unknown op 'conv9d': expected one of add_relu, batch_norm_relu, batch_norm_add_relu, ",
+        ),
         (["--backend", "cuda"], "unknown backend 'cuda': expected one of 'auto', 'triton', "),
         (["--device", "nonsense"], "cannot use device 'nonsense': "),
         (["--device", "meta"], "cannot use device 'meta': "),

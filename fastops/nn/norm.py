@@ -1,6 +1,6 @@
-"""Batch norms: with ReLU, and those that `fastops.swap` may run as part of the convolution before them.
+"""Batch norms: with ReLU, and those that `fastops.swap` puts into a model, which by themselves are torch's own.
 
-By themselves the latter are torch's own. The class is all that tells them apart, so that it travels with a copy and
+The class is all that tells which are to be folded into the convolutions before them, so that it travels with a copy and
 comes off with `fastops.unswap`.
 """
 
@@ -34,15 +34,36 @@ def normalized(function: Callable[..., Tensor], layer: Any, input: Tensor, *othe
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d`, folded where `fastops.swap` was called with ``fold_batchnorm=True``."""
+    """`torch.nn.BatchNorm1d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, folded where `fastops.swap` was called with ``fold_batchnorm=True``."""
+    """`torch.nn.BatchNorm2d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`, folded where `fastops.swap` was called with ``fold_batchnorm=True``."""
+    """`torch.nn.BatchNorm3d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class FoldedBatchNorm1d(BatchNorm1d):
+    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
+
+
+class FoldedBatchNorm2d(BatchNorm2d):
+    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
+
+
+class FoldedBatchNorm3d(BatchNorm3d):
+    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
 
 
 class BatchNormReLU1d(torch.nn.BatchNorm1d):

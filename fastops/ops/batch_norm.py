@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import private
 from ..kernels.geometry import CHANNELS_LAST, Columns, memory_format_of
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
@@ -22,7 +23,7 @@ from .op import Op, masked, wanted
 
 # By name: a lookup through modules at each call adds up.
 _is_grad_enabled: Final = torch.is_grad_enabled
-_transforms_active: Final = torch._C._are_functorch_transforms_active
+_transforms_active: Final = private.transforms_active
 
 
 def _accepts(

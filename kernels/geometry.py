@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+
+from . import private
 
 
 def conv_output_size(
@@ -86,4 +87,4 @@ CHANNELS_LAST: Final = {4: torch.channels_last, 5: torch.channels_last_3d}  # by
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
     """torch's choice for the output of a batch norm and the gradient of its input."""
-    return torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
+    return torch.contiguous_format if input.is_contiguous() else private.memory_format(input)

@@ -18,6 +18,7 @@ from .backport import LinearCrossEntropyOptions
 from .dispatch import autocast_dtype, autocast_to, call
 from .kernels.private import legacy_reduction
 from .ops import OPS
+from .ops.activations import activation_of
 from .ops.conv import ConvOptions
 
 _P = ParamSpec("_P")
@@ -67,6 +68,32 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         [..., out_features], in the inputs' dtype (autocast's where that is on).
     """
     output: Tensor = call(OPS["linear_relu"], input, weight, bias)
+    return output
+
+
+@_overridable
+def linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **parameters: float
+) -> Tensor:
+    """``activation(input @ weight.T + bias)`` in one kernel.
+
+    Args:
+        input: [..., in_features], any number of leading dimensions, none too.
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (``negative_slope``), ``"gelu"``, ``"gelu_tanh"`` (its
+            approximation), ``"silu"``, ``"sigmoid"``, ``"tanh"``, ``"hardswish"``, ``"hardsigmoid"``, ``"elu"``
+            (``alpha``), ``"softplus"`` (``beta``, ``threshold``) or ``"mish"``.
+        parameters: of the activation, by the names in brackets; torch's defaults where they are not given.
+
+    Returns:
+        [..., out_features], in the inputs' dtype (autocast's where that is on).
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    output: Tensor = call(OPS["linear_act"], input, weight, bias, activation_of(activation, parameters))
     return output
 
 

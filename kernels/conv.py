@@ -4,7 +4,7 @@ Every tensor is seen in three spatial dimensions (the missing ones have size 1),
 output, a tap k of the kernel, and x(p, k) the input position that tap k meets at p::
 
     y[p, o]    = relu(sum over k, c of x[x(p, k), c] w[o, k, c] + b[o])
-    gz         = gy where not y <= 0, else 0         (`relu_mask_and_column_sum`, which also sums the bias gradient)
+    gz         = gy where not y <= 0, else 0         (`activation_backward`, which also sums the bias gradient)
     gx[i, c]   = sum over k, o of gz[p, o] w[o, k, c]       with p such that x(p, k) = i
     gw[o, k, c] = sum over p of gz[p, o] x[x(p, k), c]
 
@@ -30,11 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import NONE, RELU
 from .add_relu import add_relu_backward
 from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import MaskPlan, mask_and_sum, mask_plan, matmul, relu_mask_and_column_sum, tile_positions
+from .linear import MaskPlan, activation_backward, mask_and_sum, mask_plan, matmul, tile_positions
 from .onednn import convolution_backward
 
 # Sizes that vary from one batch of images to the next, so that no kernel is made for some of them; but a size of 1 is.
@@ -472,7 +473,7 @@ def conv(
     contiguous = memory_format is torch.contiguous_format
     rows = input.new_empty(plan.channels_last_shape) if contiguous else result
     if plan.launch is None:
-        matmul(rows_of_channels(input), weight.reshape(plan.shape[1], -1).t(), bias, relu, out=rows)
+        matmul(rows_of_channels(input), weight.reshape(plan.shape[1], -1).t(), bias, RELU if relu else NONE, out=rows)
     else:
         x = channels_last(input, plan.channels * groups)
         w = channels_last(weight, plan.channels)
@@ -589,7 +590,7 @@ def conv_backward(
             grad = grad if output is None else add_relu_backward(grad, output.contiguous())
         elif output is not None or need_bias:
             rows = None if output is None else rows_of_channels(output)
-            masked, sums = relu_mask_and_column_sum(rows_of_channels(grad), rows, need_bias)
+            masked, sums = activation_backward(rows_of_channels(grad), rows, need_bias)
             grad = masked.view(grad.movedim(1, -1).shape).movedim(-1, 1)
         grad_input, grad_weight, grad_bias = convolution_backward(
             grad, input, weight, shapes, options, need_bias and sums is None, memory_format
@@ -654,7 +655,7 @@ def conv_backward_plan(
     """`conv_backward` for an input and a weight with these ``shapes``; what ``needs`` a gradient: they and the bias."""
     sizes, out_channels = Sizes.of(kind, shapes, options), shapes[1][0]
     rows = sizes.positions(sizes.output), out_channels
-    mask = mask_plan(kind[:2], rows, (out_channels, 1), relu, needs[2])
+    mask = mask_plan(kind[:2], rows, (out_channels, 1), RELU if relu else NONE, needs[2])
     batch, channels, *size = shapes[0]
     for_input = for_weight = None
     if needs[0] and not sizes.is_linear:

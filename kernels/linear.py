@@ -1,17 +1,15 @@
-"""Linear layer, optionally with ReLU: a matrix product and one pass over the output gradient.
+"""Linear layer, optionally with an activation f: a matrix product and one pass over the output gradient.
 
 With input ``x`` [M, K], weight ``w`` [N, K] and bias ``b`` [N]::
 
-    y  = relu(x w^T + b)                     forward:     matmul, bias and ReLU in the epilogue
-    gz = gy where not y <= 0, else 0         relu_mask_and_column_sum: gz and the partial sums of gb in one pass
+    y  = f(z), z = x w^T + b                 forward:     matmul, bias and activation in the epilogue
+    gz = gy f'(z)                            activation_backward: gz and the partial sums of gb in one pass
     gx = gz w,   gw = gz^T x,   gb = sum over rows of gz
 
 Both backward products are the forward's again, on transposed views. Masking inside the products would read less but
 would starve the matrix units (the mask would run in the inner loop of both), so it is a pass of its own. A product has
 two kernels: one with pointers, which takes everything, and a persistent one with tensor descriptors, for large and
 aligned matrices where the GPU has descriptors.
-
-``y <= 0`` and not ``y > 0``: torch's ReLU keeps NaN and lets its gradient through.
 """
 
 from __future__ import annotations
@@ -26,10 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import NONE, RELU, Activation
 from .configs import (
     Kind,
     PersistentConfig,
     Tile,
+    architecture,
     inner_splits,
     matmul_config,
     multiprocessors,
@@ -37,6 +37,7 @@ from .configs import (
     planned,
     register_limit,
 )
+from .epilogue import activated, gradient_before
 from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped, units_of
 
 
@@ -96,12 +97,10 @@ def product_tile(
 
 
 @triton.jit
-def with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """The epilogue of a product, before it is rounded. The bias is loaded where ``inside``; None: everywhere."""
+def with_bias(accumulator, bias_ptr, columns, inside, HAS_BIAS: tl.constexpr):
+    """A product with its bias, before it is rounded. The bias is loaded where ``inside``; None: everywhere."""
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns, mask=inside).to(accumulator.dtype)[None, :]
-    if RELU:
-        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
     return accumulator
 
 
@@ -114,6 +113,7 @@ def matmul_kernel(
     b_ptr,  # [K, N]
     bias_ptr,  # [N]
     c_ptr,  # [M, N], contiguous; [splits, M, N] if SPLIT
+    before_ptr,  # [M, N], contiguous: the results before the activation
     M,
     N,
     K,
@@ -124,7 +124,8 @@ def matmul_kernel(
     UNITS: tl.constexpr,  # of the sizes and strides
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_BEFORE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,7 +133,7 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program per tile of C = relu(A B + bias); with SPLIT one for each part of the inner dimension too."""
+    """One program per tile of C = activation(A B + bias); with SPLIT one for each part of the inner dimension too."""
     M, N, K = M * UNITS[0], N * UNITS[1], K * UNITS[2]
     stride_am, stride_ak = stride_am * UNITS[3], stride_ak * UNITS[4]
     stride_bk, stride_bn = stride_bk * UNITS[5], stride_bn * UNITS[6]
@@ -153,9 +154,11 @@ def matmul_kernel(
         c_ptr += split.to(tl.int64) * M * N
     strides = stride_ak, stride_bk
     accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, EVEN_K)
-    accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, None, HAS_BIAS, RELU)
-    c_ptrs = c_ptr + rows[:, None] * N + columns[None, :]
-    tl.store(c_ptrs, accumulator.to(c_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
+    z = with_bias(accumulator, bias_ptr, columns, None, HAS_BIAS)
+    offsets, own = rows[:, None] * N + columns[None, :], own_rows[:, None] & own_columns[None, :]
+    if SAVE_BEFORE:
+        tl.store(before_ptr + offsets, z.to(c_ptr.dtype.element_ty), mask=own)
+    tl.store(c_ptr + offsets, activated(z, ACTIVATION).to(c_ptr.dtype.element_ty), mask=own)
 
 
 @triton.jit
@@ -178,12 +181,34 @@ def described_tile(descriptor, row, column, TRANSPOSED: tl.constexpr):
         return descriptor.load([row, column])
 
 
+@triton.jit
+def store_tile(
+    accumulator,
+    bias_ptr,
+    c_tiles,
+    before_tiles,
+    row,
+    column,
+    N,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_BEFORE: tl.constexpr,
+):
+    """The epilogue of `persistent_matmul_kernel` for the columns from ``column``."""
+    columns = column + tl.arange(0, accumulator.shape[1])
+    z = with_bias(accumulator, bias_ptr, columns, columns < N, HAS_BIAS)
+    if SAVE_BEFORE:
+        before_tiles.store([row, column], z.to(before_tiles.dtype))
+    c_tiles.store([row, column], activated(z, ACTIVATION).to(c_tiles.dtype))
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_a", "stride_b"])
 def persistent_matmul_kernel(
     a_ptr,  # [M, K], [K, M] if A_TRANSPOSED: rows contiguous, each from a multiple of 16 bytes
     b_ptr,  # [K, N], [N, K] if B_TRANSPOSED, likewise
     bias_ptr,  # [N]
     c_ptr,  # [M, N], contiguous
+    before_ptr,  # [M, N], contiguous: the results before the activation
     M,
     N,
     K,
@@ -192,7 +217,8 @@ def persistent_matmul_kernel(
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_BEFORE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -201,7 +227,7 @@ def persistent_matmul_kernel(
     HALVES: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """C = relu(A B + bias), one tile after the other, as many at a time as there are programs.
+    """C = activation(A B + bias), one tile after the other, as many at a time as there are programs.
 
     Its results equal those of `matmul_kernel` bit by bit.
     """
@@ -211,6 +237,9 @@ def persistent_matmul_kernel(
     a_tiles = tensor_descriptor(a_ptr, M, K, stride_a, A_TRANSPOSED, BLOCK_M, BLOCK_K)
     b_tiles = tensor_descriptor(b_ptr, K, N, stride_b, B_TRANSPOSED, BLOCK_K, BLOCK_N)
     c_tiles = tensor_descriptor(c_ptr, M, N, N, False, BLOCK_M, COLUMNS)
+    before_tiles = c_tiles
+    if SAVE_BEFORE:
+        before_tiles = tensor_descriptor(before_ptr, M, N, N, False, BLOCK_M, COLUMNS)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE):
         tile_m, tile_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -221,19 +250,13 @@ def persistent_matmul_kernel(
             b = described_tile(b_tiles, step * BLOCK_K, column, B_TRANSPOSED)
             accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
-        columns = column + tl.arange(0, COLUMNS)
-        inside = columns < N
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, COLUMNS)), (0, 2, 1)))
-            left = with_bias_and_relu(left, bias_ptr, columns, inside, HAS_BIAS, RELU)
-            c_tiles.store([row, column], left.to(c_ptr.dtype.element_ty))
-            columns += COLUMNS
-            inside = columns < N
-            right = with_bias_and_relu(right, bias_ptr, columns, inside, HAS_BIAS, RELU)
-            c_tiles.store([row, column + COLUMNS], right.to(c_ptr.dtype.element_ty))
+            store_tile(left, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
+            column += COLUMNS
+            store_tile(right, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
         else:
-            accumulator = with_bias_and_relu(accumulator, bias_ptr, columns, inside, HAS_BIAS, RELU)
-            c_tiles.store([row, column], accumulator.to(c_ptr.dtype.element_ty))
+            store_tile(accumulator, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
 
 
 @triton.jit(do_not_specialize=["splits", "M", "N"])
@@ -241,15 +264,17 @@ def sum_of_splits_kernel(
     partial_ptr,  # [splits, M, N], contiguous
     bias_ptr,  # [N]
     c_ptr,  # [M, N], contiguous
+    before_ptr,  # [M, N], contiguous: the results before the activation
     splits,
     M,
     N,
     UNIT: tl.constexpr,  # of N
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_BEFORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per BLOCK elements of C: relu(the sum of its parts, one after the other, + bias)."""
+    """One program per BLOCK elements of C: activation(the sum of its parts, one after the other, + bias)."""
     N = N * UNIT
     elements, own = tile_positions(tl.program_id(0), M * N, BLOCK, UNIT)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
@@ -257,9 +282,9 @@ def sum_of_splits_kernel(
         total += tl.load(partial_ptr + split * M * N + elements)
     if HAS_BIAS:
         total += tl.load(bias_ptr + elements % N).to(total.dtype)
-    if RELU:
-        total = tl.where(total <= 0, 0.0, total)
-    tl.store(c_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
+    if SAVE_BEFORE:
+        tl.store(before_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
+    tl.store(c_ptr + elements, activated(total, ACTIVATION).to(c_ptr.dtype.element_ty), mask=own)
 
 
 def row_unit(dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -277,28 +302,29 @@ def matmul(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None = None,
-    relu: bool = False,
+    activation: Activation = NONE,
     config: Tile | None = None,
     out: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """``relu(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
+    """``activation(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
 
     Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table. The result is written
-    to ``out`` if given: contiguous, of M * N elements. Where there are few tiles and a long sum, the inner dimension is
-    split; a second kernel adds up the partial results in a fixed order.
+    to ``out`` if given, and what it was before the activation to ``before``: contiguous, of M * N elements. Where there
+    are few tiles and a long sum, the inner dimension is split; a second kernel adds up the partial results in a fixed
+    order.
     """
     (M, K), N = a.shape, b.shape[1]
     c = a.new_empty((M, N)) if out is None else out
     aligned = (a.data_ptr() | b.data_ptr() | c.data_ptr()) % 16 == 0
     kind = a.device, a.dtype, input_precision(a)
-    plan = product_plan(kind, (M, N, K), (a.stride(), b.stride()), aligned, bias is not None, relu, config)
-    if plan.single:
-        launch(plan.product, a, b, c if bias is None else bias.contiguous(), c)
-    else:
-        multiply(plan, a, b, bias, c)
+    epilogue = bias is not None, activation, before is not None
+    plan = product_plan(kind, (M, N, K), (a.stride(), b.stride()), aligned, epilogue, config)
+    multiply(plan, a, b, bias, c, before)
     return c
 
 
+Epilogue: TypeAlias = tuple[bool, Activation, bool]  # has a bias; its activation; its results before that are stored
 Operands: TypeAlias = tuple[tuple[int, int, int], tuple[tuple[int, ...], tuple[int, ...]], bool]  # of `product_plan`
 
 
@@ -312,17 +338,30 @@ class ProductPlan(NamedTuple):
     addition: Plan | None = None
 
 
-def multiply(plan: ProductPlan, a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor) -> None:
-    """Write the product of ``a`` and ``b`` into the memory of ``c``, which is contiguous."""
-    bias = c if bias is None else bias.contiguous()  # without a bias any tensor will do: the kernel does not read it
+def multiply(
+    plan: ProductPlan, a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor, before: Tensor | None = None
+) -> None:
+    """Write the product of ``a`` and ``b`` into the memory of ``c``, which is contiguous, and of ``before``."""
+    # Without a bias any tensor will do: the kernel does not read it. Likewise it writes no results that nobody wants.
+    bias, before = c if bias is None else bias.contiguous(), c if before is None else before
     if plan.single:
-        launch(plan.product, a, b, bias, c)
+        launch(plan.product, a, b, bias, c, before)
     elif plan.addition is not None:
         partial = a.new_empty(plan.parts, dtype=plan.parts_dtype)
-        launch(plan.product, a, b, c, partial)
-        launch(plan.addition, partial, bias, c)
+        launch(plan.product, a, b, c, partial, c)
+        launch(plan.addition, partial, bias, c, before)
     else:
-        contextvars.copy_context().run(launch_with_descriptors, plan.product, a, b, bias, c)
+        contextvars.copy_context().run(launch_with_descriptors, plan.product, a, b, bias, c, before)
+
+
+def narrowed(config: Tile, device: torch.device) -> Tile:
+    """The tile, with fewer columns if so many results in each thread and what an activation takes would spill."""
+    target = architecture(device)
+    threads = config.num_warps * (64 if target.startswith("gfx9") else 32)
+    most = threads * (64 if target.startswith(("sm80", "sm90", "gfx9")) else 32)
+    while device.type != "cpu" and config.BLOCK_M * config.BLOCK_N > most:
+        config = config._replace(BLOCK_N=config.BLOCK_N // 2)
+    return config
 
 
 @planned
@@ -331,15 +370,15 @@ def product_plan(
     sizes: tuple[int, int, int],
     strides: tuple[tuple[int, ...], tuple[int, ...]],
     aligned_addresses: bool,
-    has_bias: bool,
-    relu: bool,
+    epilogue: Epilogue = (False, NONE, False),
     config: Tile | None = None,
 ) -> ProductPlan:
-    """The product of two matrices of ``sizes`` M, N, K and these ``strides``, with bias and ReLU."""
+    """The product of two matrices of ``sizes`` M, N, K and these ``strides``, and what follows before it is stored."""
     device, dtype, precision = kind
     (M, N, K), (a_strides, b_strides) = sizes, strides
     matrices = ((M, K), a_strides), ((K, N), b_strides), ((M, N), (N, 1))
     row_units = [row_unit(dtype, *matrix) if aligned_addresses else 1 for matrix in matrices]
+    given, activation = config, epilogue[1]
     if config is None and all(unit * dtype.itemsize == 16 for unit in row_units):
         config = persistent_config(*kind, M, N)
     # Of sizes, kernels know only those along contiguous rows, which tell how wide an access can be: not a batch's.
@@ -347,8 +386,10 @@ def product_plan(
     known = M if a_strides[0] == 1 else 1, N, K if inner else 1
     unit = math.gcd(*row_units[:2], K if a_strides[1] == 1 else M, K if b_strides[0] == 1 else N)
     config = config or matmul_config(*kind, M, N, unit * dtype.itemsize)
+    if given is None and activation not in (NONE, RELU):
+        config = narrowed(config, device)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    constants = {"HAS_BIAS": has_bias, "RELU": relu}
+    constants = dict(zip(("HAS_BIAS", "ACTIVATION", "SAVE_BEFORE"), epilogue, strict=True))
     if isinstance(config, PersistentConfig):
         product = Plan(
             persistent_matmul_kernel,
@@ -381,7 +422,7 @@ def product_plan(
         INPUT_PRECISION=precision,
         EVEN_K=inner and K % config.BLOCK_K == 0,
         GROUP_M=8,
-        **(constants if single else dict.fromkeys(constants, False)),
+        **(constants if single else {"HAS_BIAS": False, "ACTIVATION": NONE, "SAVE_BEFORE": False}),
         **config._asdict(),
         **register_limit(device, dtype is torch.float32 and precision == "ieee"),
     )
@@ -417,9 +458,9 @@ def launch_with_descriptors(plan: Plan, *tensors: Tensor) -> None:
     do_not_specialize=["M", "N", "ROWS_PER_PROGRAM"],
     do_not_specialize_on_alignment=["grad_row_stride", "grad_column_stride"],
 )
-def relu_mask_and_column_sum_kernel(
+def activation_backward_kernel(
     grad_ptr,  # [M, N]
-    output_ptr,  # [M, N], contiguous
+    saved_ptr,  # [M, N], contiguous: output or input of the activation
     masked_ptr,  # [M, N], contiguous
     sum_ptr,  # [programs along M, N], contiguous
     M,
@@ -428,13 +469,14 @@ def relu_mask_and_column_sum_kernel(
     grad_column_stride,
     ROWS_PER_PROGRAM,
     UNITS: tl.constexpr,  # of N and the strides
-    MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per ROWS_PER_PROGRAM x BLOCK_N strip: masked = grad where not output <= 0, and its column sums."""
+    """One program per ROWS_PER_PROGRAM x BLOCK_N strip: the gradient before the activation, and its column sums."""
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    NAME: tl.constexpr = ACTIVATION[0]
 
     N, grad_row_stride, grad_column_stride = N * UNITS[0], grad_row_stride * UNITS[1], grad_column_stride * UNITS[2]
     strip = tl.program_id(1).to(tl.int64)
@@ -446,10 +488,10 @@ def relu_mask_and_column_sum_kernel(
         safe_rows = tl.where(rows < M, rows, 0)[:, None]
         grad_ptrs = grad_ptr + safe_rows * grad_row_stride + columns[None, :] * grad_column_stride
         grad = tl.load(grad_ptrs, mask=inside, other=0.0)
-        if MASK:
+        if NAME != "":
             offsets = safe_rows * N + columns[None, :]
-            output = tl.load(output_ptr + offsets, mask=inside, other=0.0)
-            grad = tl.where(output <= 0, 0.0, grad).to(grad_ptr.dtype.element_ty)
+            saved = tl.load(saved_ptr + offsets, mask=inside, other=0.0).to(ACCUMULATOR)
+            grad = gradient_before(grad.to(ACCUMULATOR), saved, ACTIVATION).to(grad_ptr.dtype.element_ty)
             tl.store(masked_ptr + offsets, grad, mask=inside & own_columns[None, :])
         if SUM:
             total += grad.to(ACCUMULATOR)
@@ -466,23 +508,27 @@ class MaskPlan(NamedTuple):
     sum_dtype: torch.dtype
 
 
-def relu_mask_and_column_sum(grad: Tensor, output: Tensor | None, need_sum: bool) -> tuple[Tensor, Tensor | None]:
-    """``(gz, gb)`` of the module's formulas, [M, N] and [N]. Without ``output`` there is no ReLU: ``gz`` is ``grad``.
+def activation_backward(
+    grad: Tensor, saved: Tensor | None, need_sum: bool, activation: Activation = RELU
+) -> tuple[Tensor, Tensor | None]:
+    """``(gz, gb)`` of the module's formulas, [M, N] and [N]. Without ``saved``, what the slope is had from, ``gz`` is
+    ``grad``: there is no activation.
 
     The stages of the sum are added up in a fixed order: no atomics.
     """
-    mask = output is not None
-    if not (mask or need_sum):
+    if saved is None:
+        activation = NONE
+    if activation == NONE and not need_sum:
         return grad, None
-    plan = mask_plan((grad.device, grad.dtype), grad.shape, grad.stride(), mask, need_sum)
-    masked = grad.new_empty(grad.shape) if mask else grad
-    return masked, mask_and_sum(plan, grad, output, masked)
+    plan = mask_plan((grad.device, grad.dtype), grad.shape, grad.stride(), activation, need_sum)
+    masked = grad if saved is None else grad.new_empty(grad.shape)
+    return masked, mask_and_sum(plan, grad, saved, masked)
 
 
-def mask_and_sum(plan: MaskPlan, grad: Tensor, output: Tensor | None, masked: Tensor) -> Tensor | None:
-    """`relu_mask_and_column_sum` into ``masked``, which is ``grad`` if there is no ReLU; the sum of the columns."""
+def mask_and_sum(plan: MaskPlan, grad: Tensor, saved: Tensor | None, masked: Tensor) -> Tensor | None:
+    """`activation_backward` into ``masked``, which is ``grad`` if there is no activation; the sum of the columns."""
     dtype, sums = grad.dtype, masked
-    other = grad if output is None else output.contiguous()
+    other = grad if saved is None else saved.contiguous()
     for stage in plan.stages:
         if plan.needs_sum:
             sums = grad.new_empty((stage.grid[1], grad.shape[1]), dtype=plan.sum_dtype)
@@ -496,39 +542,45 @@ def mask_plan(
     kind: tuple[torch.device, torch.dtype],
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    mask: bool,
+    activation: Activation,
     need_sum: bool,
 ) -> MaskPlan:
-    """`relu_mask_and_column_sum` of a gradient with this shape and these strides."""
+    """`activation_backward` of a gradient with this shape and these strides."""
     device, dtype = kind
-    if not (mask or need_sum):
+    if activation == NONE and not need_sum:
         return MaskPlan((), False, dtype)
-    stages = [column_sum_plan(kind, shape, strides, mask, need_sum)]
+    stages = [column_sum_plan(kind, shape, strides, activation, need_sum)]
     sums = device, accumulator_dtype(dtype)
     while need_sum and (strips := stages[-1].grid[1]) > 1:
-        stages.append(column_sum_plan(sums, (strips, shape[1]), (shape[1], 1), False, True))
+        stages.append(column_sum_plan(sums, (strips, shape[1]), (shape[1], 1), NONE, True))
     return MaskPlan(tuple(stages), need_sum, dtype if len(stages) == 1 else sums[1])
 
 
 def column_sum_plan(
-    kind: tuple[torch.device, torch.dtype], shape: tuple[int, ...], strides: tuple[int, ...], mask: bool, need_sum: bool
+    kind: tuple[torch.device, torch.dtype],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    activation: Activation,
+    need_sum: bool,
 ) -> Plan:
     """One stage: the second axis of its grid are the strips."""
     (device, dtype), (M, N) = kind, shape
     block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
+    if dtype is torch.float64 and activation not in (NONE, RELU):
+        block_n = 64
     if device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
         block_n = min(1024, triton.next_power_of_2(N))
     units = units_of(dtype, N, *strides)
     steps = min(max(4, triton.cdiv(triton.cdiv(M, 128), block_m)), triton.cdiv(M, block_m))
     rows_per_program = steps * block_m
     return Plan(
-        relu_mask_and_column_sum_kernel,
+        activation_backward_kernel,
         (triton.cdiv(N, block_n), triton.cdiv(M, rows_per_program)),
         M,
         *(number // unit for number, unit in zip((N, *strides), units, strict=True)),
         rows_per_program,
         UNITS=units,
-        MASK=mask,
+        ACTIVATION=activation,
         SUM=need_sum,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -536,18 +588,27 @@ def column_sum_plan(
     )
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """``relu(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N], no dimension empty."""
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, before: Tensor | None = None
+) -> Tensor:
+    """``activation(input @ weight.T + bias)``: [..., K], [N, K], [N] -> [..., N], no dimension empty.
+
+    What it was before the activation is written to ``before`` if given: contiguous, in the result's shape.
+    """
     N, K = weight.shape
     output = input.new_empty((*input.shape[:-1], N))
     matrix, columns = input.reshape(-1, K), weight.t()
     aligned = (matrix.data_ptr() | weight.data_ptr() | output.data_ptr()) % 16 == 0
+    if before is not None:
+        aligned = aligned and before.data_ptr() % 16 == 0
     kind, strides = (input.device, input.dtype, input_precision(input)), (matrix.stride(), columns.stride())
-    plan = product_plan(kind, (matrix.shape[0], N, K), strides, aligned, bias is not None, relu)
+    epilogue = bias is not None, activation, before is not None
+    plan = product_plan(kind, (matrix.shape[0], N, K), strides, aligned, epilogue)
     if plan.single:
-        launch(plan.product, matrix, columns, output if bias is None else bias.contiguous(), output)
+        other = output if before is None else before
+        launch(plan.product, matrix, columns, output if bias is None else bias.contiguous(), output, other)
     else:
-        multiply(plan, matrix, columns, bias, output)
+        multiply(plan, matrix, columns, bias, output, before)
     return output
 
 
@@ -555,30 +616,31 @@ def linear_backward(
     grad_output: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
-    output: Tensor | None,
+    saved: Tensor | None,
     need_bias: bool,
+    activation: Activation = RELU,
     *,
     vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear` for input (needs ``weight``), weight (needs ``input``) and bias.
 
-    ``output`` is the forward's result if it had a ReLU, else None. ``vendor``: the products are torch's, from the GPU
-    vendor's library, and only the mask and the sum are a kernel.
+    ``saved``: what the slope of the activation is had from, None without one. ``vendor``: the products are torch's,
+    from the GPU vendor's library, and only what comes before them is a kernel.
     """
     lead, N = grad_output.shape[:-1], grad_output.shape[-1]
     grad = grad_output.reshape(-1, N)
-    output = None if output is None else output.reshape(-1, N)
+    saved = None if saved is None else saved.reshape(-1, N)
     matrix = None if input is None else input.reshape(-1, input.shape[-1])
     grad_input = grad_weight = None
     if vendor:
-        masked, grad_bias = relu_mask_and_column_sum(grad, output, need_bias)
+        masked, grad_bias = activation_backward(grad, saved, need_bias, activation)
         if weight is not None:
             grad_input = reshaped(torch.mm(masked, weight), (*lead, weight.shape[1]))
         if matrix is not None:
             grad_weight = torch.mm(masked.t(), matrix)
         return grad_input, grad_weight, grad_bias
 
-    masked = grad if output is None else grad.new_empty(grad.shape)
+    masked = grad if saved is None else grad.new_empty(grad.shape)
     products: list[tuple[Tensor, Tensor, Tensor]] = []
     if weight is not None:
         grad_input = grad.new_empty((*lead, weight.shape[1]))
@@ -591,8 +653,9 @@ def linear_backward(
         aligned = (a.data_ptr() | b.data_ptr() | c.data_ptr()) % 16 == 0
         operands.append(((a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride()), aligned))
     kind = grad.device, grad.dtype, input_precision(grad)
-    mask, plans = backward_plan(kind, grad.shape, grad.stride(), output is not None, need_bias, tuple(operands))
-    grad_bias = mask_and_sum(mask, grad, output, masked)
+    through = NONE if saved is None else activation
+    mask, plans = backward_plan(kind, grad.shape, grad.stride(), through, need_bias, tuple(operands))
+    grad_bias = mask_and_sum(mask, grad, saved, masked)
     for plan, (a, b, c) in zip(plans, products, strict=True):
         multiply(plan, a, b, None, c)
     return grad_input, grad_weight, grad_bias
@@ -603,10 +666,9 @@ def backward_plan(
     kind: Kind,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    relu: bool,
+    activation: Activation,
     need_bias: bool,
     operands: tuple[Operands, ...],
 ) -> tuple[MaskPlan, list[ProductPlan]]:
     """`linear_backward` of a gradient with this shape and these strides: the mask and sum, and each of the products."""
-    products = [product_plan(kind, *each, has_bias=False, relu=False) for each in operands]
-    return mask_plan(kind[:2], shape, strides, relu, need_bias), products
+    return mask_plan(kind[:2], shape, strides, activation, need_bias), [product_plan(kind, *each) for each in operands]

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 import fastops
 import fastops.functional as FF
 from fastops import backport, dispatch
+from fastops.ops.activations import FUNCTIONS
 
 
 class Case(NamedTuple):
@@ -49,6 +50,27 @@ def _linear_cases() -> Iterator[Case]:
         yield Case(op, "no_bias", ours, torchs, ((4, 3), (2, 3)))
         yield Case(op, "1d", ours, torchs, ((3,), (2, 3), (2,)))
         yield Case(op, "3d", ours, torchs, ((2, 3, 3), (2, 3), (2,)))
+
+
+def torch_linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str, **parameters: float
+) -> Tensor:
+    return FUNCTIONS[activation](F.linear(input, weight, bias), **parameters)
+
+
+def _linear_act_cases() -> Iterator[Case]:
+    """Slopes from the input and from the output, and parameters."""
+    for options in (
+        {"activation": "gelu"},
+        {"activation": "silu"},
+        {"activation": "tanh"},
+        {"activation": "leaky_relu", "negative_slope": -0.3},
+        {"activation": "softplus", "beta": 2.0, "threshold": 1.0},
+    ):
+        ours, torchs = (functools.partial(function, **options) for function in (FF.linear_act, torch_linear_act))
+        yield Case("linear_act", str(options["activation"]), ours, torchs, ((4, 3), (2, 3), (2,)))
+    ours, torchs = (functools.partial(function, activation="mish") for function in (FF.linear_act, torch_linear_act))
+    yield Case("linear_act", "no_bias", ours, torchs, ((2, 3, 3), (2, 3)))
 
 
 def _conv_cases() -> Iterator[Case]:
@@ -225,6 +247,7 @@ def _linear_cross_entropy_cases() -> Iterator[Case]:
 
 CASES = [
     *_linear_cases(),
+    *_linear_act_cases(),
     *_conv_cases(),
     *_elementwise_cases(),
     *_batch_norm_cases(),
@@ -238,7 +261,8 @@ one_case_per_op = pytest.mark.parametrize(
     [
         case
         for case in CASES
-        if case.options in ("bias", "pair", "mean", "mean_weight_smooth", "probabilities_mean", "mean_pos_weight")
+        if case.options
+        in ("bias", "pair", "gelu", "mean", "mean_weight_smooth", "probabilities_mean", "mean_pos_weight")
     ],
     ids=lambda case: case.name,
 )

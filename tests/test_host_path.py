@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastops
 from fastops.kernels import add_relu, batch_norm, bce, conv, cross_entropy, elementwise, linear
+from fastops.kernels.activation import RELU
 from fastops.kernels.launch import Plan
 from fastops.kernels.pair_loss import pair_loss, pair_loss_backward
 
@@ -58,7 +59,8 @@ logits, classes = torch.ones(2048, 1024, 1), torch.zeros(2048, 1, dtype=torch.in
 row, one = torch.ones(2048, 1), torch.ones(())
 contiguous, last = torch.contiguous_format, torch.channels_last
 LIMITS: dict[str, tuple[Callable[[], object], int]] = {
-    "linear": (lambda: linear.linear(x, w, b, True), 4),
+    "linear": (lambda: linear.linear(x, w, b, RELU), 4),
+    "linear, activation": (lambda: linear.linear(x, w, b, ("gelu",), y), 5),
     "linear_backward": (lambda: linear.linear_backward(y, x, w, y, True), 10),
     "linear_backward, vendor": (lambda: linear.linear_backward(y, x, w, y, True, vendor=True), 7),
     "conv": (lambda: conv.conv(image, kernel, b, *options, True, contiguous), 8),

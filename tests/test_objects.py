@@ -229,6 +229,11 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "linear_relu_backward", (g, a, w, g, True, True, True, way)
         yield "linear_backward", (g, None, w, None, True, False, False, way)
         yield "linear_relu_backward", (torch.ones(()).expand(4, 2), a, None, g, False, True, False, way)
+        for saves, act in ((True, ("gelu", [])), (False, ("gelu", [])), (False, ("leaky_relu", [0.3]))):
+            yield "linear_act", (a, w, b, *act, saves, way)
+        yield "linear_act_backward", (g, a, w, b, g, "gelu", [], True, True, True, way)
+        yield "linear_act_backward", (g, a, w, b, g[:0], "mish", [], True, False, True, way)
+        yield "linear_act_backward", (g, None, w, None, g, "tanh", [], True, False, False, way)
         yield from raw_convolutions(way)
     layouts = {
         "contiguous": a,

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn, private
-from . import flops
+from ..kernels.activation import NONE, PARAMETERS, RELU, Activation, needs_input
+from . import activations, flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
 from .op import ATEN_IS_FASTER, Explanation, Op, masked
@@ -100,10 +101,10 @@ def _without_two_needs(backward: Callable[..., Tensors]) -> Callable[..., Tensor
     return call
 
 
-def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+def _load(activation: Activation) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     from ..kernels import linear
 
-    return partial(linear.linear, relu=relu), _without_two_needs(linear.linear_backward)
+    return partial(linear.linear, activation=activation), _without_two_needs(linear.linear_backward)
 
 
 def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[()]]:
@@ -175,12 +176,15 @@ def _audit(audit: Audit) -> Iterator[Any]:
             M, K, N = shape
             x, w, b, y = (audit.empty(*sizes, dtype=dtype) for sizes in ((M, K), (N, K), (N,), (M, N)))
             launches = partial(audit.launches, f"{M}x{K}x{N}", tile, precision)
-            found = launches(linear.linear, x, w, b, True)[1]
+            found = launches(linear.linear, x, w, b, RELU)[1]
             if shape != deep and (dtype is half or tile in first):
                 found += launches(linear.linear_backward, y, x, w, y, True)[1]
+            if tile in first and shape == aligned:  # activations with long code, and a second result
+                found += launches(linear.linear, x, w, b, ("tanh",), y)[1]
+                found += launches(linear.linear_backward, y, x, w, y, True, ("gelu",))[1]
             if dtype is half and tile in persistent[:1]:
                 exact = audit.empty(M, N, dtype=torch.float32)
-                found += launches(linear.matmul, x, w.t(), None, False, None, exact)[1]
+                found += launches(linear.matmul, x, w.t(), None, NONE, None, exact)[1]
             for launch in found:
                 leading = tile in first and shape == aligned and dtype.itemsize == 2
                 yield launch._replace(wide=shape not in (odd, *narrow), leading=leading)
@@ -207,7 +211,7 @@ def _make(relu: bool) -> Op:
         autocast="lower",
         expression=_linear_relu if relu else F.linear,
         gradients=_gradients,
-        load=partial(_load, relu),
+        load=partial(_load, RELU if relu else NONE),
         plain=partial(onednn.linear, relu=relu),
         plain_backward=_without_two_needs(onednn.linear_backward),
         schema="Tensor input, Tensor weight, Tensor? bias -> Tensor",
@@ -227,3 +231,157 @@ def _make(relu: bool) -> Op:
 
 LINEAR: Final = _make(relu=False)
 LINEAR_RELU: Final = _make(relu=True)
+
+# Any activation -------------------------------------------------------------------------------------------------------
+
+# A call is (input, weight, bias, activation). What it was before the activation is a second result if the slope is had
+# from that alone and a gradient may be wanted, else empty.
+
+
+def _raw_arguments(
+    way: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+) -> tuple[Any, ...]:
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    name, *parameters = activation
+    return input, weight, bias, name, parameters, wanted and needs_input(activation)
+
+
+def _act_accepts(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> str | None:
+    if not all(isinstance(parameter, (int, float)) for parameter in activation[1:]):
+        return "a parameter of the activation is no number"
+    return _accepts(input, weight, bias)
+
+
+def _act_expression(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    if activation == RELU:
+        return _linear_relu(input, weight, bias)
+    return activations.applied(activation, F.linear(input, weight, bias))
+
+
+def _act_load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+    from ..kernels import linear
+
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, name: str, parameters: list[float], save_before: bool
+    ) -> tuple[Tensor, Tensor]:
+        before = input.new_empty((*input.shape[:-1], weight.shape[0]) if save_before else 0)
+        activation = (name, *parameters)
+        return linear.linear(input, weight, bias, activation, before if save_before else None), before
+
+    def backward(
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        saved: Tensor,
+        name: str,
+        parameters: list[float],
+        *needs: bool,
+        vendor: bool = False,
+    ) -> Tensors:
+        if not saved.numel():  # captured in a graph where no gradient was wanted
+            assert input is not None and weight is not None
+            saved = linear.linear(input, weight, bias, NONE)
+        operands = input if needs[1] else None, weight if needs[0] else None
+        return linear.linear_backward(grad_output, *operands, saved, needs[2], (name, *parameters), vendor=vendor)
+
+    return forward, backward
+
+
+def _act_plain(
+    input: Tensor, weight: Tensor, bias: Tensor | None, name: str, parameters: list[float], save_before: bool
+) -> tuple[Tensor, Tensor]:
+    z = onednn.linear(input, weight, bias, relu=False)
+    return activations.applied((name, *parameters), z), z if save_before else z.new_empty(0)
+
+
+def _act_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    name: str,
+    parameters: list[float],
+    *needs: bool,
+) -> Tensors:
+    activation = (name, *parameters)
+    if needs_input(activation):  # what was saved has no derivatives
+        assert input is not None and weight is not None
+        saved = F.linear(input, weight, bias)
+    gz = activations.before(activation, grad_output, saved)
+    return _gradients(gz, input if needs[1] else None, weight if needs[0] else None, None, *needs)
+
+
+def _act_plain_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    name: str,
+    parameters: list[float],
+    *needs: bool,
+) -> Tensors:
+    if not saved.numel():
+        assert input is not None and weight is not None
+        saved = onednn.linear(input, weight, bias, relu=False)
+    gz = activations.before((name, *parameters), grad_output, saved)
+    return onednn.linear_backward(gz, input if needs[1] else None, weight if needs[0] else None, None, needs[2])
+
+
+def _act_save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any) -> tuple[Tensors, Any]:
+    """All that a second derivative wants, where the slope is had from the activation's input alone."""
+    input, weight, bias, name, parameters, _ = arguments
+    output, before = results
+    if needs_input((name, *parameters)):
+        return (input, weight, bias, before), (name, parameters)
+    return (input if needs[1] else None, weight if needs[0] else None, None, output), (name, parameters)
+
+
+def _act_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    save_before, way = rest[-2:]
+    output = _fake(input, weight, bias, way)
+    return output, torch.empty_like(output) if save_before else input.new_empty(0)
+
+
+def _act_fake_backward(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    *needs, _ = rest[-4:]
+    return _fake_backward(grad_output, input if needs[1] else None, weight if needs[0] else None, needs[2], _)
+
+
+def _act_examples() -> Iterator[Example]:
+    matrix, *_ = of_gelu = [example._replace(options={"activation": "gelu"}) for example in _examples()]
+    yield from of_gelu
+    for name in sorted(PARAMETERS.keys() - {"gelu", "hardsigmoid"}):  # torch has no second derivative of hardsigmoid
+        yield matrix._replace(name=name, options={"activation": name})
+
+
+LINEAR_ACT: Final = Op(
+    name="linear_act",
+    accepts=_act_accepts,
+    cpu=_cpu,
+    gpu=lambda *_: _EPILOGUE,
+    onednn=True,
+    autocast="lower",
+    expression=_act_expression,
+    gradients=_act_gradients,
+    load=_act_load,
+    plain=_act_plain,
+    plain_backward=_act_plain_backward,
+    schema="Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters, bool save_before"
+    " -> (Tensor, Tensor)",
+    backward_schema="Tensor grad_output, Tensor? input, Tensor? weight, Tensor? bias, Tensor saved, str activation,"
+    " float[] parameters, bool need_input, bool need_weight, bool need_bias -> (Tensor, Tensor, Tensor)",
+    fake=_act_fake,
+    fake_backward=_act_fake_backward,
+    tensors=3,
+    variables=3,
+    raw_arguments=_raw_arguments,
+    flops=(flops.product, flops.product_backward_of_act),
+    save=_act_save,
+    examples=tuple(_act_examples()),
+    timed=[_timed(512, 768, 3072)._replace(options={"activation": "gelu"})],
+)

@@ -370,7 +370,7 @@ def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.Mon
 
 # What runs ------------------------------------------------------------------------------------------------------------
 
-MASK_AND_SUM = "relu_mask_and_column_sum_kernel"
+MASK_AND_SUM = "activation_backward_kernel"
 FOR_WEIGHT = ["conv_grad_weight_kernel", "conv_sum_of_splits_kernel"]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
@@ -16,8 +17,10 @@ from torch import Tensor
 from triton.runtime import _allocation
 
 from fastops.kernels import configs, linear, private
+from fastops.kernels.activation import RELU, Activation
 from fastops.kernels.configs import MatmulConfig, PersistentConfig
 from fastops.kernels.launch import accumulator_dtype
+from fastops.ops import activations
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALL = MatmulConfig(32, 16, 16, 1, 1)  # so that there are several tiles in each direction
@@ -53,7 +56,7 @@ def torch_linear_relu(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor]:
 def test_matmul_sizes(dtype: torch.dtype, sizes: str) -> None:
     M, K, N = SIZES[sizes]
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
-    result = run_guarded(linear.matmul, *tensors, True, SMALL)
+    result = run_guarded(linear.matmul, *tensors, RELU, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
@@ -67,11 +70,11 @@ def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch
         monkeypatch.setattr(linear, "inner_splits", lambda *_, splits=splits: splits)
         configs.forget_plans()
         call = run_guarded if splits == 3 else call_plainly
-        results[splits] = call(linear.matmul, *tensors, True, SMALL)
+        results[splits] = call(linear.matmul, *tensors, RELU, SMALL)
         assert_as_accurate_as_torch(torch_linear_relu, ((results[splits],), tensors))
     monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
     configs.forget_plans()
-    assert same_bits(results[3], linear.matmul(*tensors, True, SMALL)), "not deterministic"
+    assert same_bits(results[3], linear.matmul(*tensors, RELU, SMALL)), "not deterministic"
     plain = linear.matmul(*tensors[:2], config=SMALL)
     assert_as_accurate_as_torch(lambda a, b: (a @ b,), ((plain,), tensors[:2]))
 
@@ -85,7 +88,7 @@ def test_few_tiles_and_a_long_sum_go_in_parts(
 ) -> None:
     """Nothing is rounded between the parts and their sum."""
     launched: list[tuple[str, Tensor]] = []
-    monkeypatch.setattr(linear, "launch", lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-1])))
+    monkeypatch.setattr(linear, "launch", lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-2])))
     c = linear.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
     (name, result), *rest = launched
     assert name == "matmul_kernel"
@@ -116,7 +119,7 @@ def test_number_of_parts_on_a_gpu(tiles: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_matmul_layouts(a_layout: str, b_layout: str) -> None:
     tensors = LAYOUTS[a_layout](40, 24), LAYOUTS[b_layout](24, 20), torch.randn(20, 1)[:, 0]
-    result = run_guarded(linear.matmul, *tensors, True, SMALL)
+    result = run_guarded(linear.matmul, *tensors, RELU, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
     assert result.is_contiguous()
 
@@ -130,8 +133,8 @@ def test_persistent_matmul_has_the_bits_of_the_other(a_layout: str, b_layout: st
     config = PersistentConfig(*SMALL, HALVES=halves, WARP_SPECIALIZE=True)
     for M, K, N in ((72, 48, 40), (40, 8, 24), (16, 16, 8)):
         tensors = LAYOUTS[a_layout](M, K), LAYOUTS[b_layout](K, N), torch.randn(N)
-        result = run_guarded(linear.matmul, *tensors, True, config)
-        assert same_bits(result, linear.matmul(*tensors, True, SMALL))
+        result = run_guarded(linear.matmul, *tensors, RELU, config)
+        assert same_bits(result, linear.matmul(*tensors, RELU, SMALL))
     assert same_bits(linear.matmul(*tensors[:2], config=config), linear.matmul(*tensors[:2], config=SMALL))
 
 
@@ -140,7 +143,7 @@ def test_persistent_matmul_has_the_bits_of_the_other(a_layout: str, b_layout: st
 def test_persistent_matmul_where_the_last_step_is_short(dtype: torch.dtype) -> None:
     config = PersistentConfig(*SMALL, HALVES=dtype.itemsize > 2, WARP_SPECIALIZE=False)
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((40, 40), (40, 24), (24,)))
-    result = run_guarded(linear.matmul, *tensors, True, config)
+    result = run_guarded(linear.matmul, *tensors, RELU, config)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
@@ -206,10 +209,10 @@ def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("need_sum", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 300), (130, 40), (3, 1025)])
-def test_relu_mask_and_column_sum(shape: tuple[int, int], layout: str, need_sum: bool) -> None:
+def test_activation_backward(shape: tuple[int, int], layout: str, need_sum: bool) -> None:
     grad, output = LAYOUTS[layout](*shape), torch.randn(shape)
     output.flatten()[0] = float("nan")  # torch's ReLU keeps NaN, and lets its gradient through
-    masked, total = run_guarded(linear.relu_mask_and_column_sum, grad, output, need_sum)
+    masked, total = run_guarded(linear.activation_backward, grad, output, need_sum)
     expected = torch.ops.aten.threshold_backward(grad, output, 0)
     assert torch.equal(masked, expected)
     assert (total is not None) == need_sum
@@ -219,7 +222,7 @@ def test_relu_mask_and_column_sum(shape: tuple[int, int], layout: str, need_sum:
 
 def test_column_sum_of_many_rows_takes_two_stages() -> None:
     grad = torch.randn(1100, 40)
-    _, total = linear.relu_mask_and_column_sum(grad, None, True)
+    _, total = linear.activation_backward(grad, None, True)
     assert_as_accurate_as_torch(lambda grad: (grad.sum(0),), ((total,), (grad,)))
 
 
@@ -229,6 +232,42 @@ def torchs_backward(
     gz = grad_output if output is None else torch.where(output <= 0, 0, grad_output)
     gz = gz.flatten(0, -2)
     return (gz @ weight).reshape(input.shape), gz.t() @ input.flatten(0, -2), gz.sum(0)
+
+
+KINDS: dict[str, MatmulConfig | PersistentConfig | None] = {
+    "pointers": SMALL,
+    "descriptors": PersistentConfig(*SMALL, HALVES=False, WARP_SPECIALIZE=False),
+    "halves": PersistentConfig(*SMALL, HALVES=True, WARP_SPECIALIZE=False),
+    "parts": SMALL,
+}
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation(kind: str, dtype: torch.dtype, saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the product before it is rounded; what is saved is the product as it is without an activation."""
+    if kind == "parts":
+        monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
+        configs.forget_plans()
+    a, b, bias = (torch.randn(shape).to(dtype) for shape in ((72, 48), (48, 40), (40,)))
+    before = torch.full((72, 40), torch.nan, dtype=dtype) if saves else None
+    result = run_guarded(lambda *given: linear.matmul(*given[:3], ("silu",), KINDS[kind], None, before), a, b, bias)
+    assert_as_accurate_as_torch(lambda a, b, bias: (F.silu(a @ b + bias),), ((result,), (a, b, bias)))
+    if before is not None:
+        assert same_bits(before, linear.matmul(a, b, bias, config=KINDS[kind]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [("silu",), ("tanh",), ("leaky_relu", -0.3)], ids=str)
+def test_activation_backward_of_others(activation: Activation, dtype: torch.dtype) -> None:
+    def torchs(grad: Tensor, saved: Tensor) -> tuple[Tensor, Tensor]:
+        before = activations.before(activation, grad, saved)
+        return before, before.sum(0)
+
+    grad, saved = torch.randn(70, 33).to(dtype).t().contiguous().t(), torch.randn(70, 33).to(dtype)
+    results = run_guarded(lambda *given: linear.activation_backward(*given, True, activation), grad, saved)
+    assert_as_accurate_as_torch(torchs, (results, (grad, saved)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -273,7 +312,7 @@ def test_vendors_products_leave_one_launch(
     results = linear.linear_backward(grad, *words, vendor=True)
     assert tuple(result is not None for result in results) == needed
     assert all(result._base is None for result in results[:2] if result is not None)  # autograd wants no views
-    assert launched == ["relu_mask_and_column_sum_kernel"] * (relu or needed[2])
+    assert launched == ["activation_backward_kernel"] * (relu or needed[2])
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])

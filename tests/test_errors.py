@@ -460,7 +460,8 @@ def outcome(function: Callable[..., Tensor], arguments: tuple[Any, ...], options
 @pytest.mark.parametrize("call", CALLS, ids=name)
 def test_outcome_is_torchs(call: tuple[str, tuple[Any, ...], dict[str, Any]], selected: str) -> None:
     op, arguments, options = call
-    if torch.__version__.startswith("2.9.") and options.get("stride") == 2**40:
+    numbers = [value for value in (*arguments, *options.values()) if type(value) is int]
+    if torch.__version__.startswith("2.9.") and 2**40 in numbers:
         pytest.skip("torch 2.9 divides by zero there, which ends the process")
     expected = outcome(torchs_of(op), arguments, options)
     with fastops.backend(selected):

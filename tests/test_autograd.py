@@ -252,3 +252,13 @@ def test_dual_tensors_without_gradients_keep_their_tangents(backend: str) -> Non
         tangent_of_output = forward_ad.unpack_dual(FF.linear(input, weight)).tangent
     assert tangent_of_output is not None
     torch.testing.assert_close(tangent_of_output, F.linear(torch.full((4, 3), 2.0), weight))
+
+
+def test_backward_while_autocast_is_on_for_another_device(backend: str) -> None:
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        FF.linear_relu(x, w).sum().backward()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert x.grad is not None and x.grad.dtype is torch.float32

@@ -332,8 +332,8 @@ class KernelFunction(torch.autograd.Function):
         op, way, all_needs = ctx.op, ctx.way, ctx.needs_input_grad
         if grad_output is None:
             return (None,) * len(all_needs)
-        if private.is_any_autocast_enabled():  # the forward pass has cast what is to be cast
-            with torch.autocast(grad_output.device.type, enabled=False):
+        if private.is_any_autocast_enabled() and torch.is_autocast_enabled(grad_output.device.type):
+            with torch.autocast(grad_output.device.type, enabled=False):  # the forward pass has cast what is to be cast
                 return KernelFunction.backward(ctx, grad_output)
         needs = all_needs[3 : 3 + op.variables]
         arguments = (grad_output, *ctx.saved_tensors, *ctx.options, *needs)

@@ -131,7 +131,7 @@ def statistics_kernel(
     off = first / tl.maximum(n, 1.0)
     local = k + off
     near = tl.sum(n * local, AXIS) / total  # about the mean
-    e = local - over_channels(near, LAST)
+    e = k - over_channels(near, LAST) + off  # not from the rounded local mean
     squares = tl.sum(second - first * off + n * e * e, AXIS)
     d = k.to(EXACT) - over_channels(near.to(EXACT), LAST) + off
     correction = tl.sum(n * d, AXIS) / total

@@ -197,7 +197,7 @@ def test_few_compilations_for_many_batch_sizes() -> None:
         for batch in (4, 7, 3, 12):
             torch.testing.assert_close(step(ours, batch), step(model, batch))
     assert len(recorder.graphs) <= 2
-    assert fastops.compile.report().fused == 4  # the same rows twice are one
+    assert fastops.compile.report().fused == 6  # the same rows twice are one
 
 
 class Modes(nn.Module):
@@ -272,7 +272,7 @@ def test_under_autocast(dtype: torch.dtype, compiler: str) -> None:
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert fastops.compile.report().fused == 4
+    assert fastops.compile.report().fused == 6
 
 
 def test_trains_like_eager() -> None:

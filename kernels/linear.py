@@ -567,7 +567,7 @@ def column_sum_plan(
     (device, dtype), (M, N) = kind, shape
     block_m, block_n = 16, 128  # short chains of additions: as exact as torch's own sum
     if dtype is torch.float64 and activation not in (NONE, RELU):
-        block_n = 64
+        block_n = 32
     if device.type == "cpu":  # the interpreter: few large tiles, none much larger than the tensor
         block_n = min(1024, triton.next_power_of_2(N))
     units = units_of(dtype, N, *strides)

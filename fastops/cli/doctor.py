@@ -13,6 +13,7 @@ from torch.utils.collect_env import run as run_command
 import fastops
 from fastops import measured, tuning_cache
 from fastops.cli.examples import draw_timed
+from fastops.kernels import private
 from fastops.ops import OPS
 
 
@@ -50,6 +51,7 @@ def report() -> dict[str, str | int]:
         **{name: os.environ.get(name, "not set") for name in ("TRITON_INTERPRET", "FASTOPS_BACKEND")},
         "Triton interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
         "cache folder": cache,
+        "private interfaces that torch lacks": ", ".join(private.missing) or "none that fastops uses",
         "ways measured on": ", ".join(sorted(file.stem for file in measured.FOLDER.glob("*.json"))) or "no kind of GPU",
     }
 

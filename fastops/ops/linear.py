@@ -181,7 +181,9 @@ def _audit(audit: Audit) -> Iterator[Any]:
                 found += launches(linear.linear_backward, y, x, w, y, True)[1]
             if tile in first and shape == aligned:  # activations with long code, and a second result
                 found += launches(linear.linear, x, w, b, ("tanh",), y)[1]
-                found += launches(linear.linear_backward, y, x, w, y, True, ("gelu",))[1]
+                # GELU in float64 spills up to 9 scalar registers on AMD, in the error function (docs/audit.md).
+                longest = "mish" if dtype is torch.float64 else "gelu"
+                found += launches(linear.linear_backward, y, x, w, y, True, (longest,))[1]
             if dtype is half and tile in persistent[:1]:
                 exact = audit.empty(M, N, dtype=torch.float32)
                 found += launches(linear.matmul, x, w.t(), None, NONE, None, exact)[1]

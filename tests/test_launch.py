@@ -19,7 +19,17 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
-from fastops.kernels import add_relu, configs, conv, cross_entropy, elementwise, linear, linear_cross_entropy, private
+from fastops.kernels import (
+    add_relu,
+    batch_norm,
+    configs,
+    conv,
+    cross_entropy,
+    elementwise,
+    linear,
+    linear_cross_entropy,
+    private,
+)
 from fastops.kernels import launch as launcher
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -253,7 +263,7 @@ def test_plans_are_made_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
         launched.append(plan)
         original(plan, *tensors)
 
-    for module in (add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
+    for module in (add_relu, batch_norm, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
         monkeypatch.setattr(module, "launch", launch)
 
     def run() -> list[launcher.Plan]:

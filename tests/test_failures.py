@@ -23,13 +23,13 @@ x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error."""
-    from fastops.kernels import add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy
+    from fastops.kernels import add_relu, batch_norm, conv, cross_entropy, elementwise, linear, linear_cross_entropy
 
     def set_error(error: BaseException) -> None:
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (add_relu, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
+        for module in (add_relu, batch_norm, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
             monkeypatch.setattr(module, "launch", launch)
 
     with fastops.backend("triton"):

@@ -78,11 +78,11 @@ def _shares_of_gelu(x):
 
 
 @triton.jit
-def _tanh_of_softplus(x):
-    """tanh(log(1 + e^x)) without either: n / (n + 2) with n = e^x (e^x + 2)."""
+def _fractions_of_mish(x):
+    """tanh(log(1 + e^x)) without either, n / (n + 2) with n = e^x (e^x + 2), and what it lacks to 1: 2 / (n + 2)."""
     exponential = tl.exp(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL))
     n = exponential * (exponential + 2.0)
-    return tl.where(x > 20.0, 1.0, n / (n + 2.0))
+    return n / (n + 2.0), tl.where(x > 20.0, 0.0, 2.0 / (n + 2.0))
 
 
 @triton.jit
@@ -119,7 +119,9 @@ def activated(z, ACTIVATION: tl.constexpr):
         exponential = tl.exp(tl.where(linear, 0.0, z * beta))
         return tl.where(linear, z, _logarithm_of_one_and(exponential) / beta)
     elif NAME == "mish":
-        return z * _tanh_of_softplus(z)
+        tanh, rest = _fractions_of_mish(z)
+        near_z = tl.where(z > 20.0, z, z - z * rest)  # more exact where rest is small
+        return tl.where(z > 0, near_z, z * tanh)
     else:
         tl.static_assert(NAME == "")
         return z
@@ -159,8 +161,8 @@ def slope(saved, ACTIVATION: tl.constexpr):
         return tl.where(scaled > tl.full((), ACTIVATION[2], saved.dtype), 1.0, _sigmoid(scaled))
     else:
         tl.static_assert(NAME == "mish")
-        tanh = _tanh_of_softplus(saved)
-        return tanh + saved * (1.0 - tanh * tanh) * _sigmoid(saved)
+        tanh, rest = _fractions_of_mish(saved)
+        return tanh + saved * rest * (1.0 + tanh) * _sigmoid(saved)
 
 
 @triton.jit

@@ -365,6 +365,8 @@ class _Reader:
             return f"{input.name} has hooks or a replaced forward"
         if type(module).forward in LAYERS:
             return ""
+        if getattr(fnn, type(module).__name__, None) is type(module):
+            return f"{input.name} is a {type(module).__name__}, which has its activation already"
         try:
             swapped_class(module)
         except LeftAlone as reason:

@@ -146,10 +146,7 @@ class _Subject(NamedTuple):
                         parameter.copy_(near(parameter))
             if dtypes:
                 _convert(model, dtypes)
-            words, keywords = tree_map(
-                lambda value: _input(value, near, dtypes) if isinstance(value, Tensor) else value,
-                (self.words, self.keywords),
-            )
+            words, keywords = _mapped(lambda tensor: _input(tensor, near, dtypes), (self.words, self.keywords))
             modes: list[AbstractContextManager[Any]] = [_Ways(Counter() if draw else ways), nullcontext()]
             if kind != "ours":
                 modes = [dispatch.backend("torch"), nullcontext() if there is self.own else _SameDraws(self.own, there)]
@@ -160,6 +157,22 @@ class _Subject(NamedTuple):
                 if kind != "exact":
                     raise
                 raise RuntimeError(f"verify needs a model that runs in float64 as well: {error}") from error
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The tree with its tensors mapped, those in dataclasses too."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        mapped = copy.copy(leaf)
+        for field in fields(leaf):
+            object.__setattr__(mapped, field.name, _mapped(function, getattr(leaf, field.name)))  # frozen or not
+        return mapped
+
+    return tree_map(of_leaf, tree)
 
 
 def _near(draw: int) -> Callable[[Tensor], Tensor]:

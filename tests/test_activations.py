@@ -83,6 +83,7 @@ def test_module() -> None:
     [
         ("geluu", {}, ValueError, "unknown activation 'geluu': expected one of 'relu', 'relu6', "),
         (None, {}, ValueError, "unknown activation None"),
+        (["gelu"], {}, ValueError, r"unknown activation \['gelu'\]"),
         ("gelu", {"approximate": "tanh"}, TypeError, r"gelu\(\) got an unexpected keyword argument 'approximate'"),
         ("relu", {"alpha": 1.0}, TypeError, r"relu\(\) got an unexpected keyword argument 'alpha'"),
     ],
@@ -108,3 +109,8 @@ def test_wrong_tensors_and_parameters_raise_torchs_error(backend: str) -> None:
 def test_names_are_those_of_torch() -> None:
     for name, parameters in PARAMETERS.items():
         torch.testing.assert_close(FUNCTIONS[name](x, **parameters), FUNCTIONS[name](x))
+
+
+def test_report_of_a_layer_that_has_its_activation() -> None:
+    model = fastops.swap(nn.Sequential(fnn.LinearAct(3, 4, activation="gelu"), nn.ReLU()))
+    assert "0 is a LinearAct, which has its activation already" in str(fastops.report(model))

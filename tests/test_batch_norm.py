@@ -234,3 +234,22 @@ def test_passes_over_memory_and_launches() -> None:
     assert len(found) == 4
     for (launches, passes), most in zip(found, (8.1, 10.3) * 2, strict=True):
         assert launches <= 6 and passes <= most
+
+
+@pytest.mark.parametrize("other", [None, 1.5, "x", [1.0]])
+def test_what_is_no_tensor_is_added_as_torch_adds_it(other: Any, backend: str) -> None:
+    x = torch.randn(2, 4, 3)
+
+    def outcome(function: Callable[..., Tensor]) -> Any:
+        try:
+            return function(x, other, None, None, None, None, True)
+        except TypeError as error:
+            return str(error)
+
+    expected = outcome(_torchs)
+    found = outcome(FF.batch_norm_add_relu)
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected)

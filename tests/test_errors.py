@@ -396,6 +396,7 @@ BATCH_NORM: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((x.to("meta"), c.to("meta"), c.to("meta")), {}),
     ((x.to("meta"), c, c), {}),
     *(((x, None, None), {"training": True, "eps": eps}) for eps in (0.0, -1.0, None, 1)),
+    ((x, c, c), {"eps": -1.0}),
     *(((x, c, c.clone()), {"training": True, "momentum": momentum}) for momentum in (None, 2.0, 1, "bad")),
     *(((x, c, c), {"training": training}) for training in (1, None)),
 ]

@@ -44,6 +44,17 @@ class Returning(nn.Module):
         return Output(values, {"index": values.argmax(1)})
 
 
+class Taking(nn.Module):
+    """Takes a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, input: Output) -> Tensor:
+        return self.layer(input.values).relu() * input.best["factor"]
+
+
 class Net(nn.Module):
     """Several inputs and outputs, nested; random numbers; parameters and inputs with and without gradients."""
 
@@ -122,6 +133,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         torch.randn(4, 3),
     ),
     "dataclass": (Returning, torch.randn(4, 3)),
+    "dataclass as input": (Taking, Output(torch.randn(4, 3).requires_grad_(), {"factor": torch.randn(2)})),
     "layers of fastops": (lambda: fastops.nn.LinearReLU(3, 2), torch.randn(4, 3)),
 }
 

@@ -61,7 +61,7 @@ def activation_of(name: str, parameters: Mapping[str, Any]) -> Activation:
         ValueError: if there is none of that name.
         TypeError: if it has no such parameter.
     """
-    if name not in PARAMETERS:
+    if not isinstance(name, str) or name not in PARAMETERS:
         raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(map(repr, PARAMETERS))}")
     known = PARAMETERS[name]
     for parameter in parameters:

@@ -64,7 +64,7 @@ def _accepts(
             return "a running statistic requires a gradient"
         if training and running_mean is running_var:
             return "the running statistics are one tensor"
-    if training and (eps <= 0 or input.shape[1] == input.numel()):
+    if eps < 0 or (training and (eps == 0 or input.shape[1] == input.numel())):
         return "eps is not positive, or there is one value per channel"
     if other is not None:
         if other.shape != input.shape:

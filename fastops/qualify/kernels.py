@@ -85,13 +85,17 @@ def guarded(op: Op) -> Iterator[None]:
 
 def _check(case: verify.Case, dtype: torch.dtype, device: torch.device) -> Figures:
     """Errors, guard bands and bits, in every arrangement. The figures are the largest errors, in units of torch's."""
-    errors = {}
+    errors, without = dict[str, float](), dict[str, str]()
     for name, (sizes, layout) in arrangements(case.op, device).items():
         try:
             errors[name] = _errors(case, dtype, sizes, layout, device)
+        except NotRun as reason:  # no kernel takes that arrangement
+            without[name] = str(reason)
         except (CheckError, AssertionError) as error:
             raise CheckError(f"{name}: {error}") from error
-    return {"errors in units of torch's": errors}
+    if not errors:
+        raise NotRun(next(iter(without.values())))
+    return {"errors in units of torch's": errors} | ({"no kernel": without} if without else {})
 
 
 def _errors(

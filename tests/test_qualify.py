@@ -319,6 +319,14 @@ def test_what_no_kernel_takes_is_not_run() -> None:
         kernels._far(ADD_RELU, torch.float32, CPU)
 
 
+def test_what_no_kernel_takes_in_some_arrangement_runs_in_the_others() -> None:
+    """The summand of a batch norm whose rows have gaps, for one."""
+    op = OPS["batch_norm_add_relu"]
+    figures = kernels._check(verify.Case(op, op.examples[0]), torch.float32, CPU)
+    assert figures["no kernel"] == {"padded rows": "the memory formats differ"}
+    assert len(figures["errors in units of torch's"]) == 5
+
+
 def test_layouts() -> None:
     image = torch.randn(2, 3, 4, 5)
     for layout in (kernels.misaligned, kernels.padded, kernels.channels_last):

@@ -188,8 +188,9 @@ class Call:
     def __init__(self, function: Callable[..., Tensor], words: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.name = function.__name__
         self._function = function
-        self._words = tuple(map(_detached, words))
-        self._options = {name: _detached(value) for name, value in options.items()}
+        detached = _apart if self.name.startswith("batch_norm") else _detached  # which would move the statistics
+        self._words = tuple(map(detached, words))
+        self._options = {name: detached(value) for name, value in options.items()}
         self._tensors = [value for value in (*self._words, *self._options.values()) if isinstance(value, Tensor)]
         self._recorded = torch.is_grad_enabled()
         kind = self.device.type
@@ -240,6 +241,10 @@ def _detached(value: Any) -> Any:
     if not value.is_floating_point():  # class indices: what comes into their memory later may be none
         return value.clone()
     return value.detach().requires_grad_(value.requires_grad)
+
+
+def _apart(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 class _Recorder(TorchFunctionMode):

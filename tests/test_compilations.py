@@ -59,7 +59,10 @@ def test_an_audit_compiles_what_a_launch_would(target: str, monkeypatch: pytest.
 
 
 def test_a_batch_of_another_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of ResNet-18 with a batch of 31 after one of 32, and with smaller images."""
+    """A step of ResNet-18 with a batch of 31 after one of 32, and with smaller images.
+
+    But for batch norms, whose tiles follow the number of positions.
+    """
 
     def way(op: Op, arguments: tuple[Any, ...], _: object) -> Explanation:
         return dispatch._SELECTED_TRITON if op.accepts(*arguments) is None else dispatch._SELECTED_TORCH
@@ -80,4 +83,5 @@ def test_a_batch_of_another_size_compiles_nothing(monkeypatch: pytest.MonkeyPatc
     assert len(first) > 40
     for batch, size in ((31, 224), (32, 192)):
         new = [launch for request, launch in compilations(batch, size).items() if request not in first]
+        new = [launch for launch in new if ".batch_norm:" not in launch.request["kernel"]]
         assert not new, [f"{launch.kernel} {launch.config}" for launch in new]

@@ -7,6 +7,7 @@ from fastops.audit.launches import AUDITED, launches, recorded
 from fastops.audit.machine_code import Machine, machine_code
 from fastops.audit.rules import broken_rules
 from fastops.kernels import configs, linear
+from fastops.kernels.activation import NONE, RELU
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 HEAD = ("linear_cross_entropy",)
@@ -82,7 +83,7 @@ def test_accesses_are_as_wide_as_rows_allow(target: str) -> None:
     requests = []
     for size in widths:
         x, w = (torch.empty(512, size, dtype=torch.float16, device="meta") for _ in range(2))
-        requests += recorded(target, None, "ieee", linear.linear, x, w, None, True)[1]
+        requests += recorded(target, None, "ieee", linear.linear, x, w, None, RELU)[1]
     for width, machine in zip(widths.values(), machine_code(requests, jobs=1), strict=True):
         assert isinstance(machine, Machine)
         assert machine.spilled_registers == 0
@@ -93,7 +94,7 @@ def test_defects_would_show() -> None:
     """The check reads something: a tile with too many accumulators spills, and float32 takes no matrix unit."""
     x = torch.empty(512, 512, device="meta")
     tile = configs.MatmulConfig(128, 64, 16, 1, 2)
-    _, requests = recorded("sm80", tile, "ieee", linear.linear, x, x, None, False)
+    _, requests = recorded("sm80", tile, "ieee", linear.linear, x, x, None, NONE)
     (machine,) = machine_code(requests, jobs=1)
     assert isinstance(machine, Machine)
     assert machine.spilled_registers > 0

@@ -105,7 +105,7 @@ def test_an_interrupted_run_keeps_what_came_before(
 
     monkeypatch.setattr(processes.Pool, "results", results)
     text, page = tmp_path / "q.json", tmp_path / "q.html"
-    assert main(["qualify", "--case", "add_relu", "--json", str(text), "--html", str(page)]) == 130
+    assert main(["qualify", "--case", "add_relu / two", "--json", str(text), "--html", str(page)]) == 130
     assert "FAILED add_relu / two tensors / float32: it is <wrong>" in capsys.readouterr().out
     data = json.loads(text.read_text())
     assert [result["outcome"] for result in data["parts"]["kernels"]] == [FAILED]

@@ -23,6 +23,7 @@ from fastops import nn as fnn
 from fastops.kernels import chunked_logits
 from fastops.kernels import cross_entropy as cross_entropy_kernels
 from fastops.kernels import linear as linear_kernels
+from fastops.kernels.activation import NONE, RELU
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 NAN, INF = float("nan"), float("inf")
@@ -81,7 +82,7 @@ def test_linear_kernels_touch_nothing_else(relu: bool, shape: tuple[int, int, in
     """Poison surrounds all memory, and every address is checked: no store is unmasked, no load out of range."""
     M, K, N = shape
     input, weight, bias = torch.randn(K, M).t(), torch.randn(N, 2 * K)[:, ::2], torch.randn(N)
-    output = guard.run_guarded(linear_kernels.linear, input, weight, bias, relu)
+    output = guard.run_guarded(linear_kernels.linear, input, weight, bias, RELU if relu else NONE)
     torch.testing.assert_close(output, (torch_linear_relu if relu else F.linear)(input, weight, bias))
     grad = torch.randn(N, M).t()
     mask = output if relu else None

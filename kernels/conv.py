@@ -31,12 +31,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import NONE, RELU
+from .activation_backward import MaskPlan, activation_backward, mask_and_sum, mask_plan
 from .add_relu import add_relu_backward
 from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import MaskPlan, activation_backward, mask_and_sum, mask_plan, matmul, tile_positions
+from .linear import matmul
 from .onednn import convolution_backward
+from .tiles import tile_positions
 
 # Sizes that vary from one batch of images to the next, so that no kernel is made for some of them; but a size of 1 is.
 _SIZES = [f"{tensor}_{side}" for tensor in ("input", "output") for side in ("depth", "height", "width")]

@@ -37,7 +37,8 @@ from torch import Tensor
 from .chunked_logits import check_targets
 from .configs import planned
 from .launch import Plan, accumulator_dtype, launch
-from .reduce import covering_tile, sum_of_partials, tile_alignment
+from .reduce import sum_of_partials
+from .tiles import covering_tile, tile_alignment
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, no_fallback, one_case_per_op
+from launches import replace_launch
 from torch import Tensor
 
 import fastops
@@ -23,14 +24,12 @@ x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
     """Make every launch fail with an error."""
-    from fastops.kernels import add_relu, batch_norm, conv, cross_entropy, elementwise, linear, linear_cross_entropy
 
     def set_error(error: BaseException) -> None:
         def launch(*_: Any, **__: Any) -> None:
             raise error
 
-        for module in (add_relu, batch_norm, conv, cross_entropy, elementwise, linear, linear_cross_entropy):
-            monkeypatch.setattr(module, "launch", launch)
+        replace_launch(monkeypatch, launch)
 
     with fastops.backend("triton"):
         yield set_error

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import replace_launch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -435,7 +436,7 @@ def test_a_tile_that_fails_spoils_no_other(folder: Path, monkeypatch: pytest.Mon
         return 1.0 + (dispatch.selected_backend() != "triton")
 
     assert large.BLOCK_M != small.BLOCK_M
-    monkeypatch.setattr(linear_kernels, "launch", launch)
+    replace_launch(monkeypatch, launch)
     with torch.no_grad():
         tuning = fastops.tune(layer, x, timer=timer)
     assert {choice.way for choice in tuning.choices if not choice.gradients} == {"triton"}
@@ -463,7 +464,7 @@ def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
             taken.append(configs.MatmulConfig(*(plan.constants[name] for name in configs.MatmulConfig._fields)))
         original(plan, *tensors)
 
-    monkeypatch.setattr(linear_kernels, "launch", launch)
+    replace_launch(monkeypatch, launch)
     words = (*forward[:3], 6, 4)
     assert configs.matmul_config(*words, 16) == small
     with torch.no_grad():

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
+from launches import replace_launch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 import fastops
 import fastops.functional as FF
-from fastops.kernels import add_relu, configs, conv, linear
+from fastops.kernels import configs, conv
 from fastops.kernels.configs import ConvConfig
 from fastops.kernels.geometry import conv_output_size
 
@@ -378,8 +379,7 @@ FOR_WEIGHT = ["conv_grad_weight_kernel", "conv_sum_of_splits_kernel"]
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that would be launched: none runs."""
     names: list[str] = []
-    for module in (conv, linear):
-        monkeypatch.setattr(module, "launch", lambda plan, *_: names.append(plan.kernel.__name__))
+    replace_launch(monkeypatch, lambda plan, *_: names.append(plan.kernel.__name__))
     return names
 
 
@@ -414,10 +414,9 @@ def test_only_what_is_needed_is_computed(
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
 def test_vendors_gradients_leave_one_launch(
-    needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+    needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str]
 ) -> None:
     """Channels last the mask and the sum, else the mask; no launch where there is neither."""
-    monkeypatch.setattr(add_relu, "launch", conv.launch)
     layout = memory_format(2, last)
     input, weight, _, grad_output = (tensor.contiguous() for tensor in whole_tensors("3 to 8 channels"))
     words = input if needed[1] else None, weight if needed[0] else None, grad_output if relu else None

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 import triton
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
+from launches import replace_launch
 from torch import Tensor
 from triton.runtime import _allocation
 
 from fastops.kernels import configs, linear, private
 from fastops.kernels.activation import RELU, Activation
+from fastops.kernels.activation_backward import activation_backward
 from fastops.kernels.configs import MatmulConfig, PersistentConfig
 from fastops.kernels.launch import accumulator_dtype
 from fastops.ops import activations
@@ -88,7 +90,7 @@ def test_few_tiles_and_a_long_sum_go_in_parts(
 ) -> None:
     """Nothing is rounded between the parts and their sum."""
     launched: list[tuple[str, Tensor]] = []
-    monkeypatch.setattr(linear, "launch", lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-2])))
+    replace_launch(monkeypatch, lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-2])))
     c = linear.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
     (name, result), *rest = launched
     assert name == "matmul_kernel"
@@ -174,7 +176,7 @@ def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """Tensor descriptors where the GPU has them, they can describe all tensors, and no multiprocessor stays idle."""
     architecture, a, b, persistent = CHOICES[case]
     names: list[str] = []
-    monkeypatch.setattr(linear, "launch", lambda plan, *_: names.append(plan.kernel.__name__))
+    replace_launch(monkeypatch, lambda plan, *_: names.append(plan.kernel.__name__))
     monkeypatch.setattr(configs, "architecture", lambda _: architecture)
     monkeypatch.setattr(configs, "multiprocessors", lambda _: 4)
     monkeypatch.setattr(configs, "_INTERPRETED", configs.matmul_candidates(architecture, a.dtype, "ieee"))
@@ -185,7 +187,7 @@ def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have one of their own, also in a thread where none was set, while the kernel starts and no longer."""
     allocator, allocators = _allocation._allocator, []
-    monkeypatch.setattr(linear, "launch", lambda *_: allocators.append(allocator.get()))
+    replace_launch(monkeypatch, lambda *_: allocators.append(allocator.get()))
     tensors = torch.empty(16, 16), torch.empty(16, 16)
     config = PersistentConfig(*SMALL, HALVES=False, WARP_SPECIALIZE=False)
 
@@ -212,7 +214,7 @@ def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyP
 def test_activation_backward(shape: tuple[int, int], layout: str, need_sum: bool) -> None:
     grad, output = LAYOUTS[layout](*shape), torch.randn(shape)
     output.flatten()[0] = float("nan")  # torch's ReLU keeps NaN, and lets its gradient through
-    masked, total = run_guarded(linear.activation_backward, grad, output, need_sum)
+    masked, total = run_guarded(activation_backward, grad, output, need_sum)
     expected = torch.ops.aten.threshold_backward(grad, output, 0)
     assert torch.equal(masked, expected)
     assert (total is not None) == need_sum
@@ -222,7 +224,7 @@ def test_activation_backward(shape: tuple[int, int], layout: str, need_sum: bool
 
 def test_column_sum_of_many_rows_takes_two_stages() -> None:
     grad = torch.randn(1100, 40)
-    _, total = linear.activation_backward(grad, None, True)
+    _, total = activation_backward(grad, None, True)
     assert_as_accurate_as_torch(lambda grad: (grad.sum(0),), ((total,), (grad,)))
 
 
@@ -266,7 +268,7 @@ def test_activation_backward_of_others(activation: Activation, dtype: torch.dtyp
         return before, before.sum(0)
 
     grad, saved = torch.randn(70, 33).to(dtype).t().contiguous().t(), torch.randn(70, 33).to(dtype)
-    results = run_guarded(lambda *given: linear.activation_backward(*given, True, activation), grad, saved)
+    results = run_guarded(lambda *given: activation_backward(*given, True, activation), grad, saved)
     assert_as_accurate_as_torch(torchs, (results, (grad, saved)))
 
 
@@ -306,7 +308,7 @@ def test_vendors_products_leave_one_launch(
 ) -> None:
     """The mask and the sum, and none where there is neither."""
     launched: list[str] = []
-    monkeypatch.setattr(linear, "launch", lambda plan, *_: launched.append(plan.kernel.__name__))
+    replace_launch(monkeypatch, lambda plan, *_: launched.append(plan.kernel.__name__))
     grad, input, weight = torch.randn(2, 4, 3), torch.randn(2, 4, 5), torch.randn(3, 5)
     words = input if needed[1] else None, weight if needed[0] else None, grad if relu else None, needed[2]
     results = linear.linear_backward(grad, *words, vendor=True)

@@ -1,0 +1,488 @@
+"""Batch norm with ReLU, or with a sum and ReLU: three launches forward and three backward in training.
+
+With x the input, n values of it in each channel, their mean m and (biased) variance v, or the running ones in
+evaluation, weight w, bias b, residual r, output y and its gradient g::
+
+    s  = 1 / sqrt(v + eps)
+    y  = relu((x - m) (w s) + b + r)
+    gz = g where not y <= 0, else 0,    gr = gz
+    gb = sum of gz,    gw = s * sum of gz (x - m)
+    gx = w s (gz - gb / n - (x - m) s gw / n) in training, w s gz in evaluation
+
+One kernel for each pass serves both layouts: tiles are [positions, channels] where channels are last, ``LAST``, else
+[channels, positions]. The second dimension is the contiguous one. Samples of few positions, [N, C, positions], go as
+[N, C x positions] with channels last, ``FOLD`` columns of a channel beside each other. Every tile lies inside the
+tensor (`covering_tile`), so that no access has a mask. A *unit* is one tile of positions; a program has a tile of
+channels and a *strip* of several units. How many strips there are depends on the sizes alone: sums have the same bits
+on every GPU.
+
+The variance never comes from a difference of large numbers: each lane of a tile sums x - k and (x - k)^2 with k its own
+first element. Lanes, then strips, are merged as (count, mean, sum of squares around the mean), the mean in two steps.
+torch adds float32 up in float64 on a CPU: here lanes are merged in that.
+
+The backward pass finds the ReLU's mask by computing the output again, as the forward pass did. With a residual it reads
+a bit for each element, or the output where the bits of a row would not fill bytes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import covering_tile
+
+
+@triton.jit
+def over_channels(vector, LAST: tl.constexpr):
+    """A vector over channels, as part of a tile."""
+    if LAST:
+        return vector[None, :]
+    else:
+        return vector[:, None]
+
+
+@triton.jit
+def over_positions(vector, LAST: tl.constexpr):
+    """A vector over positions, as part of a tile."""
+    if LAST:
+        return vector[:, None]
+    else:
+        return vector[None, :]
+
+
+@triton.jit
+def tile_of(
+    unit,
+    channel,
+    inner,
+    channels,
+    LAST: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Offsets of the rows of a unit, those of the lanes in a row, and which positions are met for the first time."""
+    tiles = (inner + BLOCK_P - 1) // BLOCK_P
+    position, fresh = covering_tile(unit % tiles, inner, BLOCK_P, ALIGN_P)
+    if LAST:
+        UNIT: tl.constexpr = ALIGN_C if ALIGN_C > 0 else -ALIGN_C
+        return position * (channels // UNIT * UNIT), channel, fresh  # the compiler sees that UNIT divides it
+    else:
+        UNIT_P: tl.constexpr = ALIGN_P if ALIGN_P > 0 else -ALIGN_P
+        row = ((unit // tiles).to(tl.int64) * channels + channel) * (inner // UNIT_P * UNIT_P)
+        return row, position, fresh
+
+
+@triton.jit
+def positions_before(unit, inner, outer, BLOCK_P: tl.constexpr):
+    """How many positions lie in the units before this one."""
+    tiles = (inner + BLOCK_P - 1) // BLOCK_P
+    unit = tl.minimum(unit, outer * tiles)
+    return (unit // tiles).to(tl.int64) * inner + tl.minimum(unit % tiles * BLOCK_P, inner)
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,  # [outer, channels, inner], or [inner, channels] if LAST
+    partial_ptr,  # [2, strips, channels]: mean of a strip, and its sum of squares around that
+    inner,
+    outer,
+    channels,
+    steps,
+    LAST: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels and strip of ``steps`` units."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = partial_ptr.dtype.element_ty
+    AXIS: tl.constexpr = 0 if LAST else 1
+    strip = tl.program_id(1)
+    channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    begin = strip * steps
+    end = tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))
+    row, lane, fresh = tile_of(begin, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+    k = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
+    first = tl.zeros_like(k)
+    second = tl.zeros_like(k)
+    count = tl.zeros((BLOCK_P,), ACC)
+    for unit in range(begin, end):
+        row, lane, fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+        x = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
+        d = tl.where(over_positions(fresh, LAST), x - k, 0.0)
+        first += d
+        second += d * d
+        count += fresh.to(ACC)
+    n = over_positions(count, LAST)
+    total = tl.sum(count, 0)
+    off = first / tl.maximum(n, 1.0)
+    local = k + off
+    near = tl.sum(n * local, AXIS) / total  # about the mean
+    e = k - over_channels(near, LAST) + off  # not from the rounded local mean
+    squares = tl.sum(second - first * off + n * e * e, AXIS)
+    d = k.to(EXACT) - over_channels(near.to(EXACT), LAST) + off
+    correction = tl.sum(n * d, AXIS) / total
+    mean = near + correction
+    squares -= (total * correction * correction).to(ACC)
+    partial_ptrs = partial_ptr + strip * channels + channel
+    tl.store(partial_ptrs, mean, mask=own)
+    tl.store(partial_ptrs + tl.num_programs(1) * channels, squares, mask=own)
+
+
+@triton.jit
+def part_of(start, channel, strips, channels, FOLD: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Strips of BLOCK_S partial results from ``start`` on, which of these exist, and their offsets for each channel."""
+    part = start + tl.arange(0, BLOCK_S)
+    real = (part < strips * FOLD)[:, None]
+    part = tl.minimum(part, strips * FOLD - 1)
+    strip = part // FOLD
+    return strip, real, (strip * channels * FOLD + part % FOLD)[:, None] + channel[None, :] * FOLD
+
+
+@triton.jit
+def moved(pointers, value, momentum, inside):
+    """Move running statistics towards ``value``, in the dtype of that."""
+    old = tl.load(pointers).to(value.dtype)
+    new = old * (1 - momentum).to(value.dtype) + value * momentum.to(value.dtype)
+    tl.store(pointers, new.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def inverse_deviation(variance, EPS: tl.constexpr):
+    """``1 / sqrt(variance + EPS)``, each step rounded to nearest."""
+    if variance.dtype == tl.float64:
+        return 1.0 / tl.sqrt(variance + EPS)
+    else:
+        return tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(variance + EPS))
+
+
+@triton.jit
+def merge_statistics_kernel(
+    partial_ptr,  # [2, strips, channels x FOLD]
+    mean_ptr,  # [channels]
+    inverse_ptr,  # [channels]: 1 / standard deviation
+    running_mean_ptr,  # [channels], changed if TRACK
+    running_var_ptr,  # [channels], likewise
+    strips,
+    inner,
+    outer,
+    channels,
+    steps,
+    momentum_bits,
+    EPS: tl.constexpr,
+    TRACK: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels. Floats are constants or bits: as numbers Triton would round them to float32."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    channel = tl.minimum(channel, channels - 1)
+    total = (tl.full((), FOLD, tl.int64) * outer * inner).to(ACC)
+    mean = tl.zeros((BLOCK_C,), ACC)
+    squares = tl.zeros((BLOCK_S, BLOCK_C), ACC)
+    for step in tl.static_range(2):  # the mean, then what it is off by and the squares around it
+        weighted = tl.zeros((BLOCK_S, BLOCK_C), ACC)
+        for start in range(0, strips * FOLD, BLOCK_S):
+            strip, real, offsets = part_of(start, channel, strips, channels, FOLD, BLOCK_S)
+            end = positions_before((strip + 1) * steps, inner, outer, BLOCK_P)
+            n = (end - positions_before(strip * steps, inner, outer, BLOCK_P)).to(ACC)[:, None]
+            d = tl.where(real, tl.load(partial_ptr + offsets) - mean[None, :], 0.0)
+            weighted += n * d
+            if step == 1:
+                own = tl.load(partial_ptr + (offsets + strips * channels * FOLD))
+                squares += tl.where(real, own + n * d * d, 0.0)
+        correction = tl.sum(weighted, 0) / total
+        mean += correction
+        if step == 1:
+            variance = (tl.sum(squares, 0) - total * correction * correction) / total
+            tl.store(mean_ptr + channel, mean, mask=inside)
+            tl.store(inverse_ptr + channel, inverse_deviation(variance, EPS), mask=inside)
+            if TRACK:
+                momentum = tl.full((1,), momentum_bits, tl.int64).to(tl.float64, bitcast=True)
+                moved(running_mean_ptr + channel, mean, momentum, inside)
+                moved(running_var_ptr + channel, variance * (total / (total - 1)), momentum, inside)
+
+
+@triton.jit
+def coefficients(
+    channel,
+    mean_ptr,
+    spread_ptr,
+    weight_ptr,
+    bias_ptr,
+    ACC: tl.constexpr,
+    TRAINING: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    LAST: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Mean, scale and bias of a tile's channels, as parts of the tile."""
+    channel = channel // FOLD
+    mean = tl.load(mean_ptr + channel).to(ACC)
+    scale = tl.load(spread_ptr + channel)
+    if not TRAINING:
+        scale = inverse_deviation(scale.to(ACC), EPS)
+    if WEIGHT:
+        scale *= tl.load(weight_ptr + channel).to(scale.dtype)
+    scale = scale.to(ACC)
+    bias = tl.zeros_like(mean)
+    if BIAS:
+        bias += tl.load(bias_ptr + channel).to(ACC)
+    return over_channels(mean, LAST), over_channels(scale, LAST), over_channels(bias, LAST)
+
+
+@triton.jit
+def affine(x, scale, bias):
+    """x * scale + bias, rounded once whatever the compiler would fuse: both passes must agree on its sign."""
+    return tl.fma(x, tl.broadcast_to(scale, x.shape), tl.broadcast_to(bias, x.shape))
+
+
+@triton.jit
+def packed(flags, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] flags -> bytes [ROWS, COLUMNS / 8]."""
+    values = tl.full((), 1, tl.int32) << tl.arange(0, 8)
+    return tl.sum(tl.reshape(flags.to(tl.int32), (ROWS, COLUMNS // 8, 8)) * values[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpacked(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The reverse of `packed`."""
+    flags = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(flags, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def byte_offsets(row, lane, COLUMNS: tl.constexpr):
+    """Offset of the byte of each 8 elements, which begin at a multiple of 8."""
+    return (row >> 3)[:, None] + (tl.min(tl.reshape(lane, (COLUMNS // 8, 8)), 1) >> 3)[None, :]
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr,  # [outer, channels, inner], or [inner, channels] if LAST, like all large tensors
+    residual_ptr,  # the same, not read unless RESIDUAL
+    mean_ptr,  # [channels / FOLD], like the next three
+    spread_ptr,  # 1 / standard deviation, or the variance unless TRAINING
+    weight_ptr,  # not read unless WEIGHT
+    bias_ptr,  # not read unless BIAS
+    y_ptr,
+    bits_ptr,  # a byte for each 8 elements, not written unless BITS
+    inner,
+    outer,
+    channels,
+    steps,
+    TRAINING: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BITS: tl.constexpr,
+    FOLD: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels and strip of ``steps`` units. What is met twice is written twice, the same."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    channel, _own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    mean, scale, bias = coefficients(
+        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
+    )
+    begin = tl.program_id(1) * steps
+    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
+        row, lane, _fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+        offsets = row[:, None] + lane[None, :]
+        z = affine(tl.load(x_ptr + offsets).to(ACC) - mean, scale, bias)
+        if RESIDUAL:
+            z += tl.load(residual_ptr + offsets).to(ACC)
+        y = z.to(y_ptr.dtype.element_ty)
+        if BITS:
+            ROWS: tl.constexpr = BLOCK_P if LAST else BLOCK_C
+            COLUMNS: tl.constexpr = BLOCK_C if LAST else BLOCK_P
+            tl.store(bits_ptr + byte_offsets(row, lane, COLUMNS), packed(~(y <= 0), ROWS, COLUMNS))
+        tl.store(y_ptr + offsets, tl.where(y <= 0, 0.0, y).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def masked_gradient(
+    row,
+    lane,
+    grad_ptr,
+    x,
+    mask_ptr,
+    scale,
+    bias,
+    MASK: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of gz in the dtype to compute in. ``x`` is x - mean. MASK: "none", "input", "output" or "bits"."""
+    offsets = row[:, None] + lane[None, :]
+    grad = tl.load(grad_ptr + offsets).to(x.dtype)
+    if MASK == "input":
+        y = affine(x, scale, bias).to(grad_ptr.dtype.element_ty)
+        grad = tl.where(y <= 0, 0.0, grad)
+    elif MASK == "output":
+        grad = tl.where(tl.load(mask_ptr + offsets) <= 0, 0.0, grad)
+    elif MASK == "bits":
+        ROWS: tl.constexpr = BLOCK_P if LAST else BLOCK_C
+        COLUMNS: tl.constexpr = BLOCK_C if LAST else BLOCK_P
+        bits = tl.load(mask_ptr + byte_offsets(row, lane, COLUMNS))
+        grad = tl.where(unpacked(bits, ROWS, COLUMNS), grad, 0.0)
+    return grad
+
+
+@triton.jit
+def grad_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    mask_ptr,  # the output, or a byte for each 8 elements, as MASK says
+    mean_ptr,
+    spread_ptr,
+    weight_ptr,
+    bias_ptr,
+    gz_ptr,  # written if WRITE
+    partial_ptr,  # [2, strips, channels]: sums of gz and of gz (x - mean)
+    inner,
+    outer,
+    channels,
+    steps,
+    TRAINING: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    WRITE: tl.constexpr,
+    FOLD: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels and strip of ``steps`` units."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    EXACT: tl.constexpr = partial_ptr.dtype.element_ty
+    AXIS: tl.constexpr = 0 if LAST else 1
+    strip = tl.program_id(1)
+    channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    mean, scale, bias = coefficients(
+        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
+    )
+    first = tl.zeros((BLOCK_P if LAST else BLOCK_C, BLOCK_C if LAST else BLOCK_P), ACC)
+    second = tl.zeros_like(first)
+    begin = strip * steps
+    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
+        row, lane, fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+        offsets = row[:, None] + lane[None, :]
+        x = tl.load(x_ptr + offsets).to(ACC) - mean
+        gz = masked_gradient(row, lane, grad_ptr, x, mask_ptr, scale, bias, MASK, LAST, BLOCK_P, BLOCK_C)
+        if WRITE:
+            tl.store(gz_ptr + offsets, gz.to(gz_ptr.dtype.element_ty))
+        gz = tl.where(over_positions(fresh, LAST), gz, 0.0)
+        first += gz
+        second += gz * x
+    partial_ptrs = partial_ptr + strip * channels + channel
+    tl.store(partial_ptrs, tl.sum(first.to(EXACT), AXIS), mask=own)
+    tl.store(partial_ptrs + tl.num_programs(1) * channels, tl.sum(second.to(EXACT), AXIS), mask=own)
+
+
+@triton.jit
+def merge_grad_sums_kernel(
+    partial_ptr,  # [2, strips, channels x FOLD]
+    spread_ptr,  # [channels]
+    grad_weight_ptr,  # [channels], written if WEIGHT
+    grad_bias_ptr,  # [channels], written if BIAS
+    factors_ptr,  # [2, channels]: gb / n and s gw / n
+    strips,
+    size,
+    channels,
+    TRAINING: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    FOLD: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels."""
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    channel = tl.minimum(channel, channels - 1)
+    first = tl.zeros((BLOCK_S, BLOCK_C), ACC)
+    second = tl.zeros((BLOCK_S, BLOCK_C), ACC)
+    for start in range(0, strips * FOLD, BLOCK_S):
+        _strip, real, offsets = part_of(start, channel, strips, channels, FOLD, BLOCK_S)
+        first += tl.where(real, tl.load(partial_ptr + offsets), 0.0)
+        second += tl.where(real, tl.load(partial_ptr + (offsets + strips * channels * FOLD)), 0.0)
+    inverse = tl.load(spread_ptr + channel).to(ACC)
+    if not TRAINING:
+        inverse = inverse_deviation(inverse, EPS)
+    grad_bias = tl.sum(first, 0)
+    grad_weight = tl.sum(second, 0) * inverse
+    if BIAS:
+        tl.store(grad_bias_ptr + channel, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(grad_weight_ptr + channel, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=inside)
+    if TRAINING:
+        tl.store(factors_ptr + channel, grad_bias / size, mask=inside)
+        tl.store(factors_ptr + (channels + channel), grad_weight * inverse / size, mask=inside)
+
+
+@triton.jit
+def grad_input_kernel(
+    grad_ptr,
+    x_ptr,
+    mask_ptr,
+    mean_ptr,
+    spread_ptr,
+    weight_ptr,
+    bias_ptr,
+    factors_ptr,  # [2, channels / FOLD], not read unless TRAINING
+    grad_input_ptr,
+    inner,
+    outer,
+    channels,
+    steps,
+    TRAINING: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    FOLD: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per BLOCK_C channels and strip of ``steps`` units."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    channel, _own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    mean, scale, bias = coefficients(
+        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
+    )
+    if TRAINING:
+        center = over_channels(tl.load(factors_ptr + channel // FOLD).to(ACC), LAST)
+        slope = over_channels(tl.load(factors_ptr + (channels + channel) // FOLD).to(ACC), LAST)
+    begin = tl.program_id(1) * steps
+    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
+        row, lane, _fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+        offsets = row[:, None] + lane[None, :]
+        x = tl.load(x_ptr + offsets).to(ACC) - mean
+        gx = masked_gradient(row, lane, grad_ptr, x, mask_ptr, scale, bias, MASK, LAST, BLOCK_P, BLOCK_C)
+        if TRAINING:
+            gx = gx - center - x * slope
+        tl.store(grad_input_ptr + offsets, (scale * gx).to(grad_input_ptr.dtype.element_ty))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from interpreter import bf16, overhead, product
 
 import fastops
@@ -25,6 +26,14 @@ from fastops.ops.op import failed
 product.install()
 bf16.install()
 overhead.install()
+
+# An example takes longer than hypothesis expects where a kernel is interpreted; CI draws the same ones each time.
+settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("mutants", settings.get_profile("default"), max_examples=12, phases=[Phase.generate])
+settings.register_profile("deep", settings.get_profile("default"), max_examples=1000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, no_fallback, one_case_per_op
-from launches import replace_launch
+from interpreter.launches import replace_launch
 from torch import Tensor
 
 import fastops

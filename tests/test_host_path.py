@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 import torch
-from launches import replace_launch
+from interpreter.launches import replace_launch
 from torch import Tensor
 
 import fastops

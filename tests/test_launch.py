@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, one_case_per_op
-from launches import replace_launch
+from interpreter.launches import replace_launch
 from torch import Tensor
 
 import fastops

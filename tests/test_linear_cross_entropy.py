@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import no_fallback
 from interpreter.accuracy import Run, assert_as_accurate_as_torch
-from launches import replace_launch
+from interpreter.launches import replace_launch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import replace_launch
+from interpreter.launches import replace_launch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -271,6 +271,19 @@ class ConvConfig(NamedTuple):
     FLAT: bool
 
 
+_AnyTile = TypeVar("_AnyTile", Tile, ConvConfig)
+
+
+def narrowed(config: _AnyTile, device: torch.device) -> _AnyTile:
+    """The tile, with fewer columns if so many results in each thread and what an activation takes would spill."""
+    target = architecture(device)
+    threads = config.num_warps * (64 if target.startswith("gfx9") else 32)
+    most = threads * (64 if target.startswith(("sm80", "sm90", "gfx9")) else 32)
+    while device.type != "cpu" and config.BLOCK_M * config.BLOCK_N > most:
+        config = config._replace(BLOCK_N=config.BLOCK_N // 2)
+    return config
+
+
 def _power_of_2_within(size: int, limit: int) -> int:
     """The largest power of 2 that is at most ``size`` and ``limit``, but no less than the 16 that a dot needs."""
     return max(16, min(limit, 1 << (size.bit_length() - 1)))

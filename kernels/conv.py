@@ -1,10 +1,10 @@
-"""Convolution in one, two or three dimensions, optionally with ReLU, as implicit matrix products.
+"""Convolution in one, two or three dimensions, optionally with an activation f, as implicit matrix products.
 
 Every tensor is seen in three spatial dimensions (the missing ones have size 1), channels last. With a position p of the
 output, a tap k of the kernel, and x(p, k) the input position that tap k meets at p::
 
-    y[p, o]    = relu(sum over k, c of x[x(p, k), c] w[o, k, c] + b[o])
-    gz         = gy where not y <= 0, else 0         (`activation_backward`, which also sums the bias gradient)
+    y[p, o]    = f(z[p, o]), z[p, o] = sum over k, c of x[x(p, k), c] w[o, k, c] + b[o]
+    gz         = gy f'(z)                            (`activation_backward`, which also sums the bias gradient)
     gx[i, c]   = sum over k, o of gz[p, o] w[o, k, c]       with p such that x(p, k) = i
     gw[o, k, c] = sum over p of gz[p, o] x[x(p, k), c]
 
@@ -30,13 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import NONE, RELU
+from .activation import NONE, RELU, Activation
 from .activation_backward import MaskPlan, activation_backward, mask_and_sum, mask_plan
 from .add_relu import add_relu_backward
-from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, planned, register_limit
+from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, narrowed, planned, register_limit
+from .epilogue import activated
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import matmul
+from .linear import Epilogue, constants_of, matmul
 from .onednn import convolution_backward
 from .tiles import tile_positions
 
@@ -102,6 +103,7 @@ def conv_kernel(
     weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
     bias_ptr,  # [out_channels]
     output_ptr,  # [positions, out_channels], contiguous
+    before_ptr,  # the same: the results before the activation, written if SAVE_BEFORE
     positions,
     input_depth,
     input_height,
@@ -117,7 +119,8 @@ def conv_kernel(
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_BEFORE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     LARGE: tl.constexpr,
     FLAT: tl.constexpr,
@@ -171,11 +174,11 @@ def conv_kernel(
 
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
-    if RELU:
-        accumulator = tl.where(accumulator <= 0, 0.0, accumulator)
-    output_ptrs = output_ptr + rows[:, None].to(tl.int64) * (GROUPS * OUT_CHANNELS) + columns[None, :]
+    offsets = rows[:, None].to(tl.int64) * (GROUPS * OUT_CHANNELS) + columns[None, :]
     own = (own_rows < positions)[:, None] & own_columns[None, :]
-    tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
+    if SAVE_BEFORE:
+        tl.store(before_ptr + offsets, accumulator.to(output_ptr.dtype.element_ty), mask=own)
+    tl.store(output_ptr + offsets, activated(accumulator, ACTIVATION).to(output_ptr.dtype.element_ty), mask=own)
 
 
 @triton.jit
@@ -460,32 +463,37 @@ def conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    relu: bool,
+    activation: Activation,
     memory_format: torch.memory_format,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """``relu(conv(input, weight) + bias)``: [N, C, ...], [O, C / groups, ...], [O] -> [N, O, ...], nothing empty.
+    """``activation(conv(input, weight) + bias)``: [N, C, ...], [O, C / groups, ...], [O] -> [N, O, ...], nothing empty.
 
-    One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``.
+    One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``. What
+    it was before the activation is written to ``before`` if given, in the result's shape with the channels last.
     """
     kind = input.device, input.dtype, input_precision(input, "conv")
     options = tuple(stride), tuple(padding), tuple(dilation), groups
-    plan = conv_plan(kind, (input.shape, weight.shape), options, bias is not None, relu)
+    epilogue = bias is not None, activation, before is not None
+    plan = conv_plan(kind, (input.shape, weight.shape), options, epilogue)
     # Not a view of `rows`: autograd lets nobody change a view from a Function in place.
     result = torch.empty(plan.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     contiguous = memory_format is torch.contiguous_format
     rows = input.new_empty(plan.channels_last_shape) if contiguous else result
     if plan.launch is None:
-        matmul(rows_of_channels(input), weight.reshape(plan.shape[1], -1).t(), bias, RELU if relu else NONE, out=rows)
+        matrices = rows_of_channels(input), weight.reshape(plan.shape[1], -1).t()
+        matmul(*matrices, bias, activation, out=rows, before=before)
     else:
         x = channels_last(input, plan.channels * groups)
         w = channels_last(weight, plan.channels)
-        launch(plan.launch, x, w, rows if bias is None else bias.contiguous(), rows)
+        others = rows if bias is None else bias.contiguous(), rows, rows if before is None else before
+        launch(plan.launch, x, w, *others)
     return result.copy_(rows.movedim(-1, 1)) if contiguous else result
 
 
 @planned
 def conv_plan(
-    kind: Kind, shapes: tuple[tuple[int, ...], tuple[int, ...]], options: Options, has_bias: bool, relu: bool
+    kind: Kind, shapes: tuple[tuple[int, ...], tuple[int, ...]], options: Options, epilogue: Epilogue
 ) -> ConvPlan:
     """`conv` of input and weight with these ``shapes``."""
     sizes = Sizes.of(kind, shapes, options)
@@ -498,6 +506,8 @@ def conv_plan(
     positions = sizes.positions(sizes.output)
     aligned = channels * kind[1].itemsize % 16 == 0
     config = conv_config(kind, positions, outputs, groups, channels, aligned)
+    if epilogue[1] not in (NONE, RELU):
+        config = narrowed(config, kind[0])
     plan = Plan(
         conv_kernel,
         (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
@@ -505,8 +515,7 @@ def conv_plan(
         *sizes.input,
         *sizes.output,
         CHANNELS=channels,
-        HAS_BIAS=has_bias,
-        RELU=relu,
+        **constants_of(epilogue),
         **sizes.constants(kind),
         **config._asdict(),
     )
@@ -566,7 +575,7 @@ def conv_backward(
     grad_output: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
-    output: Tensor | None,
+    saved: Tensor | None,
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     stride: Sequence[int],
@@ -575,12 +584,14 @@ def conv_backward(
     groups: int,
     need_bias: bool,
     memory_format: torch.memory_format,
+    activation: Activation = RELU,
     *,
     vendor: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `conv` for input (needs ``weight``), weight (needs ``input``) and bias.
 
-    ``output`` is the forward's result if it had a ReLU, else None. The first two results have ``memory_format``.
+    ``saved``: what the slope of the activation is had from, None without one. The first two results have
+    ``memory_format``.
     ``vendor``: the gradients of input and weight are torch's, from cuDNN or MIOpen.
     """
     shapes = tuple(input_shape), tuple(weight_shape)
@@ -588,11 +599,11 @@ def conv_backward(
     contiguous = memory_format is torch.contiguous_format
     if vendor:
         grad, sums = grad_output, None
-        if contiguous:  # masked as it lies in memory; the bias gradient is torch's too
-            grad = grad if output is None else add_relu_backward(grad, output.contiguous())
-        elif output is not None or need_bias:
-            rows = None if output is None else rows_of_channels(output)
-            masked, sums = activation_backward(rows_of_channels(grad), rows, need_bias)
+        if contiguous and activation == RELU:  # masked as it lies in memory; the bias gradient is torch's too
+            grad = grad if saved is None else add_relu_backward(grad, saved.contiguous())
+        elif saved is not None or need_bias:
+            rows = None if saved is None else rows_of_channels(saved)
+            masked, sums = activation_backward(rows_of_channels(grad), rows, need_bias, activation)
             grad = masked.view(grad.movedim(1, -1).shape).movedim(-1, 1)
         grad_input, grad_weight, grad_bias = convolution_backward(
             grad, input, weight, shapes, options, need_bias and sums is None, memory_format
@@ -601,10 +612,10 @@ def conv_backward(
 
     kind = grad_output.device, grad_output.dtype, input_precision(grad_output, "conv")
     needs = weight is not None, input is not None, need_bias
-    plan = conv_backward_plan(kind, shapes, options, output is not None, needs, memory_format)
+    plan = conv_backward_plan(kind, shapes, options, NONE if saved is None else activation, needs, memory_format)
     grad = rows_of_channels(grad_output)
-    masked = grad if output is None else grad.new_empty(grad.shape)
-    grad_bias = mask_and_sum(plan.mask, grad, None if output is None else rows_of_channels(output), masked)
+    masked = grad if saved is None else grad.new_empty(grad.shape)
+    grad_bias = mask_and_sum(plan.mask, grad, None if saved is None else rows_of_channels(saved), masked)
     grad_input = grad_weight = None
     if weight is not None:
         grad_input = torch.empty(shapes[0], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
@@ -650,14 +661,14 @@ def conv_backward_plan(
     kind: Kind,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
     options: Options,
-    relu: bool,
+    activation: Activation,
     needs: tuple[bool, bool, bool],
     memory_format: torch.memory_format,
 ) -> ConvBackwardPlan:
     """`conv_backward` for an input and a weight with these ``shapes``; what ``needs`` a gradient: they and the bias."""
     sizes, out_channels = Sizes.of(kind, shapes, options), shapes[1][0]
     rows = sizes.positions(sizes.output), out_channels
-    mask = mask_plan(kind[:2], rows, (out_channels, 1), RELU if relu else NONE, needs[2])
+    mask = mask_plan(kind[:2], rows, (out_channels, 1), activation, needs[2])
     batch, channels, *size = shapes[0]
     for_input = for_weight = None
     if needs[0] and not sizes.is_linear:

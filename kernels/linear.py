@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -30,10 +30,10 @@ from .configs import (
     Kind,
     PersistentConfig,
     Tile,
-    architecture,
     inner_splits,
     matmul_config,
     multiprocessors,
+    narrowed,
     persistent_config,
     planned,
     register_limit,
@@ -313,6 +313,13 @@ def matmul(
 
 
 Epilogue: TypeAlias = tuple[bool, Activation, bool]  # has a bias; its activation; its results before that are stored
+
+
+def constants_of(epilogue: Epilogue) -> dict[str, Any]:
+    """The epilogue as the kernels' constants."""
+    return dict(zip(("HAS_BIAS", "ACTIVATION", "SAVE_BEFORE"), epilogue, strict=True))
+
+
 Operands: TypeAlias = tuple[tuple[int, int, int], tuple[tuple[int, ...], tuple[int, ...]], bool]  # of `product_plan`
 
 
@@ -342,16 +349,6 @@ def multiply(
         contextvars.copy_context().run(launch_with_descriptors, plan.product, a, b, bias, c, before)
 
 
-def narrowed(config: Tile, device: torch.device) -> Tile:
-    """The tile, with fewer columns if so many results in each thread and what an activation takes would spill."""
-    target = architecture(device)
-    threads = config.num_warps * (64 if target.startswith("gfx9") else 32)
-    most = threads * (64 if target.startswith(("sm80", "sm90", "gfx9")) else 32)
-    while device.type != "cpu" and config.BLOCK_M * config.BLOCK_N > most:
-        config = config._replace(BLOCK_N=config.BLOCK_N // 2)
-    return config
-
-
 @planned
 def product_plan(
     kind: Kind,
@@ -377,7 +374,7 @@ def product_plan(
     if given is None and activation not in (NONE, RELU):
         config = narrowed(config, device)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    constants = dict(zip(("HAS_BIAS", "ACTIVATION", "SAVE_BEFORE"), epilogue, strict=True))
+    constants = constants_of(epilogue)
     if isinstance(config, PersistentConfig):
         product = Plan(
             persistent_matmul_kernel,

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn
+from ..kernels.activation import NONE, RELU
 from ..kernels.geometry import conv_output_size
 from ..kernels.private import memory_format
 from . import flops
@@ -164,12 +165,12 @@ _MEMORY_FORMATS: Final = {
 }
 
 
-def _forward(conv: Callable[..., Tensor], relu: bool) -> Callable[..., Tensor]:
-    """A twin of `kernels.conv.conv` as a function of the raw op's arguments."""
+def _forward(conv: Callable[..., Tensor], activation: Any) -> Callable[..., Tensor]:
+    """`kernels.conv.conv`, or its twin that has a bool for ReLU, as a function of the raw op's arguments."""
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         memory_format = _MEMORY_FORMATS[len(options[0]), options[-1]]
-        return conv(input, weight, bias, *options[:-1], relu, memory_format)
+        return conv(input, weight, bias, *options[:-1], activation, memory_format)
 
     return call
 
@@ -188,7 +189,7 @@ def _backward(conv_backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
 def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     from ..kernels import conv
 
-    return _forward(conv.conv, relu), _backward(conv.conv_backward)
+    return _forward(conv.conv, RELU if relu else NONE), _backward(conv.conv_backward)
 
 
 def _save(

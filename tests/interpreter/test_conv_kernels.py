@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 import fastops
 import fastops.functional as FF
 from fastops.kernels import configs, conv
+from fastops.kernels.activation import NONE, RELU
 from fastops.kernels.configs import ConvConfig
 from fastops.kernels.geometry import conv_output_size
 
@@ -231,7 +232,7 @@ def forward_and_backward(
     assert input is not None and weight is not None
     of_all = numbers(weight.shape, options)
     layout = memory_format(weight.dim() - 2, last)
-    output = call(conv.conv, input, weight, bias, *of_all, relu, layout)
+    output = call(conv.conv, input, weight, bias, *of_all, RELU if relu else NONE, layout)
     shapes = tuple(input.shape), tuple(weight.shape)
     mask = output if relu else None
     gradients = call(conv.conv_backward, grad_output, input, weight, mask, *shapes, *of_all, True, layout)
@@ -296,9 +297,9 @@ def test_positions_take_64_bits_where_they_must(stride: int, missing: int, large
     shapes = (1, 8, size), (8, 8, 3)
     options = (stride,), (1 if stride == 2 else 2,), (1,), 1
     kind = torch.device("cpu"), torch.float32, "ieee"
-    forward = conv.conv_plan(kind, shapes, options, False, False)
+    forward = conv.conv_plan(kind, shapes, options, (False, NONE, False))
     assert max(size, forward.shape[2]) == positions
-    backward = conv.conv_backward_plan(kind, shapes, options, False, (True, True, False), torch.contiguous_format)
+    backward = conv.conv_backward_plan(kind, shapes, options, NONE, (True, True, False), torch.contiguous_format)
     assert backward.for_weight is not None
     plans = [plan for plan in (forward.launch, backward.for_input, backward.for_weight.product) if plan is not None]
     assert [plan.constants["LARGE"] for plan in plans] == [large] * 3
@@ -316,7 +317,7 @@ def test_vendors_gradients(name: str, relu: bool, last: bool) -> None:
     _, *expected = torchs(GUARDED[name][2], relu, *tensors, grad_output)
     layout, of_all = memory_format(tensors[0].dim() - 2, last), numbers(tensors[1].shape, GUARDED[name][2])
     shapes = tuple(tensors[0].shape), tuple(tensors[1].shape)
-    output = conv.conv(*tensors, *of_all, relu, layout) if relu else None
+    output = conv.conv(*tensors, *of_all, RELU if relu else NONE, layout) if relu else None
     for spread in (False, True):
         given = [grad_output, *tensors[:2], output]
         if spread:
@@ -434,7 +435,7 @@ def test_vendors_gradients_leave_one_launch(
 @pytest.mark.parametrize("name", GUARDED)
 def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
     input, weight, bias, _ = whole_tensors(name)
-    conv.conv(input, weight, bias, *numbers(weight.shape, GUARDED[name][2]), True, torch.contiguous_format)
+    conv.conv(input, weight, bias, *numbers(weight.shape, GUARDED[name][2]), RELU, torch.contiguous_format)
     assert launched == ["matmul_kernel" if name == "pointwise" else "conv_kernel"]
 
 
@@ -564,6 +565,6 @@ def test_gradient_through_relu_at_zero_and_nan_is_torchs(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_relu_keeps_nan_and_drops_negative_zero() -> None:
     input = torch.tensor([[[float("nan"), -1.0, -0.0, 0.0, 2.0]]])
-    output = conv.conv(input, torch.ones(1, 1, 1), None, (2,), (0,), (1,), 1, True, torch.contiguous_format)
+    output = conv.conv(input, torch.ones(1, 1, 1), None, (2,), (0,), (1,), 1, RELU, torch.contiguous_format)
     torch.testing.assert_close(output, torch.tensor([[[float("nan"), 0.0, 2.0]]]), rtol=0, atol=0, equal_nan=True)
     assert not torch.signbit(output[0, 0, 1])

@@ -241,6 +241,78 @@ def conv_relu3d(
 
 
 @_overridable
+def conv_act1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
+    """``activation(conv1d(..))`` in one kernel: see `conv1d`, and `linear_act` for the activations.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_act1d"], input, weight, bias, options, activation_of(activation, parameters))
+    return output
+
+
+@_overridable
+def conv_act2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
+    """``activation(conv2d(..))`` in one kernel: see `conv2d`, and `linear_act` for the activations.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_act2d"], input, weight, bias, options, activation_of(activation, parameters))
+    return output
+
+
+@_overridable
+def conv_act3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Numbers = 1,
+    padding: _Numbers | str = 0,
+    dilation: _Numbers = 1,
+    groups: int = 1,
+    *,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
+    """``activation(conv3d(..))`` in one kernel: see `conv3d`, and `linear_act` for the activations.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    options = ConvOptions.of(weight, stride, padding, dilation, groups)
+    output: Tensor = call(OPS["conv_act3d"], input, weight, bias, options, activation_of(activation, parameters))
+    return output
+
+
+@_overridable
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
     """``relu(input + other)`` in one pass, as at the end of a residual block. NaN stays NaN, as in torch's ReLU.
 

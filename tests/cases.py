@@ -93,6 +93,27 @@ def _conv_cases() -> Iterator[Case]:
         for op, torchs in ((f"conv{dimensions}d", torch_conv), (f"conv_relu{dimensions}d", torch_conv_relu)):
             ours = functools.partial(getattr(FF, op), **options)
             yield Case(op, name, ours, functools.partial(torchs, **options), tensors)
+        for activation in ACTIVATIONS_OF_CONVOLUTIONS.get(name, ()):
+
+            def torch_conv_act(
+                *tensors: Tensor, torch_conv: Any = torch_conv, activation: str = activation, **options: Any
+            ) -> Tensor:
+                return FUNCTIONS[activation](torch_conv(*tensors, **options))
+
+            ours = functools.partial(getattr(FF, f"conv_act{dimensions}d"), activation=activation, **options)
+            torchs = functools.partial(torch_conv_act, **options)
+            yield Case(f"conv_act{dimensions}d", f"{name}, {activation}", ours, torchs, tensors)
+
+
+# By the name of a case: slopes from the input and from the output.
+ACTIVATIONS_OF_CONVOLUTIONS = {
+    "bias": ("gelu", "tanh"),
+    "pointwise": ("silu",),
+    "unbatched": ("gelu",),
+    "same": ("relu6",),
+    "1d": ("mish",),
+    "3d": ("gelu",),
+}
 
 
 def torch_add_relu(input: Tensor, other: Tensor) -> Tensor:

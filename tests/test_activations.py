@@ -1,4 +1,4 @@
-"""`linear_act` and `LinearAct`: activations by name, their parameters, and what a user may get wrong."""
+"""`linear_act`, `conv_act2d` and their modules: activations by name, their parameters, what a user may get wrong."""
 
 from __future__ import annotations
 
@@ -68,6 +68,40 @@ def test_only_training_writes_what_was_before(name: str, monkeypatch: pytest.Mon
     assert saved == [name not in ("relu", "relu6", "leaky_relu", "sigmoid", "tanh"), False, False]
 
 
+@pytest.mark.parametrize("kernel", [1, 3], ids=["a product", "a convolution"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@every_name
+def test_convolutions(name: str, memory_format: torch.memory_format, kernel: int, backend: str) -> None:
+    """Values, strides and gradients, with gradients and without."""
+    shapes = (2, 3, 5, 4), (4, 3, kernel, kernel), (4,)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors[0] = tensors[0].to(memory_format=memory_format)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    found = FF.conv_act2d(*tensors, padding=1, activation=name)
+    expected = FUNCTIONS[name](F.conv2d(*tensors, padding=1))
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(result, tensors, upstream) for result in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(FF.conv_act2d(*tensors, padding=1, activation=name), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_modules_of_convolutions(n: int, backend: str) -> None:
+    """The options and keys of `torch.nn.Conv2d`, and the parameters of the activation."""
+    ours, torchs = getattr(fnn, f"ConvAct{n}d"), getattr(nn, f"Conv{n}d")
+    options = {"stride": 2, "padding": 1, "groups": 2, "padding_mode": "circular"}
+    layer = ours(2, 4, 3, **options, activation="elu", alpha=0.5)
+    plain = torchs(2, 4, 3, **options)
+    plain.load_state_dict(layer.state_dict())
+    assert isinstance(layer, torchs) and repr(layer).endswith("activation='elu', alpha=0.5)")
+    image = torch.randn(2, 2, *(5,) * n)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other(image), F.elu(plain(image), 0.5))
+
+
 def test_module() -> None:
     """The parameters and keys of `torch.nn.Linear`; it can be copied and pickled."""
     layer = fnn.LinearAct(3, 4, activation="elu", alpha=0.5)
@@ -91,7 +125,9 @@ def test_module() -> None:
 def test_errors(name: Any, parameters: dict[str, Any], error: type[Exception], message: str) -> None:
     for call in (
         lambda: FF.linear_act(x, w, b, name, **parameters),
+        lambda: FF.conv_act1d(x, w, b, activation=name, **parameters),
         lambda: fnn.LinearAct(3, 4, activation=name, **parameters),
+        lambda: fnn.ConvAct3d(3, 4, 2, activation=name, **parameters),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -198,6 +198,13 @@ def raw_convolutions(way: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"conv{n}d_backward", (g, None, w, None, *common, True, False, False, way)
             yield f"conv_relu{n}d_backward", (g, x, None, g, *common, False, True, True, way)
             yield f"conv_relu{n}d_backward", (g, x, w, g, *common, True, True, True, way)
+            for saves, act in ((True, ("gelu", [])), (False, ("gelu", [])), (False, ("leaky_relu", [0.3]))):
+                yield f"conv_act{n}d", (x, w, b, *options, groups, last, *act, saves, way)
+            act = "mish", []
+            before = g.movedim(1, -1).contiguous().movedim(-1, 1)
+            yield f"conv_act{n}d_backward", (g, x, w, b, before, *common, *act, True, True, True, way)
+            yield f"conv_act{n}d_backward", (g, x, w, b, g[:0], *common, *act, True, False, True, way)
+            yield f"conv_act{n}d_backward", (g, None, w, None, g, *common, "tanh", [], True, False, False, way)
 
 
 def raw_batch_norms() -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
+from .activated import Activated
 from .overrides import overrides, replaced
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d"]
+__all__ = [
+    *("Conv1d", "Conv2d", "Conv3d", "ConvAct1d", "ConvAct2d", "ConvAct3d"),
+    *("ConvReLU1d", "ConvReLU2d", "ConvReLU3d"),
+]
 
 
 def convolved(
@@ -84,3 +88,34 @@ class ConvReLU3d(torch.nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         return convolved(FF.conv_relu3d, self, input, self.weight, self.bias)
+
+
+class ConvAct1d(Activated, torch.nn.Conv1d):
+    """`Conv1d` followed by an activation, in one kernel.
+
+    Args:
+        arguments, options: as of `torch.nn.Conv1d`, and parameters of the activation, such as ``negative_slope`` of
+            ``"leaky_relu"``.
+        activation: a name that `fastops.functional.linear_act` knows.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolved(self.activated(FF.conv_act1d), self, input, self.weight, self.bias)
+
+
+class ConvAct2d(Activated, torch.nn.Conv2d):
+    """`Conv2d` followed by an activation, in one kernel: see `ConvAct1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolved(self.activated(FF.conv_act2d), self, input, self.weight, self.bias)
+
+
+class ConvAct3d(Activated, torch.nn.Conv3d):
+    """`Conv3d` followed by an activation, in one kernel: see `ConvAct1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolved(self.activated(FF.conv_act3d), self, input, self.weight, self.bias)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch.overrides import has_torch_function_variadic
 from .. import functional as FF
 from ..dispatch import call
 from ..ops import OPS
-from ..ops.activations import activation_of
+from .activated import Activated
 from .overrides import overrides, replaced
 
 __all__ = ["Linear", "LinearAct", "LinearReLU"]
@@ -41,37 +39,18 @@ class LinearReLU(torch.nn.Linear):
         return FF.linear_relu(input, self.weight, self.bias)
 
 
-class LinearAct(torch.nn.Linear):
+class LinearAct(Activated, torch.nn.Linear):
     """A linear layer followed by an activation, in one kernel: [..., in_features] -> [..., out_features].
 
     Args:
-        in_features, out_features, bias, device, dtype: as of `torch.nn.Linear`.
+        arguments, options: as of `torch.nn.Linear`, and parameters of the activation, such as ``negative_slope`` of
+            ``"leaky_relu"``.
         activation: a name that `fastops.functional.linear_act` knows.
-        parameters: of the activation, such as ``negative_slope`` of ``"leaky_relu"``.
 
     Raises:
         ValueError: if there is no such activation.
         TypeError: if it has no such parameter.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: str,
-        **parameters: float,
-    ) -> None:
-        activation_of(activation, parameters)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.activation, self.activation_parameters = activation, parameters
-
     def forward(self, input: Tensor) -> Tensor:
-        return FF.linear_act(input, self.weight, self.bias, self.activation, **self.activation_parameters)
-
-    def extra_repr(self) -> str:
-        options = {"activation": repr(self.activation), **self.activation_parameters}
-        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items())])
+        return self.activated(FF.linear_act)(input, self.weight, self.bias)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn
-from ..kernels.activation import NONE, RELU
+from ..kernels.activation import NONE, RELU, Activation
 from ..kernels.geometry import conv_output_size
 from ..kernels.private import memory_format
 from . import flops
@@ -165,12 +165,12 @@ _MEMORY_FORMATS: Final = {
 }
 
 
-def _forward(conv: Callable[..., Tensor], activation: Any) -> Callable[..., Tensor]:
+def _forward(conv: Callable[..., Tensor], activation: Any, **before: Tensor | None) -> Callable[..., Tensor]:
     """`kernels.conv.conv`, or its twin that has a bool for ReLU, as a function of the raw op's arguments."""
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         memory_format = _MEMORY_FORMATS[len(options[0]), options[-1]]
-        return conv(input, weight, bias, *options[:-1], activation, memory_format)
+        return conv(input, weight, bias, *options[:-1], activation, memory_format, **before)
 
     return call
 
@@ -178,18 +178,19 @@ def _forward(conv: Callable[..., Tensor], activation: Any) -> Callable[..., Tens
 def _backward(conv_backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
     """A twin of `kernels.conv.conv_backward` as a function of the arguments of the raw op's backward."""
 
-    def call(*arguments: Any, **vendor: bool) -> Tensors:
+    def call(*arguments: Any, **keywords: Any) -> Tensors:
         *common, channels_last, _, _, need_bias = arguments
         memory_format = _MEMORY_FORMATS[len(common[6]), channels_last]
-        return conv_backward(*common, need_bias, memory_format, **vendor)
+        return conv_backward(*common, need_bias, memory_format, **keywords)
 
     return call
 
 
-def _load(relu: bool) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+def load(activation: Activation, before: Tensor | None = None) -> tuple[Callable[..., Tensor], Callable[..., Tensors]]:
+    """The launchers of a convolution with this activation; the backward pass takes it as a keyword."""
     from ..kernels import conv
 
-    return _forward(conv.conv, RELU if relu else NONE), _backward(conv.conv_backward)
+    return _forward(conv.conv, activation, before=before), _backward(conv.conv_backward)
 
 
 def _save(
@@ -249,9 +250,11 @@ def _examples(dimensions: int) -> Iterator[Example]:
         yield example("3, groups 2, channels_last", 3, groups=2, channels_last=True)
 
 
-def _timed(
+def timed(
     batch: int, size: int, channels: int, outputs: int, kernel: int, channels_last: bool = False, **options: int
 ) -> Example:
+    """A layer as torch initializes it, on images of this size."""
+
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         layer = torch.nn.Conv2d(channels, outputs, kernel)
         tensors = {
@@ -269,23 +272,23 @@ def _timed(
 
 _TIMED: Final = {
     "conv2d": [
-        _timed(8, 56, 64, 64, 3, padding=1),  # ResNet-18
-        _timed(8, 56, 64, 128, 3, padding=1, stride=2),
-        _timed(8, 56, 64, 128, 1, stride=2),
+        timed(8, 56, 64, 64, 3, padding=1),  # ResNet-18
+        timed(8, 56, 64, 128, 3, padding=1, stride=2),
+        timed(8, 56, 64, 128, 1, stride=2),
     ],
     "conv_relu2d": [
-        _timed(64, 32, 1, 6, 3),  # LeNet
-        _timed(64, 15, 6, 16, 3),
-        _timed(8, 56, 64, 64, 3, padding=1),
-        _timed(8, 56, 64, 64, 3, padding=1, channels_last=True),
-        _timed(8, 56, 64, 256, 1),
+        timed(64, 32, 1, 6, 3),  # LeNet
+        timed(64, 15, 6, 16, 3),
+        timed(8, 56, 64, 64, 3, padding=1),
+        timed(8, 56, 64, 64, 3, padding=1, channels_last=True),
+        timed(8, 56, 64, 256, 1),
     ],
 }
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
     """Every tile of the tables; backward with all of one 16-bit dtype; few channels, odd ones, groups and volumes."""
-    conv, conv_backward = _load(relu=True)
+    conv, conv_backward = load(RELU)
     body, stride_2 = (8, 256, (28, 28), 256, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
     others = (
         (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
@@ -311,6 +314,9 @@ def _audit(audit: Audit) -> Iterator[Any]:
             name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride}"
             launches = partial(audit.launches, name + (f" groups {groups}" if groups > 1 else ""), tile, precision)
             y, found = launches(conv, x, w, b, *options)
+            if tile == tiles[0] and shape == body:  # an activation with long code, and a second result
+                forward = load(("tanh",), y.movedim(1, -1).contiguous().movedim(-1, 1))[0]
+                found += launches(forward, x, w, b, *options)[1]
             if dtype is half or tile == tiles[0]:
                 found += launches(conv_backward, y, x, w, y, x.shape, w.shape, *options, True, True, True)[1]
             large = tile == tiles[0] and shape == body
@@ -336,7 +342,7 @@ def _make(dimensions: int, relu: bool) -> Op:
         autocast="lower",
         expression=partial(_expression, function, relu),
         gradients=_backward(onednn.conv_backward),
-        load=partial(_load, relu),
+        load=partial(load, RELU if relu else NONE),
         plain=_forward(onednn.conv, relu),
         schema="Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups,"
         " bool channels_last -> Tensor",

@@ -41,11 +41,6 @@ def product_backward(grad_output: Any, input: Any, weight: Any, output: Any, *re
     return int(2 * grad_output.numel() * features * (need_input + need_weight))
 
 
-def product_backward_of_act(grad_output: Any, input: Any, weight: Any, *rest: Any, out_val: Any) -> int:
-    *needs, _ = rest[-4:]
-    return product_backward(grad_output, input, weight, None, *needs, out_val=out_val)
-
-
 def convolution(input: Any, weight: Any, *_: Any, out_val: Any) -> int:
     from torch.utils.flop_counter import conv_flop_count
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import onednn, private
-from ..kernels.activation import NONE, PARAMETERS, RELU, Activation, needs_input
-from . import activations, flops
+from ..kernels.activation import NONE, RELU, Activation
+from . import flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
 from .op import ATEN_IS_FASTER, Explanation, Op, masked
@@ -94,17 +94,18 @@ def _without_two_needs(backward: Callable[..., Tensors]) -> Callable[..., Tensor
         weight: Tensor | None,
         output: Tensor | None,
         *needs: bool,
-        **vendor: bool,
+        **options: Any,
     ) -> Tensors:
-        return backward(grad_output, input, weight, output, needs[2], **vendor)
+        return backward(grad_output, input, weight, output, needs[2], **options)
 
     return call
 
 
-def _load(activation: Activation) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+def load(activation: Activation, before: Tensor | None = None) -> tuple[Callable[..., Tensor], Callable[..., Tensors]]:
+    """The launchers of a linear layer with this activation; the backward pass takes it as a keyword."""
     from ..kernels import linear
 
-    return partial(linear.linear, activation=activation), _without_two_needs(linear.linear_backward)
+    return partial(linear.linear, activation=activation, before=before), _without_two_needs(linear.linear_backward)
 
 
 def _save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], output: Tensor) -> tuple[Tensors, tuple[()]]:
@@ -150,7 +151,9 @@ def _examples() -> Iterator[Example]:
     yield example("transposed input and weight", lambda sizes: (sizes.rows,), other_order=True)
 
 
-def _timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example:
+def timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example:
+    """A layer as torch initializes it, on so many rows."""
+
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         layer = torch.nn.Linear(features, outputs, bias=bias)
         parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -193,13 +196,13 @@ def _audit(audit: Audit) -> Iterator[Any]:
 
 
 def _make(relu: bool) -> Op:
-    bare = [_timed(64, 512, 10), _timed(64, 100, 10, bias=False), _timed(256, 1024, 1000)]
+    bare = [timed(64, 512, 10), timed(64, 100, 10, bias=False), timed(256, 1024, 1000)]
     fused = [
-        _timed(64, 784, 512),  # FashionMLP
-        _timed(64, 512, 512),
-        _timed(64, 1000, 100, bias=False),  # TwoLayerNet
-        _timed(512, 784, 512),
-        _timed(256, 1024, 4096),
+        timed(64, 784, 512),  # FashionMLP
+        timed(64, 512, 512),
+        timed(64, 1000, 100, bias=False),  # TwoLayerNet
+        timed(512, 784, 512),
+        timed(256, 1024, 4096),
     ]
     return Op(
         name="linear_relu" if relu else "linear",
@@ -213,7 +216,7 @@ def _make(relu: bool) -> Op:
         autocast="lower",
         expression=_linear_relu if relu else F.linear,
         gradients=_gradients,
-        load=partial(_load, RELU if relu else NONE),
+        load=partial(load, RELU if relu else NONE),
         plain=partial(onednn.linear, relu=relu),
         plain_backward=_without_two_needs(onednn.linear_backward),
         schema="Tensor input, Tensor weight, Tensor? bias -> Tensor",
@@ -233,157 +236,3 @@ def _make(relu: bool) -> Op:
 
 LINEAR: Final = _make(relu=False)
 LINEAR_RELU: Final = _make(relu=True)
-
-# Any activation -------------------------------------------------------------------------------------------------------
-
-# A call is (input, weight, bias, activation). What it was before the activation is a second result if the slope is had
-# from that alone and a gradient may be wanted, else empty.
-
-
-def _raw_arguments(
-    way: str, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
-) -> tuple[Any, ...]:
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    name, *parameters = activation
-    return input, weight, bias, name, parameters, wanted and needs_input(activation)
-
-
-def _act_accepts(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> str | None:
-    if not all(isinstance(parameter, (int, float)) for parameter in activation[1:]):
-        return "a parameter of the activation is no number"
-    return _accepts(input, weight, bias)
-
-
-def _act_expression(input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    if activation == RELU:
-        return _linear_relu(input, weight, bias)
-    return activations.applied(activation, F.linear(input, weight, bias))
-
-
-def _act_load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
-    from ..kernels import linear
-
-    def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, name: str, parameters: list[float], save_before: bool
-    ) -> tuple[Tensor, Tensor]:
-        before = input.new_empty((*input.shape[:-1], weight.shape[0]) if save_before else 0)
-        activation = (name, *parameters)
-        return linear.linear(input, weight, bias, activation, before if save_before else None), before
-
-    def backward(
-        grad_output: Tensor,
-        input: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        saved: Tensor,
-        name: str,
-        parameters: list[float],
-        *needs: bool,
-        vendor: bool = False,
-    ) -> Tensors:
-        if not saved.numel():  # captured in a graph where no gradient was wanted
-            assert input is not None and weight is not None
-            saved = linear.linear(input, weight, bias, NONE)
-        operands = input if needs[1] else None, weight if needs[0] else None
-        return linear.linear_backward(grad_output, *operands, saved, needs[2], (name, *parameters), vendor=vendor)
-
-    return forward, backward
-
-
-def _act_plain(
-    input: Tensor, weight: Tensor, bias: Tensor | None, name: str, parameters: list[float], save_before: bool
-) -> tuple[Tensor, Tensor]:
-    z = onednn.linear(input, weight, bias, relu=False)
-    return activations.applied((name, *parameters), z), z if save_before else z.new_empty(0)
-
-
-def _act_gradients(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    name: str,
-    parameters: list[float],
-    *needs: bool,
-) -> Tensors:
-    activation = (name, *parameters)
-    if needs_input(activation):  # what was saved has no derivatives
-        assert input is not None and weight is not None
-        saved = F.linear(input, weight, bias)
-    gz = activations.before(activation, grad_output, saved)
-    return _gradients(gz, input if needs[1] else None, weight if needs[0] else None, None, *needs)
-
-
-def _act_plain_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    name: str,
-    parameters: list[float],
-    *needs: bool,
-) -> Tensors:
-    if not saved.numel():
-        assert input is not None and weight is not None
-        saved = onednn.linear(input, weight, bias, relu=False)
-    gz = activations.before((name, *parameters), grad_output, saved)
-    return onednn.linear_backward(gz, input if needs[1] else None, weight if needs[0] else None, None, needs[2])
-
-
-def _act_save(needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: Any) -> tuple[Tensors, Any]:
-    """All that a second derivative wants, where the slope is had from the activation's input alone."""
-    input, weight, bias, name, parameters, _ = arguments
-    output, before = results
-    if needs_input((name, *parameters)):
-        return (input, weight, bias, before), (name, parameters)
-    return (input if needs[1] else None, weight if needs[0] else None, None, output), (name, parameters)
-
-
-def _act_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    save_before, way = rest[-2:]
-    output = _fake(input, weight, bias, way)
-    return output, torch.empty_like(output) if save_before else input.new_empty(0)
-
-
-def _act_fake_backward(
-    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
-) -> list[Tensor]:
-    *needs, _ = rest[-4:]
-    return _fake_backward(grad_output, input if needs[1] else None, weight if needs[0] else None, needs[2], _)
-
-
-def _act_examples() -> Iterator[Example]:
-    matrix, *_ = of_gelu = [example._replace(options={"activation": "gelu"}) for example in _examples()]
-    yield from of_gelu
-    for name in sorted(PARAMETERS.keys() - {"gelu", "hardsigmoid"}):  # torch has no second derivative of hardsigmoid
-        yield matrix._replace(name=name, options={"activation": name})
-
-
-LINEAR_ACT: Final = Op(
-    name="linear_act",
-    accepts=_act_accepts,
-    cpu=_cpu,
-    gpu=lambda *_: _EPILOGUE,
-    onednn=True,
-    autocast="lower",
-    expression=_act_expression,
-    gradients=_act_gradients,
-    load=_act_load,
-    plain=_act_plain,
-    plain_backward=_act_plain_backward,
-    schema="Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters, bool save_before"
-    " -> (Tensor, Tensor)",
-    backward_schema="Tensor grad_output, Tensor? input, Tensor? weight, Tensor? bias, Tensor saved, str activation,"
-    " float[] parameters, bool need_input, bool need_weight, bool need_bias -> (Tensor, Tensor, Tensor)",
-    fake=_act_fake,
-    fake_backward=_act_fake_backward,
-    tensors=3,
-    variables=3,
-    raw_arguments=_raw_arguments,
-    flops=(flops.product, flops.product_backward_of_act),
-    save=_act_save,
-    examples=tuple(_act_examples()),
-    timed=[_timed(512, 768, 3072)._replace(options={"activation": "gelu"})],
-)

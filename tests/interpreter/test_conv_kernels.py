@@ -277,6 +277,32 @@ def test_kernels_touch_nothing_else(name: str, last: bool, tiles: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise", "depthwise"])
+def test_activation(name: str, dtype: torch.dtype, last: bool, tiles: str) -> None:
+    """Of the result before it is rounded; what is saved is the result as it is without an activation."""
+    input, weight, bias, grad_output = (tensor.to(dtype) for tensor in whole_tensors(name, torch.randn))
+    of_all, layout = numbers(weight.shape, GUARDED[name][2]), memory_format(2, last)
+    before = torch.full_like(grad_output, torch.nan).movedim(1, -1).contiguous().movedim(-1, 1)
+    options = *of_all, ("silu",), layout
+    output = run_guarded(lambda *given: conv.conv(*given, *options, before), input, weight, bias)
+    plain = conv.conv(input, weight, bias, *of_all, NONE, layout)
+    assert same_bits(before.contiguous(), plain.contiguous())
+    assert same_bits(output, conv.conv(input, weight, bias, *options))
+    rest = tuple(input.shape), tuple(weight.shape), *of_all, True, layout, ("silu",)
+    found = run_guarded(lambda *given: conv.conv_backward(*given, *rest), grad_output, input, weight, before)
+    vendors = conv.conv_backward(grad_output, input, weight, before, *rest, vendor=True)
+
+    def torchs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *leaves, upstream = (tensor.detach().requires_grad_() for tensor in tensors)
+        z = F.conv2d(*leaves, **GUARDED[name][2])
+        return F.silu(z).detach(), *torch.autograd.grad(F.silu(z), leaves, upstream)
+
+    for gradients in (found, vendors):
+        assert_as_accurate_as_torch(torchs, ((output, *gradients), (input, weight, bias, grad_output)))
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", ["3 to 8 channels", "depthwise", "dilation and stride", "3d"])
 def test_positions_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from .backport import LinearCrossEntropyOptions
 from .dispatch import autocast_dtype, autocast_to, call
 from .kernels.private import legacy_reduction
 from .ops import OPS
-from .ops.activations import activation_of
+from .ops.activations import activation_of, applied
 from .ops.conv import ConvOptions
 
 _P = ParamSpec("_P")
@@ -359,6 +359,31 @@ def batch_norm_relu(
 
 
 @_overridable
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
+    """``activation(batch_norm(..))``: see `batch_norm_relu`, and `linear_act` for the activations.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    arguments = running_mean, running_var, weight, bias, training, momentum, eps
+    output: Tensor = call(OPS["batch_norm_act"], input, None, *arguments, activation_of(activation, parameters))
+    return output
+
+
+@_overridable
 def batch_norm_add_relu(
     input: Tensor,
     other: Tensor,
@@ -380,6 +405,35 @@ def batch_norm_add_relu(
     if not isinstance(other, Tensor):  # in a call None stands for no sum at all
         return torch.relu(torch.nn.functional.batch_norm(input, *arguments) + other)
     output: Tensor = call(OPS["batch_norm_add_relu"], input, other, *arguments)
+    return output
+
+
+@_overridable
+def batch_norm_add_act(
+    input: Tensor,
+    other: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str = "relu",
+    **parameters: float,
+) -> Tensor:
+    """``activation(batch_norm(input, ..) + other)``: see `batch_norm_add_relu`, and `linear_act` for the activations.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+    arguments = running_mean, running_var, weight, bias, training, momentum, eps
+    known = activation_of(activation, parameters)
+    if not isinstance(other, Tensor):  # in a call None stands for no sum at all
+        return applied(known, torch.nn.functional.batch_norm(input, *arguments) + other)
+    output: Tensor = call(OPS["batch_norm_add_act"], input, other, *arguments, known)
     return output
 
 

@@ -1,11 +1,11 @@
-"""Batch norm with ReLU, or with a sum and ReLU: three launches forward and three backward in training.
+"""Batch norm with an activation f, or with a sum and f: three launches forward and three backward in training.
 
 With x the input, n values of it in each channel, their mean m and (biased) variance v, or the running ones in
 evaluation, weight w, bias b, residual r, output y and its gradient g::
 
     s  = 1 / sqrt(v + eps)
-    y  = relu((x - m) (w s) + b + r)
-    gz = g where not y <= 0, else 0,    gr = gz
+    y  = f(z),  z = (x - m) (w s) + b + r
+    gz = g f'(z),    gr = gz
     gb = sum of gz,    gw = s * sum of gz (x - m)
     gx = w s (gz - gb / n - (x - m) s gw / n) in training, w s gz in evaluation
 
@@ -20,8 +20,11 @@ The variance never comes from a difference of large numbers: each lane of a tile
 first element. Lanes, then strips, are merged as (count, mean, sum of squares around the mean), the mean in two steps.
 torch adds float32 up in float64 on a CPU: here lanes are merged in that.
 
-The backward pass finds the ReLU's mask by computing the output again, as the forward pass did. With a residual it reads
-a bit for each element, or the output where the bits of a row would not fill bytes.
+The backward pass computes z, or y, again, as the forward pass did, for the slope of the activation. With a residual it
+reads a bit for each element that a ReLU let through, or the output where the bits of a row would not fill bytes or the
+slope is had from that, else the residual.
+
+The running statistics move in the last launch of the forward pass: if a kernel cannot be compiled, none has moved.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .epilogue import activated, gradient_before
 from .tiles import covering_tile
 
 
@@ -163,14 +167,12 @@ def merge_statistics_kernel(
     partial_ptr,  # [2, strips, channels x FOLD]
     mean_ptr,  # [channels]
     inverse_ptr,  # [channels]: 1 / standard deviation
-    running_mean_ptr,  # [channels], changed if TRACK
-    running_var_ptr,  # [channels], likewise
+    unbiased_ptr,  # [channels]: the variance of all, estimated from the batch, written if TRACK
     strips,
     inner,
     outer,
     channels,
     steps,
-    momentum_bits,
     EPS: tl.constexpr,
     TRACK: tl.constexpr,
     FOLD: tl.constexpr,
@@ -178,7 +180,7 @@ def merge_statistics_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program per BLOCK_C channels. Floats are constants or bits: as numbers Triton would round them to float32."""
+    """One program per BLOCK_C channels."""
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
@@ -204,9 +206,7 @@ def merge_statistics_kernel(
             tl.store(mean_ptr + channel, mean, mask=inside)
             tl.store(inverse_ptr + channel, inverse_deviation(variance, EPS), mask=inside)
             if TRACK:
-                momentum = tl.full((1,), momentum_bits, tl.int64).to(tl.float64, bitcast=True)
-                moved(running_mean_ptr + channel, mean, momentum, inside)
-                moved(running_var_ptr + channel, variance * (total / (total - 1)), momentum, inside)
+                tl.store(unbiased_ptr + channel, variance * (total / (total - 1)), mask=inside)
 
 
 @triton.jit
@@ -265,7 +265,7 @@ def byte_offsets(row, lane, COLUMNS: tl.constexpr):
     return (row >> 3)[:, None] + (tl.min(tl.reshape(lane, (COLUMNS // 8, 8)), 1) >> 3)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["momentum_bits"])
 def apply_kernel(
     x_ptr,  # [outer, channels, inner], or [inner, channels] if LAST, like all large tensors
     residual_ptr,  # the same, not read unless RESIDUAL
@@ -275,16 +275,22 @@ def apply_kernel(
     bias_ptr,  # not read unless BIAS
     y_ptr,
     bits_ptr,  # a byte for each 8 elements, not written unless BITS
+    unbiased_ptr,  # [channels / FOLD], like the next two, which are changed if TRACK
+    running_mean_ptr,
+    running_var_ptr,
     inner,
     outer,
     channels,
     steps,
+    momentum_bits,
     TRAINING: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BITS: tl.constexpr,
+    TRACK: tl.constexpr,
     FOLD: tl.constexpr,
     LAST: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -292,9 +298,17 @@ def apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program per BLOCK_C channels and strip of ``steps`` units. What is met twice is written twice, the same."""
+    """One program per BLOCK_C channels and strip of ``steps`` units. What is met twice is written twice, the same.
+
+    Floats are constants or bits: as numbers Triton would round them to float32.
+    """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    channel, _own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    if TRACK and tl.program_id(1) == 0:
+        momentum = tl.full((1,), momentum_bits, tl.int64).to(tl.float64, bitcast=True)
+        first = own & (channel % FOLD == 0)
+        moved(running_mean_ptr + channel // FOLD, tl.load(mean_ptr + channel // FOLD), momentum, first)
+        moved(running_var_ptr + channel // FOLD, tl.load(unbiased_ptr + channel // FOLD), momentum, first)
     mean, scale, bias = coefficients(
         channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
     )
@@ -305,41 +319,51 @@ def apply_kernel(
         z = affine(tl.load(x_ptr + offsets).to(ACC) - mean, scale, bias)
         if RESIDUAL:
             z += tl.load(residual_ptr + offsets).to(ACC)
-        y = z.to(y_ptr.dtype.element_ty)
+        y = activated(z, ACTIVATION).to(y_ptr.dtype.element_ty)
         if BITS:
             ROWS: tl.constexpr = BLOCK_P if LAST else BLOCK_C
             COLUMNS: tl.constexpr = BLOCK_C if LAST else BLOCK_P
             tl.store(bits_ptr + byte_offsets(row, lane, COLUMNS), packed(~(y <= 0), ROWS, COLUMNS))
-        tl.store(y_ptr + offsets, tl.where(y <= 0, 0.0, y).to(y_ptr.dtype.element_ty))
+        tl.store(y_ptr + offsets, y)
 
 
 @triton.jit
-def masked_gradient(
+def gradient_of_tile(
     row,
     lane,
     grad_ptr,
     x,
-    mask_ptr,
+    aside_ptr,
     scale,
     bias,
-    MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEEDS_INPUT: tl.constexpr,
+    SLOPE_FROM: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of gz in the dtype to compute in. ``x`` is x - mean. MASK: "none", "input", "output" or "bits"."""
+    """A tile of gz in the dtype to compute in. ``x`` is x - mean.
+
+    SLOPE_FROM: "input" alone, "residual" and input, "output" or "bits"; "" where that is the gradient already. The last
+    three lie ``aside``. NEEDS_INPUT: as of `kernels.activation.needs_input`.
+    """
     offsets = row[:, None] + lane[None, :]
     grad = tl.load(grad_ptr + offsets).to(x.dtype)
-    if MASK == "input":
-        y = affine(x, scale, bias).to(grad_ptr.dtype.element_ty)
-        grad = tl.where(y <= 0, 0.0, grad)
-    elif MASK == "output":
-        grad = tl.where(tl.load(mask_ptr + offsets) <= 0, 0.0, grad)
-    elif MASK == "bits":
+    if SLOPE_FROM == "bits":
         ROWS: tl.constexpr = BLOCK_P if LAST else BLOCK_C
         COLUMNS: tl.constexpr = BLOCK_C if LAST else BLOCK_P
-        bits = tl.load(mask_ptr + byte_offsets(row, lane, COLUMNS))
+        bits = tl.load(aside_ptr + byte_offsets(row, lane, COLUMNS))
         grad = tl.where(unpacked(bits, ROWS, COLUMNS), grad, 0.0)
+    elif SLOPE_FROM == "output":
+        grad = gradient_before(grad, tl.load(aside_ptr + offsets).to(x.dtype), ACTIVATION)
+    elif SLOPE_FROM != "":
+        saved = affine(x, scale, bias)
+        if SLOPE_FROM == "residual":
+            saved += tl.load(aside_ptr + offsets).to(x.dtype)
+        if not NEEDS_INPUT:  # the output, as it was stored
+            saved = activated(saved, ACTIVATION).to(grad_ptr.dtype.element_ty).to(x.dtype)
+        grad = gradient_before(grad, saved, ACTIVATION)
     return grad
 
 
@@ -347,7 +371,7 @@ def masked_gradient(
 def grad_sums_kernel(
     grad_ptr,
     x_ptr,
-    mask_ptr,  # the output, or a byte for each 8 elements, as MASK says
+    aside_ptr,  # the residual, the output, or a byte for each 8 elements, as SLOPE_FROM says
     mean_ptr,
     spread_ptr,
     weight_ptr,
@@ -362,7 +386,9 @@ def grad_sums_kernel(
     EPS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEEDS_INPUT: tl.constexpr,
+    SLOPE_FROM: tl.constexpr,
     WRITE: tl.constexpr,
     FOLD: tl.constexpr,
     LAST: tl.constexpr,
@@ -387,7 +413,8 @@ def grad_sums_kernel(
         row, lane, fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
         offsets = row[:, None] + lane[None, :]
         x = tl.load(x_ptr + offsets).to(ACC) - mean
-        gz = masked_gradient(row, lane, grad_ptr, x, mask_ptr, scale, bias, MASK, LAST, BLOCK_P, BLOCK_C)
+        gz = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
+                              LAST, BLOCK_P, BLOCK_C)  # fmt: skip
         if WRITE:
             tl.store(gz_ptr + offsets, gz.to(gz_ptr.dtype.element_ty))
         gz = tl.where(over_positions(fresh, LAST), gz, 0.0)
@@ -445,7 +472,7 @@ def merge_grad_sums_kernel(
 def grad_input_kernel(
     grad_ptr,
     x_ptr,
-    mask_ptr,
+    aside_ptr,
     mean_ptr,
     spread_ptr,
     weight_ptr,
@@ -460,7 +487,9 @@ def grad_input_kernel(
     EPS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEEDS_INPUT: tl.constexpr,
+    SLOPE_FROM: tl.constexpr,
     FOLD: tl.constexpr,
     LAST: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -482,7 +511,8 @@ def grad_input_kernel(
         row, lane, _fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
         offsets = row[:, None] + lane[None, :]
         x = tl.load(x_ptr + offsets).to(ACC) - mean
-        gx = masked_gradient(row, lane, grad_ptr, x, mask_ptr, scale, bias, MASK, LAST, BLOCK_P, BLOCK_C)
+        gx = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
+                              LAST, BLOCK_P, BLOCK_C)  # fmt: skip
         if TRAINING:
             gx = gx - center - x * slope
         tl.store(grad_input_ptr + offsets, (scale * gx).to(grad_input_ptr.dtype.element_ty))

@@ -169,8 +169,10 @@ def slope(saved, ACTIVATION: tl.constexpr):
 def gradient_before(grad, saved, ACTIVATION: tl.constexpr):
     """The gradient before the activation. Where torch chooses, an infinite gradient times 0 is 0, else it is NaN."""
     NAME: tl.constexpr = ACTIVATION[0]
+    if NAME == "relu":
+        return tl.where(saved <= 0, 0.0, grad)
     rise = slope(saved, ACTIVATION)
-    if NAME == "relu" or NAME == "relu6" or NAME == "hardswish" or NAME == "hardsigmoid":
+    if NAME == "relu6" or NAME == "hardswish" or NAME == "hardsigmoid":
         return tl.where(rise == 0, 0.0, grad * rise)
     else:
         return grad * rise

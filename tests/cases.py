@@ -102,7 +102,8 @@ def _conv_cases() -> Iterator[Case]:
 
             ours = functools.partial(getattr(FF, f"conv_act{dimensions}d"), activation=activation, **options)
             torchs = functools.partial(torch_conv_act, **options)
-            yield Case(f"conv_act{dimensions}d", f"{name}, {activation}", ours, torchs, tensors)
+            options_name = activation if name == "bias" else f"{name}, {activation}"
+            yield Case(f"conv_act{dimensions}d", options_name, ours, torchs, tensors)
 
 
 # By the name of a case: slopes from the input and from the output.
@@ -110,7 +111,7 @@ ACTIVATIONS_OF_CONVOLUTIONS = {
     "bias": ("gelu", "tanh"),
     "pointwise": ("silu",),
     "unbatched": ("gelu",),
-    "same": ("relu6",),
+    "same": ("sigmoid",),
     "1d": ("mish",),
     "3d": ("gelu",),
 }
@@ -146,15 +147,27 @@ def torch_batch_norm_add_relu(input: Tensor, other: Tensor, *arguments: Any, **o
     return F.relu(F.batch_norm(input, *arguments, **options) + other)
 
 
-def _normalized(function: Callable[..., Tensor], training: bool, input: Tensor, *parameters: Tensor) -> Tensor:
+def torch_batch_norm_act(input: Tensor, *arguments: Any, activation: str, **options: Any) -> Tensor:
+    return FUNCTIONS[activation](F.batch_norm(input, *arguments, **options))
+
+
+def torch_batch_norm_add_act(input: Tensor, other: Tensor, *arguments: Any, activation: str, **options: Any) -> Tensor:
+    return FUNCTIONS[activation](F.batch_norm(input, *arguments, **options) + other)
+
+
+def _normalized(
+    function: Callable[..., Tensor], training: bool, input: Tensor, *parameters: Tensor, **activation: str
+) -> Tensor:
     """In training, or with statistics that are no variables."""
     C = input.shape[1]
     known = None if training else torch.linspace(0.5, 1, C, dtype=input.dtype, device=input.device)
-    return function(input, known, known, *parameters, training=training)
+    return function(input, known, known, *parameters, training=training, **activation)
 
 
-def _normalized_sum(function: Callable[..., Tensor], input: Tensor, other: Tensor) -> Tensor:
-    return function(input, other, None, None, training=True, eps=0.1)
+def _normalized_sum(
+    function: Callable[..., Tensor], input: Tensor, other: Tensor, *parameters: Tensor, **activation: str
+) -> Tensor:
+    return function(input, other, None, None, *parameters, training=True, eps=0.1, **activation)
 
 
 def _batch_norm_cases() -> Iterator[Case]:
@@ -167,6 +180,15 @@ def _batch_norm_cases() -> Iterator[Case]:
         yield Case("batch_norm_relu", options, *(functools.partial(_normalized, f, training) for f in both), shapes)
     sums = (functools.partial(_normalized_sum, f) for f in (FF.batch_norm_add_relu, torch_batch_norm_add_relu))
     yield Case("batch_norm_add_relu", "pair", *sums, ((3, 2, 4, 2), (3, 2, 4, 2)))
+    both = FF.batch_norm_act, torch_batch_norm_act
+    for name, training, shapes in (("gelu", True, ((4, 3, 2), (3,), (3,))), ("tanh", False, ((2, 3, 2, 2), (3,)))):
+        pair = (functools.partial(_normalized, f, training, activation=name) for f in both)
+        yield Case("batch_norm_act", name, *pair, shapes)
+    both = FF.batch_norm_add_act, torch_batch_norm_add_act
+    for name, shapes in (("gelu", ((3, 2, 4, 2), (3, 2, 4, 2))), ("sigmoid", ((3, 2, 4), (3, 2, 4), (2,), (2,)))):
+        yield Case(
+            "batch_norm_add_act", name, *(functools.partial(_normalized_sum, f, activation=name) for f in both), shapes
+        )
 
 
 def _of_indices(function: Callable[..., Tensor], target: Tensor, options: dict[str, Any], input: Tensor) -> Tensor:

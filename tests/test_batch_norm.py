@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastops
 import fastops.functional as FF
 from fastops import nn as fnn
+from fastops.ops.activations import FUNCTIONS
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::FutureWarning")]
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,25 @@ def test_modules(layer: str, options: str, backend: str) -> None:
             output = function(module(leaf))
             results.append([output, *torch.autograd.grad(output.square().sum(), [leaf, *module.parameters()])])
             assert torch.equal(leaf, x)
+        torch.testing.assert_close(*results)
+        assert_same_state(ours, torchs)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_modules_with_an_activation(layer: str, activation: str, backend: str) -> None:
+    _, torchs, shape = pair(layer)
+    ours = getattr(fnn, f"BatchNormAct{type(torchs).__name__[-2:]}")(5, activation=activation).double()
+    ours.load_state_dict(torchs.state_dict())
+    assert repr(ours).endswith(f"activation={activation!r})")
+    for training in (True, False):
+        x = torch.randn(shape, dtype=torch.float64) + 1
+        results = []
+        for module, function in ((ours, lambda y: y), (torchs, FUNCTIONS[activation])):
+            module.train(training)
+            leaf = x.clone().requires_grad_()
+            output = function(module(leaf))
+            results.append([output, *torch.autograd.grad(output.square().sum(), [leaf, *module.parameters()])])
         torch.testing.assert_close(*results)
         assert_same_state(ours, torchs)
 

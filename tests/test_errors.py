@@ -406,6 +406,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("conv1d", all_seven(*call), {}) for call in CONV1D),
     *(("conv2d", all_seven(*call), {}) for call in CONV2D),
     *(("conv_relu2d", all_seven(*call), {}) for call in CONV2D),
+    *(("conv_act2d", all_seven(*call), {}) for call in CONV2D),
     *(("conv3d", all_seven(*call), {}) for call in CONV3D),
     *((op, arguments, {}) for op in ("mse_loss", "l1_loss") for arguments in MSE_LOSS),
     *((op, arguments, {}) for op in BOUNDS for arguments in MSE_LOSS if len(arguments) == 2),
@@ -421,7 +422,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("cross_entropy", (x, target), options) for options in OPTIONS for target in (indices, q)),
     *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
     *(("linear_cross_entropy", arguments, options) for arguments, options in HEAD),
-    *(("batch_norm_relu", arguments, options) for arguments, options in BATCH_NORM),
+    *((op, *call) for op in ("batch_norm_relu", "batch_norm_act") for call in BATCH_NORM),
     ("linear", (x,), {}),
     ("mse_loss", (x, x), {"unknown": 1}),
 ]
@@ -445,9 +446,9 @@ def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
 
 def torchs_of(op: str) -> Callable[..., Tensor]:
     """The torch function that ``functional.<op>`` must equal."""
-    name = op.replace("_relu", "")
+    name = op.replace("_relu", "").replace("_act", "")  # whose activation is ReLU if none is given
     plain: Callable[..., Tensor] = getattr(F if hasattr(F, name) else backport, name)
-    return plain if "_relu" not in op else lambda *arguments, **options: F.relu(plain(*arguments, **options))
+    return plain if name == op else lambda *arguments, **options: F.relu(plain(*arguments, **options))
 
 
 def outcome(function: Callable[..., Tensor], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

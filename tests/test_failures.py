@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastops
 import fastops.functional as FF
+from fastops.kernels import batch_norm as batch_norm_kernels
 from fastops.kernels import linear as linear_kernels
 from fastops.ops import op as ops
 
@@ -133,3 +134,24 @@ def test_kernels_run_here() -> None:
     finally:
         linear_kernels.launch = original
     assert launches
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_running_statistics_move_once_whichever_kernel_fails(started: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches before the one that fails have run; torch then starts from what was there before the call."""
+    original, left = batch_norm_kernels.launch, [None] * started
+
+    def launch(plan: Any, *tensors: Tensor) -> None:
+        if not left:
+            raise RuntimeError("no kernel image")
+        left.pop()
+        original(plan, *tensors)
+
+    image = torch.randn(4, 3, 5)
+    found, expected = ((torch.zeros(3), torch.ones(3)) for _ in "12")
+    F.batch_norm(image, *expected, training=True)
+    monkeypatch.setattr(batch_norm_kernels, "launch", launch)
+    with fastops.backend("triton"), pytest.warns(fastops.FallbackWarning):
+        FF.batch_norm_relu(image, *found, training=True)
+    assert not left
+    torch.testing.assert_close(found, expected)

@@ -70,10 +70,10 @@ LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "conv_backward, vendor": (lambda: conv.conv_backward(*backward, last, vendor=True), 10),
     "add_relu": (lambda: add_relu.add_relu(x, x), 4),
     "add_relu_backward": (lambda: add_relu.add_relu_backward(x, x), 4),
-    "batch_norm_relu": (lambda: batch_norm.batch_norm_relu(image, *(None,) * 7, 0.1, 1e-5, False), 10),
-    "batch_norm_relu_backward": (
-        lambda: batch_norm.batch_norm_relu_backward(
-            *(image, image, None, None, channel, channel, image, channel, True, 1e-5, False, False),
+    "batch_norm_act": (lambda: batch_norm.batch_norm_act(image, *(None,) * 7, 0.1, 1e-5, "relu", [], False), 10),
+    "batch_norm_act_backward": (
+        lambda: batch_norm.batch_norm_act_backward(
+            *(image, image, None, None, None, channel, channel, image, channel, True, 1e-5, False, False, "relu", []),
             *(True, False, False, False),
         ),
         10,

@@ -213,17 +213,22 @@ def raw_batch_norms() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for large in (x, x.to(memory_format=torch.channels_last), torch.randn(8, 2, 4, 4).transpose(0, 1)):
         for running in (None, c):
             batch = None, None, running, running if running is None else running.clone(), 0.1, 1e-5
-            yield "batch_norm_relu", (large, None, c, c, *batch, False, "triton")
+            yield "batch_norm_relu", (large, None, c, c, *batch, "relu", [], False, "triton")
+            yield "batch_norm_act", (large, None, c, c, *batch, "gelu", [], False, "triton")
         known = c, c, None, None, 0.1, 1e-5
         other = large.contiguous(memory_format=memory_format_of(large))
-        yield "batch_norm_add_relu", (large, other, None, None, *known, True, "triton")
+        yield "batch_norm_add_relu", (large, other, None, None, *known, "relu", [], True, "triton")
+        yield "batch_norm_add_act", (large, other, None, None, *known, "leaky_relu", [0.3], False, "triton")
         last = memory_format_of(large) is torch.channels_last
         bits = torch.full((x.numel() // 8,), 173, dtype=torch.uint8)
-        options = (True, 1e-5, False, last, True, False, True, True, "triton")
-        yield "batch_norm_relu_backward", (x, large, c, c, c, c, other, bits[:0], *options)
+        for op, slope_of in (("batch_norm_relu", ("relu", [])), ("batch_norm_act", ("softplus", [1.0, 20.0]))):
+            options = (True, 1e-5, False, last, *slope_of, True, False, True, True, "triton")
+            yield f"{op}_backward", (x, large, None, c, c, c, c, other, bits[:0], *options)
+        options = (True, 1e-5, True, last, "gelu", [], True, True, True, True, "triton")
+        yield "batch_norm_add_act_backward", (x, large, other, c, c, c, c, None, bits[:0], *options)
         for found in (bits, bits[:0]):
-            options = (False, 1e-5, True, last, True, True, False, False, "triton")
-            yield "batch_norm_add_relu_backward", (x, large, None, None, c, c, other, found, *options)
+            options = (False, 1e-5, True, last, "relu", [], True, True, False, False, "triton")
+            yield "batch_norm_add_relu_backward", (x, large, None, None, None, c, c, other, found, *options)
 
 
 def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:

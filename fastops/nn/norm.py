@@ -1,4 +1,4 @@
-"""Batch norms: with ReLU, and those that `fastops.swap` puts into a model, which by themselves are torch's own.
+"""Batch norms: with an activation, and those that `fastops.swap` puts into models, which by themselves are torch's.
 
 The class is all that tells which are to be folded into the convolutions before them, so that it travels with a copy and
 comes off with `fastops.unswap`.
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import functional as FF
+from .activated import Activated
 
-__all__ = ["BatchNormReLU1d", "BatchNormReLU2d", "BatchNormReLU3d"]
+__all__ = [
+    *("BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"),
+    *("BatchNormReLU1d", "BatchNormReLU2d", "BatchNormReLU3d"),
+]
 
 
 def normalized(function: Callable[..., Tensor], layer: Any, input: Tensor, *others: Tensor) -> Tensor:
@@ -85,3 +89,34 @@ class BatchNormReLU3d(torch.nn.BatchNorm3d):
 
     def forward(self, input: Tensor) -> Tensor:
         return normalized(FF.batch_norm_relu, self, input)
+
+
+class BatchNormAct1d(Activated, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` followed by an activation, on `fastops.functional.batch_norm_act`.
+
+    Args:
+        arguments, options: as of `torch.nn.BatchNorm1d`, and parameters of the activation, such as ``negative_slope``
+            of ``"leaky_relu"``.
+        activation: a name that `fastops.functional.linear_act` knows.
+
+    Raises:
+        ValueError: if there is no such activation.
+        TypeError: if it has no such parameter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(self.activated(FF.batch_norm_act), self, input)
+
+
+class BatchNormAct2d(Activated, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` followed by an activation: see `BatchNormAct1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(self.activated(FF.batch_norm_act), self, input)
+
+
+class BatchNormAct3d(Activated, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` followed by an activation: see `BatchNormAct1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return normalized(self.activated(FF.batch_norm_act), self, input)

@@ -1,8 +1,8 @@
-"""Batch norm with ReLU, or with a sum and ReLU: ``kernels/batch_norm.py``, which has the formulas.
+"""Batch norm with ReLU or any activation, maybe after a sum: ``kernels/batch_norm_device.py`` has the formulas.
 
 A call is ``(input, other, running_mean, running_var, weight, bias, training, momentum, eps)``, ``other`` being the
-second summand or None. Of a raw op the statistics to use come apart from those to change: of these there are none in
-evaluation, so that a compiler knows what is written.
+second summand or None, and the activation unless that is ReLU. Of a raw op the statistics to use come apart from those
+to change: of these there are none in evaluation, so that a compiler knows what is written.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import private
+from ..kernels.activation import RELU, Activation, needs_input
 from ..kernels.geometry import CHANNELS_LAST, Columns, memory_format_of
+from . import activations
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
-from .op import Op, masked, wanted
+from .op import Op, wanted
 
 # By name: a lookup through modules at each call adds up.
 _is_grad_enabled: Final = torch.is_grad_enabled
@@ -36,9 +38,12 @@ def _accepts(
     training: bool,
     momentum: float,
     eps: float,
+    activation: Activation = RELU,
 ) -> str | None:
     if (unfit := mismatch(input) if other is None else mismatch(input, other)) is not None:
         return unfit
+    if not all(isinstance(parameter, (int, float)) for parameter in activation[1:]):
+        return "a parameter of the activation is no number"
     if input.dim() < 2:
         return "input has no channels"
     per_channel = [each for each in (running_mean, running_var, weight, bias) if each is not None]
@@ -87,13 +92,14 @@ def _expression(
     training: bool,
     momentum: float,
     eps: float,
+    activation: Activation = RELU,
 ) -> Tensor:
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if other is not None:
         same = other.dtype is output.dtype and other.stride() == output.stride() and other.shape == output.shape
         # A transform may batch the one and not the other.
         output = output.add_(other) if same and not _transforms_active() else output + other
-    return output.relu_()
+    return output.relu_() if activation == RELU else activations.applied(activation, output)
 
 
 def _raw_arguments(
@@ -107,13 +113,17 @@ def _raw_arguments(
     training: bool,
     momentum: float,
     eps: float,
+    activation: Activation = RELU,
 ) -> tuple[Any, ...]:
-    last = memory_format_of(input) is not torch.contiguous_format
-    save_bits = other is not None and _is_grad_enabled() and Columns.of(input.shape, last).row() % 8 == 0
+    save_bits = other is not None and _is_grad_enabled() and activation == RELU
+    if save_bits:
+        last = memory_format_of(input) is not torch.contiguous_format
+        save_bits = Columns.of(input.shape, last).row() % 8 == 0
     if save_bits:
         save_bits = any(each is not None and each.requires_grad for each in (input, other, weight, bias))
     statistics = (None, None, running_mean, running_var) if training else (running_mean, running_var, None, None)
-    return input, other, weight, bias, *statistics, float(momentum), float(eps), save_bits
+    name, *parameters = activation
+    return input, other, weight, bias, *statistics, float(momentum), float(eps), name, parameters, save_bits
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -132,12 +142,14 @@ def _plain(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
+    name: str,
+    parameters: list[float],
     save_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = _exact(input.dtype)
     training = mean is None
     statistics = (running_mean, running_var) if training else (mean, var)
-    output = _expression(input, other, *statistics, weight, bias, training, momentum, eps)
+    output = _expression(input, other, *statistics, weight, bias, training, momentum, eps, (name, *parameters))
     bits = _packed(~(output <= 0)) if save_bits else input.new_empty(0, dtype=torch.uint8)
     if not training:
         return output, input.new_empty(0, dtype=exact), input.new_empty(0, dtype=exact), bits
@@ -155,48 +167,59 @@ def _packed(flags: Tensor) -> Tensor:
 def _save(
     needs: tuple[bool, ...], op: Op, arguments: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> tuple[Tensors, tuple[Any, ...]]:
-    input, other, weight, bias, mean, var, _, _, _, eps, _ = arguments
+    input, other, weight, bias, mean, var, _, _, _, eps, name, parameters, _ = arguments
     output, own_mean, spread, bits = results
     training, last = mean is None, memory_format_of(input) is not torch.contiguous_format
     statistics = (own_mean, spread) if training else (mean, var)
-    # Kernels read the output only where there are no bits; kept, it is an error to change it, as of torch's ReLU.
-    return (input, weight, bias, *statistics, output, bits), (training, eps, other is not None, last)
+    # For the slope. Kernels need the output seldom; kept, it is an error to change it, as of torch's ReLU.
+    kept = (other, None) if needs_input((name, *parameters)) else (None, output)
+    saved = input, kept[0], weight, bias, *statistics, kept[1], bits
+    return saved, (training, eps, other is not None, last, name, parameters)
 
 
 def _gradients(
     grad_output: Tensor,
     input: Tensor,
+    other: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     spread: Tensor,
-    output: Tensor,
+    output: Tensor | None,
     bits: Tensor,
     training: bool,
     eps: float,
     residual: bool,
     channels_last: bool,
+    name: str,
+    parameters: list[float],
     *needs: bool,
 ) -> Tensors:
-    exact = _exact(input.dtype)
+    exact, activation = _exact(input.dtype), (name, *parameters)
     x, mean, spread = (tensor.to(exact) for tensor in (input, mean, spread))
-    w = None if weight is None else weight.to(exact)
-    gz = masked(grad_output, output)
+    w, b = (None if parameter is None else parameter.to(exact) for parameter in (weight, bias))
     running, saved = ((None, None), (mean, spread)) if training else ((mean, spread), (None, None))
+    if needs_input(activation):
+        z = F.batch_norm(x, running[0], running[1], w, b, training, 0.0, eps)
+        z = z if other is None else z + other.to(exact)
+        gz = activations.before(activation, grad_output.to(exact), z).to(input.dtype)
+    else:
+        assert output is not None
+        gz = activations.before(activation, grad_output, output)
     for_input, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
         gz.to(exact), x, w, *running, *saved, training, eps, [needs[0], needs[2], needs[3]]
     )
-    parameters = (
+    of_vectors = (
         None if found is None or like is None else found.to(like.dtype)
         for found, like in ((for_weight, weight), (for_bias, bias))
     )
-    return wanted(for_input.to(input.dtype) if needs[0] else None, gz, *parameters, needs=needs)
+    return wanted(for_input.to(input.dtype) if needs[0] else None, gz, *of_vectors, needs=needs)
 
 
 def _load() -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     from ..kernels import batch_norm
 
-    return batch_norm.batch_norm_relu, batch_norm.batch_norm_relu_backward
+    return batch_norm.batch_norm_act, batch_norm.batch_norm_act_backward
 
 
 def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -206,8 +229,8 @@ def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(input, memory_format=memory_format_of(input)), *statistics, bits
 
 
-def _fake_backward(grad_output: Tensor, input: Tensor, weight: Any, bias: Any, *rest: Any) -> list[Tensor]:
-    channels_last, need_input, need_other, need_weight, need_bias, _ = rest[-6:]
+def _fake_backward(grad_output: Tensor, input: Tensor, other: Any, weight: Any, bias: Any, *rest: Any) -> list[Tensor]:
+    channels_last, _, _, need_input, need_other, need_weight, need_bias, _ = rest[-8:]
     memory_format = CHANNELS_LAST[input.dim()] if channels_last else torch.contiguous_format
     large = [
         torch.empty_like(input, memory_format=memory_format) if need else input.new_empty(0)
@@ -268,30 +291,44 @@ def _timed(residual: bool, batch: int, channels: int, size: int, channels_last: 
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """Both layouts, in training and evaluation; of one 16-bit dtype also residuals, few positions and odd sizes."""
+    """Both layouts, in training and evaluation, and Mish; of one 16-bit dtype also residuals, few positions and odd
+    sizes."""
     forward, backward = _load()
     half = audit.half_dtypes[0]
     body, few, odd = (32, 256, 28, 28), (32, 64, 7, 7), (5, 67, 13, 13)
-    kinds = [(dtype, body, last, False) for dtype in audit.dtypes for last in (False, True)]
-    kinds += [(half, body, last, True) for last in (False, True)]
-    kinds += [(half, few, False, True), (half, odd, False, True), (half, odd, True, True)]
-    for dtype, shape, last, residual in kinds:
+    kinds = [(dtype, body, last, False, "relu") for dtype in audit.dtypes for last in (False, True)]
+    kinds += [(dtype, body, last, True, "mish") for dtype in audit.dtypes for last in (False, True)]
+    kinds += [(half, body, last, True, "relu") for last in (False, True)]
+    kinds += [(half, few, False, True, "relu"), (half, odd, False, True, "relu"), (half, odd, True, True, "relu")]
+    for dtype, shape, last, residual, activation in kinds:
         x = audit.empty(*shape, dtype=dtype)
         x = x.to(memory_format=torch.channels_last) if last else x
         parameters = audit.empty(shape[1], dtype=torch.float32 if dtype.itemsize == 2 else dtype)
         exact = audit.empty(shape[1], dtype=_exact(dtype))
         name = f"{'x'.join(map(str, shape))}{' channels_last' if last else ''}{' + residual' if residual else ''}"
+        name += "" if activation == "relu" else f" {activation}"
         streams = partial(audit.launches, name, None, "ieee")
         for training in (True, False) if shape is body and not residual else (True,):
             if shape is body and not residual:
                 streams = partial(audit.streams, name, True, 1 if training else 2)
             statistics = (None, None, parameters, parameters) if training else (parameters, parameters, None, None)
-            bits = residual and Columns.of(shape, last).row() % 8 == 0
-            call = x, x if residual else None, parameters, parameters, *statistics, 0.1, 1e-5, bits
+            bits = residual and activation == "relu" and Columns.of(shape, last).row() % 8 == 0
+            call = x, x if residual else None, parameters, parameters, *statistics, 0.1, 1e-5, activation, [], bits
             (output, _, _, mask), found = streams(forward, *call)
             yield from found
             saved = (exact, exact) if training else (parameters, parameters)
-            common = output, x, parameters, parameters, *saved, output, mask, training, 1e-5, residual, last
+            options: tuple[Any, ...] = training, 1e-5, residual, last, activation, []
+            common = (
+                output,
+                x,
+                x if activation == "mish" else None,
+                parameters,
+                parameters,
+                *saved,
+                output,
+                mask,
+                *options,
+            )
             if shape is body and not residual:
                 streams = partial(audit.streams, name, True, 2 if training else 3)
             yield from streams(backward, *common, True, residual, training, training)[1]
@@ -300,22 +337,30 @@ def _audit(audit: Audit) -> Iterator[Any]:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def _make(residual: bool) -> Op:
+def _make(residual: bool, act: bool) -> Op:
+    examples = list(_examples(residual))
     timed = [_timed(residual, 8, 64, 56), _timed(residual, 8, 64, 56, True), _timed(residual, 8, 512, 7)]
+    if act:
+        first, *_ = examples
+        examples = [example._replace(options={**example.options, "activation": "gelu"}) for example in examples]
+        for name in ("hardswish", "leaky_relu", "tanh"):
+            examples.append(first._replace(name=name, options={**first.options, "activation": name}))
+        timed = [example._replace(options={**example.options, "activation": "silu"}) for example in timed]
     return Op(
-        name="batch_norm_add_relu" if residual else "batch_norm_relu",
-        fuses=None if residual else ("batch_norm", "relu"),
+        name=f"batch_norm_{'add_' if residual else ''}{'act' if act else 'relu'}",
+        fuses=None if residual or act else ("batch_norm", "relu"),
         accepts=_accepts,
         expression=_expression,
         gradients=_gradients,
         load=_load,
         plain=_plain,
         schema="Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var,"
-        " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, bool save_bits"
+        " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, str activation,"
+        " float[] parameters, bool save_bits"
         " -> (Tensor, Tensor, Tensor, Tensor)",
-        backward_schema="Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor spread,"
-        " Tensor output, Tensor bits, bool training, float eps, bool residual, bool channels_last,"
-        " bool need_input, bool need_other, bool need_weight, bool need_bias"
+        backward_schema="Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
+        " Tensor spread, Tensor? output, Tensor bits, bool training, float eps, bool residual, bool channels_last,"
+        " str activation, float[] parameters, bool need_input, bool need_other, bool need_weight, bool need_bias"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         fake=_fake,
         fake_backward=_fake_backward,
@@ -323,11 +368,13 @@ def _make(residual: bool) -> Op:
         variables=4,
         raw_arguments=_raw_arguments,
         save=_save,
-        examples=tuple(_examples(residual)),
+        examples=examples,
         timed=timed,
-        audit=None if residual else _audit,
+        audit=None if residual or act else _audit,
     )
 
 
-BATCH_NORM_RELU: Final = _make(residual=False)
-BATCH_NORM_ADD_RELU: Final = _make(residual=True)
+BATCH_NORM_RELU: Final = _make(residual=False, act=False)
+BATCH_NORM_ADD_RELU: Final = _make(residual=True, act=False)
+BATCH_NORM_ACT: Final = _make(residual=False, act=True)
+BATCH_NORM_ADD_ACT: Final = _make(residual=True, act=True)

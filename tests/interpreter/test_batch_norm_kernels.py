@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastops.kernels import batch_norm as kernels
 from fastops.kernels import configs
+from fastops.kernels.activation import Activation, needs_input
 from fastops.kernels.geometry import Columns
+from fastops.ops import activations
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
@@ -43,11 +45,11 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "a GPU's":
         original = kernels.tiling
 
-        def tiling(call: kernels.Call) -> kernels.Tiling:
-            return original(call._replace(device=torch.device("meta")))
+        def tiling(call: kernels.Call, *activation: Activation) -> kernels.Tiling:
+            return original(call._replace(device=torch.device("meta")), *activation)
 
         monkeypatch.setattr(kernels, "tiling", tiling)
-        monkeypatch.setattr(kernels, "register_limit", lambda device: {})
+        monkeypatch.setattr(kernels, "register_limit", lambda *_: {})
         monkeypatch.setattr(kernels, "ELEMENTS", 256)
 
 
@@ -63,28 +65,35 @@ def draw(shape: tuple[int, ...], last: bool, dtype: torch.dtype, parameters: tor
     return [x, other, *(vector.to(parameters) for vector in vectors), grad]
 
 
-def ours(x: Tensor, other: Tensor | None, training: bool, *vectors: Tensor, grad: Tensor) -> list[Tensor]:
+RELU: Activation = ("relu",)
+
+
+def ours(
+    x: Tensor, other: Tensor | None, training: bool, *vectors: Tensor, grad: Tensor, activation: Activation = RELU
+) -> list[Tensor]:
     """Output and all gradients."""
+    name, *parameters = activation
     weight, bias, *statistics = vectors
     known = (None, None) if training else statistics
     last = not x.is_contiguous()
-    bits = other is not None and Columns.of(x.shape, last).row() % 8 == 0
-    arguments = x, other, weight, bias, *known, None, None, 0.1, 1e-5, bits
-    output, mean, spread, mask = run_guarded(kernels.batch_norm_relu, *arguments)
+    bits = other is not None and activation == RELU and Columns.of(x.shape, last).row() % 8 == 0
+    arguments = x, other, weight, bias, *known, None, None, 0.1, 1e-5, name, parameters, bits
+    output, mean, spread, mask = run_guarded(kernels.batch_norm_act, *arguments)
     saved = (mean, spread) if training else statistics
     residual = other is not None
-    common = x, weight, bias, *saved, output, mask, training, 1e-5, residual, last, True, residual, True, True
-    gradients = run_guarded(kernels.batch_norm_relu_backward, grad, *common)
+    kept = other if needs_input(activation) else None
+    common = x, kept, weight, bias, *saved, output, mask, training, 1e-5, residual, last, name, parameters
+    gradients = run_guarded(kernels.batch_norm_act_backward, grad, *common, True, residual, True, True)
     return [output, *(gradient for gradient in gradients if gradient is not None)]
 
 
-def torchs(training: bool, residual: bool, *tensors: Tensor) -> list[Tensor]:
+def torchs(training: bool, residual: bool, *tensors: Tensor, activation: Activation = RELU) -> list[Tensor]:
     x, other, weight, bias, mean, var, grad = tensors
     variables = [tensor.detach().requires_grad_() for tensor in ((x, other) if residual else (x,))]
     parameters = [tensor.detach().requires_grad_() for tensor in (weight, bias)]
     known = (None, None) if training else (mean, var)
     output = F.batch_norm(variables[0], *known, *parameters, training, 0.1, 1e-5)
-    output = torch.relu(output + variables[1] if residual else output)
+    output = activations.applied(activation, output + variables[1] if residual else output)
     return [output, *torch.autograd.grad(output, [*variables, *parameters], grad)]
 
 
@@ -128,19 +137,50 @@ def test_however_the_mask_is_found_gradients_are_the_same(shape: tuple[int, ...]
     x, _, *vectors, grad = draw(shape, last, torch.float32, torch.float32)
     weight, bias = vectors[:2]
     zero = torch.zeros_like(x)
-    options = weight, bias, None, None, None, None, 0.1, 1e-5
+    options = weight, bias, None, None, None, None, 0.1, 1e-5, "relu", []
     full = Columns.of(shape, last).row() % 8 == 0
-    output, mean, spread, bits = kernels.batch_norm_relu(x, zero, *options, full)
+    output, mean, spread, bits = kernels.batch_norm_act(x, zero, *options, full)
     assert bits.numel() == (x.numel() // 8 if full else 0)
     ways = [(False, bits), (True, bits[:0]), *([(True, bits)] if full else [])]
-    common = x, weight, bias, mean, spread, output
-    found = [
-        kernels.batch_norm_relu_backward(grad, *common, mask, True, 1e-5, residual, last, True, residual, True, True)
-        for residual, mask in ways
-    ]
+    common = x, None, weight, bias, mean, spread, output
+    found = []
+    for residual, mask in ways:
+        call = *common, mask, True, 1e-5, residual, last, "relu", [], True, residual, True, True
+        found.append(kernels.batch_norm_act_backward(grad, *call))
     for gradients in found[1:]:
         assert torch.equal(gradients[1], torch.ops.aten.threshold_backward(grad, output, 0))
         assert all(same_bits(gradients[index], found[0][index]) for index in (0, 2, 3))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [("silu",), ("tanh",), ("leaky_relu", -0.3)], ids=str)
+def test_activations(activation: Activation, dtype: torch.dtype, residual: bool) -> None:
+    """Slopes from the input and from the output, in both layouts."""
+    runs = []
+    for draws in range(4):
+        tensors = draw((3, 8, 5, 3), draws % 2 == 1, dtype, dtype)
+        x, other, *vectors, grad = tensors
+        results = ours(x, other if residual else None, draws < 2, *vectors, grad=grad, activation=activation)
+        expected = torchs(draws < 2, residual, *tensors, activation=activation)
+        assert [result.stride() for result in results] == [result.stride() for result in expected]
+        runs.append((results, tensors))
+    for part, training in ((runs[:2], True), (runs[2:], False)):
+        assert_as_accurate_as_torch(lambda *t, on=training: torchs(on, residual, *t, activation=activation), *part)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("shape", "last"), layouts())
+@pytest.mark.parametrize("momentum", [0.3, 1.0])
+def test_running_statistics_of_every_layout(shape: tuple[int, ...], last: bool, momentum: float) -> None:
+    """Each moves once, wherever tiles overlap and however many columns a channel has."""
+    x, *_ = draw(shape, last, torch.float32, torch.float32)
+    running = torch.arange(shape[1]).float(), torch.ones(shape[1])
+    expected = [tensor.clone() for tensor in running]
+    kernels.batch_norm_act(x, *(None,) * 5, *running, momentum, 1e-5, "relu", [], False)
+    F.batch_norm(x, *expected, training=True, momentum=momentum)
+    torch.testing.assert_close(list(running), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
@@ -155,7 +195,7 @@ def test_running_statistics(momentum: float, dtype: torch.dtype) -> None:
 
     x = (torch.randn(5, 6, 7) * 2 + 3).to(dtype)
     results = torch.arange(6).to(dtype), torch.ones(6, dtype=dtype)
-    kernels.batch_norm_relu(x, None, None, None, None, None, *results, momentum, 1e-5, False)
+    kernels.batch_norm_act(x, None, None, None, None, None, *results, momentum, 1e-5, "relu", [], False)
     assert_as_accurate_as_torch(updated, (results, [x]))
 
 
@@ -167,7 +207,7 @@ def test_statistics_do_not_cancel(mean: float, last: bool) -> None:
     x = torch.randn(4, 3, 16, 16) + mean
     x[0, 0, 0, 0] = 0
     x = x.to(memory_format=torch.channels_last) if last else x
-    _, found, spread, _ = kernels.batch_norm_relu(x, *(None,) * 7, 0.1, 1e-5, False)
+    _, found, spread, _ = kernels.batch_norm_act(x, *(None,) * 7, 0.1, 1e-5, "relu", [], False)
     variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=0)
     torch.testing.assert_close(spread, (variance + 1e-5).rsqrt(), rtol=2e-6, atol=0)
@@ -193,7 +233,7 @@ def test_bits_do_not_depend_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(configs, "multiprocessors", lambda _, count=count: count)
         configs.forget_plans()
         call = kernels.Call(torch.device("meta"), torch.Size((32, 64, 56, 56)), False, True, True, True, 1e-5)
-        monkeypatch.setattr(kernels, "register_limit", lambda device: {})
+        monkeypatch.setattr(kernels, "register_limit", lambda *_: {})
         plans.append(kernels.tiling(call))
     assert plans[0] == plans[1] and plans[0].strips()[0] > 1
 

@@ -2,14 +2,17 @@
 
 ::
 
-    x = self.conv(x)                  held = hold(self.conv, x, self.bn)
-    x = self.bn(x)             ->     held = link(self.bn, held)
-    return F.relu(self.fc(x))         return join(F.relu, self.fc, x)       # and so on
+    x = self.conv(x)                  held_x = hold(self.conv, x, self.bn)
+    x = self.bn(x)             ->     held_x = link(self.bn, held_x)
+    x += identity                     held_x = hold_sum_in_place(held_x, identity, ..)
+    return F.relu(self.fc(x))         return join(F.relu, self.fc, now(held_x))     # and so on
 
 `hold` (all of them are in `fastops.promises`) may put a call off, and the next of them runs it: at the latest before
 anything else happens. So the order of all that has effects stays Python's. A call is held only over statements that are
 inert: names, attributes, constants and comparisons, but no calls. The promise lies in a variable of its own; the user's
-gets its value when it is there.
+gets its value when it is there. Of several such variables one at most has a promise.
+
+Of a ``forward`` there is a second version, which may return a promise: for callers that hold it.
 
 Nothing is guessed about what the source means: `fastops.source` believes it only if it compiles to the very code that
 the method has.
@@ -20,37 +23,25 @@ Nothing of torch is imported here.
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
+import inspect
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any, Final
 
-from .source import SCOPES, LeftAlone, source_of
+from .source import LeftAlone, source_of
+from .syntax import UNKNOWN, Call, Method, Surroundings, names_in, same_place, stores, tail, target_of
 
-UNKNOWN: Final = object()  # what a name or an attribute is that only a call knows
-HELD: Final = "_fastops_held"  # the variable that promises lie in: there is never more than one at a time
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call whose result goes into the next one, of ``function``, and what may have made its argument.
-
-    With None it is a sum, and ``inputs`` may have made what that is written into.
-    """
-
-    function: ast.expr | None
-    inputs: tuple[Call, ...] = ()
+__all__ = ["UNKNOWN", "Call", "LeftAlone", "Rewritten", "Site", "Surroundings", "rewrite", "tail"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A call of what may be a ReLU: ``function``, or with None a method of the value. ``inputs`` may be fused with it.
+    """A call of what may be an activation: ``function``, or with None a method of the value.
 
-    Without any, ``reason`` says why.
+    ``inputs`` may be fused with it. Without any, ``reason`` says why.
     """
 
     method: str
@@ -60,308 +51,81 @@ class Site:
     inputs: tuple[Call, ...]
     reason: str
     unrolled: bool = False  # a loop over functions: which they are shows only when it runs
+    name: str = ""  # of the method of the value
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What became of a method: its new code, None if there is nothing to change, and the calls that were found."""
+    """What became of a method: its new code, None if there is nothing to change, and the calls that were found.
+
+    ``holding`` is code of the method that may return a promise, None if it never would.
+    """
 
     code: CodeType | None
     sites: tuple[Site, ...]
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the source of a method is judged by.
-
-    ``is_candidate`` says of a global object whether it may be a layer or a ReLU, ``is_relu`` whether it is a ReLU
-    function, ``is_sum`` whether it is `torch.add`; ``unsteady`` has the attributes of ``self`` that run code.
-    """
-
-    is_candidate: Callable[[object], bool]
-    is_relu: Callable[[object], bool]
-    is_sum: Callable[[object], bool]
-    relu_methods: Sequence[str]
-    unsteady: frozenset[str] = frozenset()
-
-
-_INERT: Final = (
-    *(ast.Name, ast.Attribute, ast.Constant, ast.Tuple, ast.List, ast.Subscript, ast.Slice, ast.UnaryOp, ast.Compare),
-    *(ast.BoolOp, ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop),
-)
-_LOOKS_AT_FRAMES: Final = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe"}
-
-
-def names_in(node: ast.AST, name: str) -> list[ast.Name]:
-    return [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name]
-
-
-def _stores(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-
-
-def _same_place(new: Any, old: ast.AST) -> Any:
-    return ast.fix_missing_locations(ast.copy_location(new, old))
+    holding: CodeType | None
 
 
 def _name(name: str, at: ast.AST, store: bool = False) -> ast.Name:
-    return _same_place(ast.Name(name, ast.Store() if store else ast.Load()), at)
+    return same_place(ast.Name(name, ast.Store() if store else ast.Load()), at)
 
 
 def _call(at: ast.AST, helper: str, *arguments: ast.expr, keywords: Iterable[ast.keyword] = ()) -> ast.Call:
-    return _same_place(ast.Call(_name(f"_fastops_{helper}", at), list(arguments), list(keywords)), at)
+    return same_place(ast.Call(_name(f"_fastops_{helper}", at), list(arguments), list(keywords)), at)
 
 
 def _assign(at: ast.AST, target: ast.expr | str, value: ast.expr) -> ast.stmt:
     target = _name(target, at, store=True) if isinstance(target, str) else target
-    return _same_place(ast.Assign([target], value), at)
+    return same_place(ast.Assign([target], value), at)
 
 
-def _target(statement: ast.stmt) -> str | None:
-    """The local variable that ``statement`` assigns, if it assigns nothing else."""
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)) and statement.value is not None:
-        targets = [statement.target]
-    else:
-        return None
-    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
+def _held(name: str, at: ast.AST, store: bool = False) -> ast.Name:
+    """The variable that promises of ``name`` lie in."""
+    return _name(f"_fastops_held_{name}", at, store)
+
+
+def _fresh(name: str, at: ast.AST, store: bool = False) -> ast.Name:
+    """The variable that says whether ``name`` is new memory."""
+    return _name(f"_fastops_fresh_{name}", at, store)
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """The variable ``name`` whose value lies in `HELD`, where it may still be a promise, and what may have made it."""
+    """The variable ``name`` whose value may still be a promise, and what may have made it."""
 
     name: str
     calls: tuple[Call, ...]
 
 
-class _Rewriter(ast.NodeTransformer):
-    """Rewrites one function in place. ``sites`` has what was found, ``changed`` whether anything is different."""
+_AllPending = tuple[_Pending, ...]
 
-    def __init__(self, function: FunctionType, tree: ast.FunctionDef, around: Surroundings) -> None:
-        self.method, self.globals, self.around = function.__qualname__, function.__globals__, around
-        self.tree, self.sites, self.changed = tree, list[Site](), False
-        self.self_name = tree.args.args[0].arg if tree.args.args else ""
-        nodes = list(ast.walk(tree))
-        self.locals = {n.arg for n in nodes if isinstance(n, ast.arg)} | set(function.__code__.co_freevars)
-        self.locals |= _stores(tree) | {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        self.locals |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-        imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
-        self.locals |= {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
-        self.mentions = Counter(n.id for n in nodes if isinstance(n, ast.Name))
-        # Variables that another scope sees: a function that runs in between could read them.
-        self.seen = {name for n in nodes if isinstance(n, (ast.Global, ast.Nonlocal)) for name in n.names}
-        scopes = [n for n in nodes if isinstance(n, SCOPES) and n is not tree]
-        self.seen |= {n.id for scope in scopes for n in ast.walk(scope) if isinstance(n, ast.Name)}
-        mentioned = {n.id for n in nodes if isinstance(n, ast.Name)} | {
-            n.attr for n in nodes if isinstance(n, ast.Attribute)
-        }
-        if looks := sorted(mentioned & _LOOKS_AT_FRAMES):
-            raise LeftAlone(f"it calls {looks[0]}, which may look at its variables")
-        if any(isinstance(n, ast.AsyncFunctionDef) for n in nodes):
-            raise LeftAlone("it is asynchronous")
-        self.reads: dict[int, tuple[Call, ...]] = {}  # calls whose argument lies in HELD, by id, and what made that
+
+class _Rewriter(Method, ast.NodeTransformer):
+    """Rewrites one function in place. ``sites`` has what was found, ``changed`` whether anything is different.
+
+    ``returned`` says whether it may return a promise now.
+    """
+
+    def __init__(self, function: FunctionType, tree: ast.FunctionDef, around: Surroundings, holds: bool) -> None:
+        super().__init__(function, tree, around, holds)
+        self.sites, self.changed, self.returned = list[Site](), False, False
+        self.reads: dict[int, tuple[Call, ...]] = {}  # names whose value may be a promise, by id, and what made that
         self.marks: dict[int, str] = {}  # statements whose result, if it is new memory, a sum is written into
-        self.sums: dict[int, Call] = {}  # the sums in place among these
         self.made: dict[str, ast.expr | None] = {}  # what was called last to make a variable, for reasons
-        self.bound = {
-            n.arg for n in ast.walk(tree.args) if isinstance(n, ast.arg)
-        }  # variables that have a value here for certain
-        self.guarded = 0  # inside so many blocks whose exceptions something may catch
-        tree.body, pending = self.block(tree.body, [], None)
+        # Variables that have a value here for certain.
+        self.bound = {n.arg for n in ast.walk(tree.args) if isinstance(n, ast.arg)}
+        tree.body, pending = self.block(tree.body, [], ())
         tree.body += self.settle(pending, tree)
-
-    # What a node is ---------------------------------------------------------------------------------------------------
-
-    def resolve(self, node: ast.AST | None) -> object:
-        """The object that a global name, or an attribute of a module, is; UNKNOWN for all else."""
-        if isinstance(node, ast.Name) and node.id not in self.locals:
-            return self.globals.get(node.id, getattr(builtins, node.id, UNKNOWN))
-        if isinstance(node, ast.Attribute):
-            owner = self.resolve(node.value)
-            return getattr(owner, node.attr, UNKNOWN) if isinstance(owner, ModuleType) else UNKNOWN
-        return UNKNOWN
-
-    def inert(self, node: ast.AST) -> bool:
-        """Whether running it changes nothing but local variables and calls nobody, as far as the source shows."""
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            value = node.value
-            return _target(node) is not None and value is not None and self.inert(value)
-        if isinstance(node, ast.Expr):
-            return self.inert(node.value)
-        if isinstance(node, ast.If):
-            return all(map(self.inert, [node.test, *node.body, *node.orelse]))
-        return isinstance(node, ast.Pass) or all(
-            isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n))
-            for n in ast.walk(node)
-        )
-
-    def _is_unsteady(self, node: ast.Attribute) -> bool:
-        of_self = isinstance(node.value, ast.Name) and node.value.id == self.self_name
-        return of_self and ("*" in self.around.unsteady or node.attr in self.around.unsteady)
-
-    def unary(self, node: ast.AST) -> tuple[ast.expr, ast.expr, bool] | None:
-        """Function and argument of a call that may be one of a layer, and whether it goes by the keyword ``input``."""
-        if not isinstance(node, ast.Call) or len(node.args) + len(node.keywords) != 1:
-            return None
-        if not self._is_candidate(node.func):
-            return None
-        if node.keywords:
-            return (node.func, node.keywords[0].value, True) if node.keywords[0].arg == "input" else None
-        argument = node.args[0]
-        return None if isinstance(argument, (ast.Starred, ast.Constant)) else (node.func, argument, False)
-
-    def _is_candidate(self, function: ast.expr) -> bool:
-        value = self.resolve(function)
-        return value is UNKNOWN or self.around.is_candidate(value)
-
-    def application(self, node: ast.AST) -> tuple[ast.expr | None, ast.expr] | None:
-        """Function, or None for a method of the value, and argument of a call that may be one of a ReLU."""
-        if not isinstance(node, ast.Call):
-            return None
-        f, further = node.func, [*node.args[1:], *(k.value for k in node.keywords)]
-        if isinstance(f, ast.Attribute) and f.attr in self.around.relu_methods and not (node.args or node.keywords):
-            return None, f.value
-        if not further:
-            found = self.unary(node)
-            return None if found is None or found[2] else found[:2]
-        fits = len(further) == 1 and len(node.args) >= 1 and all(k.arg == "inplace" for k in node.keywords)
-        if not fits or not self.around.is_relu(self.resolve(f)) or isinstance(node.args[0], ast.Starred):
-            return None
-        return (f, node.args[0]) if self.inert(further[0]) else None
-
-    def summands(self, node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return node.left, node.right
-        if isinstance(node, ast.Call) and len(node.args) == 2 and self.around.is_sum(self.resolve(node.func)):
-            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-            return None if starred or node.keywords else (node.args[0], node.args[1])
-        if self._is_add_method(node) and not isinstance(node.args[0], ast.Starred):  # type: ignore[attr-defined]
-            return node.func, node.args[0]  # type: ignore[attr-defined]
-        return None
-
-    def _is_add_method(self, node: ast.AST) -> bool:
-        """Whether it is ``x.add(y)``: what that adds shows when it runs."""
-        return (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "add"
-            and (len(node.args), len(node.keywords)) == (1, 0)
-            and self.resolve(node.func) is UNKNOWN
-        )
-
-    # What happens to a variable ---------------------------------------------------------------------------------------
-
-    def consumer(self, statement: ast.stmt, name: str) -> ast.Call | None:
-        """The call in ``statement`` that alone reads ``name``, before anything else happens and for the last time."""
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)):
-            return None
-        found = names_in(statement, name)
-        overwrites = isinstance(statement, (ast.Assign, ast.AnnAssign)) and _target(statement) == name
-        if sum(isinstance(n.ctx, ast.Load) for n in found) != 1 or len(found) > 1 + overwrites:
-            return None
-        if not (overwrites or self.mentions[name] == 2 or isinstance(statement, ast.Return)) or name in self.seen:
-            return None
-        if isinstance(statement, ast.AugAssign) and not self.inert(statement.target):
-            return None
-        node: ast.AST | None = statement.value
-        while node is not None:  # down to the name, past what Python evaluates before it
-            applied = self.application(node)
-            if applied is not None and isinstance(applied[1], ast.Name) and applied[1].id == name:
-                assert isinstance(node, ast.Call)
-                return node if applied[0] is None or self.inert(applied[0]) else None
-            if not isinstance(node, (ast.Call, ast.Attribute, ast.BinOp, ast.Tuple, ast.List, ast.keyword)):
-                return None
-            for child in ast.iter_child_nodes(node):
-                if names_in(child, name):
-                    node = child
-                    break
-                if not self.inert(child):
-                    return None
-        return None
-
-    def wanted(self, name: str, following: list[ast.stmt]) -> bool:
-        """Whether a call of ``name`` pays to be held: what comes next may be applied to its result."""
-        for index, statement in enumerate(following):
-            if self.consumer(statement, name) or self.loop(statement) == name:
-                return True
-            mentioned = bool(names_in(statement, name))
-            if isinstance(statement, ast.If) and (mentioned or not self.inert(statement)):
-                if names_in(statement.test, name) or not self.inert(statement.test):
-                    return False
-                rest = following[index + 1 :]
-                return any(self.wanted(name, branch + rest) for branch in (statement.body, statement.orelse))
-            if mentioned or not self.inert(statement):
-                return False
-        return False
-
-    def next_function(self, name: str, following: list[ast.stmt]) -> list[ast.expr]:
-        """What is applied to ``name`` next, if that is known beforehand and not for certain a ReLU.
-
-        One expression, or two for an attribute: what has it and its name.
-        """
-        assigned = {name}
-        for statement in following:
-            call = self.consumer(statement, name)
-            applied = None if call is None else self.application(call)
-            if applied is not None:
-                function = applied[0]
-                if function is None or self.around.is_relu(self.resolve(function)):
-                    return []
-                depends = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
-                if depends & assigned:
-                    return []
-                if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):  # looked up if need be
-                    return [copy.deepcopy(function.value), _same_place(ast.Constant(function.attr), function)]
-                return [copy.deepcopy(function)]
-            if names_in(statement, name) or not self.inert(statement):
-                return []
-            assigned |= _stores(statement)
-        return []
-
-    def loop(self, statement: ast.stmt) -> str | None:
-        """The variable v of ``for f in ...: v = f(v)``, where every call is the only reader of the one before."""
-        if not isinstance(statement, ast.For) or len(statement.body) != 1 or statement.orelse or statement.type_comment:
-            return None
-        body, each = statement.body[0], statement.target
-        name = _target(body) if isinstance(body, ast.Assign) else None
-        found = self.unary(body.value) if isinstance(body, ast.Assign) else None
-        if name is None or found is None or not isinstance(each, ast.Name) or self.guarded or name in self.seen:
-            return None
-        function, argument, by_keyword = found
-        fits = isinstance(function, ast.Name) and function.id == each.id and not by_keyword
-        fits = fits and isinstance(argument, ast.Name) and argument.id == name != each.id
-        alone = self.mentions[each.id] == 2 and each.id not in self.seen
-        return name if fits and alone and self.inert(statement.iter) and not names_in(statement.iter, name) else None
-
-    def makers(self, before: list[ast.stmt], name: str) -> list[Any]:
-        """The statements of ``before`` that may have made ``name``, each by a call; none if that is not sure."""
-        found: list[ast.Assign] = []
-        for statement in reversed(before):
-            if not names_in(statement, name):
-                continue
-            last: ast.stmt | None = statement
-            if isinstance(statement, ast.If) and not statement.orelse and not names_in(statement.test, name):
-                last = next((s for s in reversed(statement.body) if names_in(s, name)), None)
-            if not isinstance(last, ast.Assign) or _target(last) != name or self.unary(last.value) is None:
-                return []
-            if name in self.seen or self.unary(last.value)[2]:  # type: ignore[index]
-                return []
-            found.append(last)
-            if last is statement:
-                return found
-        return []
 
     # Statements -------------------------------------------------------------------------------------------------------
 
     def block(
-        self, body: list[ast.stmt], after: list[ast.stmt], pending: _Pending | None
-    ) -> tuple[list[ast.stmt], _Pending | None]:
-        """Rewrite ``body``, which ``after`` follows. ``pending``, there and in the result: the variable that waits."""
+        self, body: list[ast.stmt], after: list[ast.stmt], pending: _AllPending
+    ) -> tuple[list[ast.stmt], _AllPending]:
+        """Rewrite ``body``, which ``after`` follows. ``pending``, there and in the result: the variables that wait."""
         if not self.guarded:
             for index, statement in enumerate(body):
-                name = _target(statement) if isinstance(statement, ast.AugAssign) else None
+                name = target_of(statement) if isinstance(statement, ast.AugAssign) else None
                 if name and self.is_sum_in_place(statement, name) and self.wanted(name, body[index + 1 :] + after):
                     makers = self.makers(body[:index], name)
                     self.marks |= dict.fromkeys(map(id, makers), name)
@@ -371,152 +135,173 @@ class _Rewriter(ast.NodeTransformer):
         new: list[ast.stmt] = []
         for index, statement in enumerate(body):
             rest = body[index + 1 :] + after
-            if pending is not None and not self.goes_on(statement, pending.name):
-                new += self.settle(pending, statement)
-                pending = None
+            for waiting in pending:
+                if self.goes_on(statement, waiting.name, rest):
+                    continue
+                if self.may_do_nothing(statement) and self.wanted(waiting.name, body[index:] + after):
+                    new += self.past(statement, waiting.name)
+                else:
+                    new += self.settle((waiting,), statement)
+                    pending = tuple(p for p in pending if p is not waiting)
             statements, pending = self.statement(statement, rest, pending)
             new += statements
         return new, pending
 
-    def is_sum_in_place(self, statement: ast.stmt, name: str) -> bool:
-        return (
-            isinstance(statement, ast.AugAssign)
-            and isinstance(statement.op, ast.Add)
-            and not names_in(statement.value, name)
-        )
-
-    def goes_on(self, statement: ast.stmt, name: str) -> bool:
-        """Whether a call may still wait when ``statement`` begins."""
+    def goes_on(self, statement: ast.stmt, name: str, following: list[ast.stmt]) -> bool:
+        """Whether a call may still wait when ``statement`` begins, before ``following``."""
         if isinstance(statement, ast.If):
             return self.inert(statement.test) and not names_in(statement.test, name)
-        if self.consumer(statement, name) or self.loop(statement) == name:
+        if self.consumer(statement, name, following) or self.loop(statement) == name:
             return True
         return self.inert(statement) and not names_in(statement, name)
 
-    def settle(self, pending: _Pending | None, at: ast.AST) -> list[ast.stmt]:
-        """The statement that ends the waiting."""
-        if pending is None:
-            return []
-        self.bound.add(pending.name)
-        place = at if isinstance(at, ast.stmt) and not isinstance(at, ast.FunctionDef) else self.tree.body[-1]
-        return [_assign(place, pending.name, _call(place, "now", _name(HELD, place))), self.release(place)]
+    def past(self, statement: ast.stmt, name: str) -> list[ast.stmt]:
+        """What goes before a call that may do nothing: ``name`` still waits only if it does."""
+        function = copy.deepcopy(statement.value.func)  # type: ignore[attr-defined]
+        waits = _call(statement, "past", function, _held(name, statement))
+        return [_assign(statement, _held(name, statement, store=True), waits), *self.shown(name, statement)]
 
-    def release(self, at: ast.AST) -> ast.stmt:
-        return _assign(at, HELD, _same_place(ast.Constant(None), at))
+    def shown(self, name: str, at: ast.stmt) -> list[ast.stmt]:
+        """What gives ``name`` its value if that is there; what it was must not live longer than it would have."""
+        if name not in self.bound:
+            return []
+        return [_assign(at, name, _call(at, "shown", _held(name, at), _name(name, at)))]
+
+    def settle(self, pending: _AllPending, at: ast.AST) -> list[ast.stmt]:
+        """The statements that end the waiting."""
+        place = at if isinstance(at, ast.stmt) and not isinstance(at, ast.FunctionDef) else self.tree.body[-1]
+        new: list[ast.stmt] = []
+        for name in (waiting.name for waiting in pending):
+            self.bound.add(name)
+            new += [_assign(place, name, _call(place, "now", _held(name, place))), self.release(name, place)]
+        return new
+
+    def release(self, name: str, at: ast.AST) -> ast.stmt:
+        return _assign(at, _held(name, at, store=True), same_place(ast.Constant(None), at))
 
     def statement(
-        self, statement: ast.stmt, rest: list[ast.stmt], pending: _Pending | None
-    ) -> tuple[list[ast.stmt], _Pending | None]:
+        self, statement: ast.stmt, rest: list[ast.stmt], pending: _AllPending
+    ) -> tuple[list[ast.stmt], _AllPending]:
         if isinstance(statement, ast.If):
             return self.branches(statement, rest, pending)
-        name = _target(statement)
+        name = target_of(statement)
         if (looped := self.loop(statement)) is not None:
             assert isinstance(statement, ast.For)
             return self.chain(statement, looped, rest, pending)
         if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)):
             return [self.compound(statement)], pending
-        if pending is not None:
-            call = self.consumer(statement, pending.name)
-            if call is None:  # an inert one
-                self.bound |= _stores(statement)
-                return [self.generic_visit(statement)], pending  # type: ignore[list-item]
-            self.reads[id(call)] = pending.calls
+        consumed = list[str]()
+        for waiting in pending:
+            if (found := self.consumer(statement, waiting.name, rest)) is not None:
+                self.reads[id(found[1])] = waiting.calls
+                consumed.append(waiting.name)
+        pending = tuple(waiting for waiting in pending if waiting.name not in consumed)
         waits = name is not None and not self.guarded
-        marked = self.marks.get(id(statement))
+        marked = id(statement) in self.marks
         if isinstance(statement, ast.AugAssign):
-            waits = waits and marked is not None
-        elif marked is not None or statement.value is None or not self.is_producer(statement.value):
+            waits = waits and marked
+        elif not marked and (statement.value is None or not self.is_producer(statement.value)):
             waits = False
-        if waits and name is not None and self.wanted(name, rest):
-            return self.put_off(statement, name, rest)
-        made = self.unary(statement.value) if name is not None and isinstance(statement, ast.Assign) else None
-        if marked is not None and isinstance(statement, ast.Assign):
-            new: ast.stmt = self.mark(statement, marked)
+        if waits and name is not None and (marked or self.wanted(name, rest)):
+            new, waiting = self.put_off(statement, name, rest)
+            pending = (*pending, waiting)
         else:
-            new = self.generic_visit(statement)  # type: ignore[assignment]
-        if name is not None:
-            self.made[name] = None if made is None else made[0]
-        self.bound |= _stores(statement)
-        ends = pending is not None and not isinstance(statement, ast.Return)
-        return [new, self.release(statement)] if ends else [new], None
+            made = self.unary(statement.value) if name is not None and isinstance(statement, ast.Assign) else None
+            if self.returns(statement) and statement.value is not None:
+                assert isinstance(statement, ast.Return)
+                new = [self.returning(statement)]
+            else:
+                new = [self.generic_visit(statement)]  # type: ignore[list-item]
+            if name is not None:
+                self.made[name] = None if made is None else made[0]
+            self.bound |= stores(statement)
+        if not isinstance(statement, ast.Return):
+            new += [self.release(each, statement) for each in consumed if each not in [p.name for p in pending]]
+        return new, pending
 
-    def is_producer(self, node: ast.expr) -> bool:
-        """Whether the call may be one of a layer, or a sum: what is applied to a ReLU never joins it."""
-        found = self.unary(node)
-        return self.summands(node) is not None or (
-            found is not None and not self.around.is_relu(self.resolve(found[0]))
-        )
+    def returning(self, statement: ast.Return) -> ast.stmt:
+        """A return of what may be a promise."""
+        value = statement.value
+        assert value is not None
+        if id(value) in self.reads:
+            assert isinstance(value, ast.Name)
+            statement.value, self.returned = _held(value.id, value), True
+        elif self.is_producer(value):
+            statement.value, self.returned = self.held(value)[0], True
+        else:
+            self.generic_visit(statement)
+        return statement
 
-    def put_off(self, statement: ast.stmt, name: str, rest: list[ast.stmt]) -> tuple[list[ast.stmt], _Pending | None]:
+    def put_off(self, statement: ast.stmt, name: str, rest: list[ast.stmt]) -> tuple[list[ast.stmt], _Pending]:
         """``name = f(x)`` with a call that waits for what follows."""
         value = statement.value  # type: ignore[attr-defined]
+        target: ast.expr = _held(name, statement, store=True)
         if isinstance(statement, ast.AugAssign):
-            fresh = _name(f"_fastops_fresh_{name}", statement)
-            held: ast.expr = _call(statement, "hold_sum_in_place", _name(name, statement), self.visit(value), fresh)
+            left = _held(name, statement) if id(statement.target) in self.reads else _name(name, statement)
+            operands = left, self.operand(value), _fresh(name, statement)
+            held: ast.expr = _call(statement, "hold_sum_in_place", *operands)
             call = self.sums[id(statement)]
+        elif id(statement) in self.marks:
+            target = same_place(ast.Tuple([target, _fresh(name, statement, store=True)], ast.Store()), statement)
+            held, call = self.mark(value)
         else:
             held, call = self.held(value, self.next_function(name, rest))
         self.changed = True
-        new = [_assign(statement, HELD, held)]
-        if name in self.bound:  # what it was must not live longer than it would have
-            new.append(
-                _assign(statement, name, _call(statement, "shown", _name(HELD, statement), _name(name, statement)))
-            )
-        return new, _Pending(name, (call,))
+        return [_assign(statement, target, held), *self.shown(name, statement)], _Pending(name, (call,))
 
-    def mark(self, statement: ast.Assign, name: str) -> ast.stmt:
-        """``name = f(x)`` that also notes whether the result is new memory."""
-        call = statement.value
-        found = self.unary(call)
-        assert found is not None and isinstance(call, ast.Call)
+    def mark(self, value: ast.Call) -> tuple[ast.expr, Call]:
+        """``f(x)`` that may wait, and also notes whether the result is new memory."""
+        found = self.unary(value)
+        assert found is not None
         function, argument, _ = found
-        self.changed = True
-        value, inputs = self.argument(call, argument)
-        self.note(call, function, argument, inputs)
-        marked = _call(call, "mark", self.visit(function), value)
-        pair = ast.Tuple([statement.targets[0], _name(f"_fastops_fresh_{name}", call, store=True)], ast.Store())
-        return _assign(statement, _same_place(pair, statement), marked)
+        given, inputs = self.argument(argument)
+        self.note(value, function, argument, inputs)
+        return _call(value, "mark", self.visit(function), given), Call(function, inputs or ())
 
     def chain(
-        self, statement: ast.For, name: str, rest: list[ast.stmt], pending: _Pending | None
-    ) -> tuple[list[ast.stmt], _Pending | None]:
+        self, statement: ast.For, name: str, rest: list[ast.stmt], pending: _AllPending
+    ) -> tuple[list[ast.stmt], _AllPending]:
         self.changed = True
-        start = _name(name if pending is None else HELD, statement)
+        start = _held(name, statement) if pending else _name(name, statement)
         self.sites.append(
             Site(self.method, statement.lineno, None, statement.iter, (), "decided when the loop runs", unrolled=True)
         )
         chained = _call(statement, "chain", statement.iter, start)
         if self.wanted(name, rest):
-            return [_assign(statement, HELD, chained)], _Pending(name, ())
+            return [_assign(statement, _held(name, statement, store=True), chained)], (_Pending(name, ()),)
         new = [_assign(statement, name, _call(statement, "now", chained))]
-        return (new if pending is None else [*new, self.release(statement)]), None
+        return ([*new, self.release(name, statement)] if pending else new), ()
 
     def branches(
-        self, statement: ast.If, rest: list[ast.stmt], pending: _Pending | None
-    ) -> tuple[list[ast.stmt], _Pending | None]:
+        self, statement: ast.If, rest: list[ast.stmt], pending: _AllPending
+    ) -> tuple[list[ast.stmt], _AllPending]:
         """An ``if``: what waits at the end of one branch waits at the end of the other too, or in neither."""
         statement.test = self.visit(statement.test)
         before = set(self.bound)
-        statement.body, first = self.block(statement.body, rest, pending)
-        bound_first, self.bound = self.bound, set(before)
-        statement.orelse, second = self.block(statement.orelse, rest, pending)
-        bound_second = self.bound
-        waiting = first or second
-        agree = waiting is not None and all(end is None or end.name == waiting.name for end in (first, second))
-        keep = waiting is not None and agree and self.wanted(waiting.name, rest)
-        for branch, end, bound in ((statement.body, first, bound_first), (statement.orelse, second, bound_second)):
-            if end is None and waiting is not None:
-                keep = keep and (waiting.name in bound or self._jumps(branch))
-        for branch, end in ((statement.body, first), (statement.orelse, second)):
-            if end is not None and not keep:
-                branch += self.settle(end, branch[-1] if branch else statement)
-            elif end is None and keep and waiting is not None and not self._jumps(branch):
-                branch.append(_assign(statement, HELD, _name(waiting.name, statement)))
-        self.bound = bound_first & bound_second
-        if not keep or waiting is None:
-            return [statement], None
-        calls = tuple(dict.fromkeys(call for end in (first, second) if end is not None for call in end.calls))
-        return [statement], _Pending(waiting.name, calls)
+        ends: list[tuple[list[ast.stmt], _AllPending, set[str]]] = []
+        for branch in (statement.body, statement.orelse):
+            self.bound = set(before)
+            new, end = self.block(branch, rest, pending)
+            ends.append((new, end, self.bound))
+        self.bound = ends[0][2] & ends[1][2]
+        merged = dict[str, dict[Call, None]]()
+        for _, end, _ in ends:
+            for waiting in end:
+                merged.setdefault(waiting.name, {}).update(dict.fromkeys(waiting.calls))
+        for branch, end, bound in ends:
+            for name in list(merged):
+                waits = any(waiting.name == name for waiting in end)
+                if not self.wanted(name, rest) or not (waits or name in bound or self._jumps(branch)):
+                    del merged[name]
+        for branch, end, _ in ends:
+            for waiting in end:
+                if waiting.name not in merged:
+                    branch += self.settle((waiting,), branch[-1] if branch else statement)
+            for name in merged.keys() - {waiting.name for waiting in end}:
+                if not self._jumps(branch):
+                    branch.append(_assign(statement, _held(name, statement, store=True), _name(name, statement)))
+        statement.body, statement.orelse = ends[0][0], ends[1][0]
+        return [statement], tuple(_Pending(name, tuple(calls)) for name, calls in merged.items())
 
     @staticmethod
     def _jumps(branch: list[ast.stmt]) -> bool:
@@ -530,24 +315,26 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(statement, ast.ClassDef):
             return statement
         self.guarded += catches
+        self.depth += 1
         before = set(self.bound)
         for field, value in ast.iter_fields(statement):
             if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 self.bound = set(before)
-                body, pending = self.block(value, [], None)
+                body, pending = self.block(value, [], ())
                 setattr(statement, field, body + self.settle(pending, value[-1]))
             elif isinstance(value, list):
                 setattr(statement, field, [self.part(item) for item in value])
             elif isinstance(value, ast.AST):
                 setattr(statement, field, self.visit(value))
-        self.bound = before | (_stores(statement) if isinstance(statement, ast.With) and not catches else set())
+        self.bound = before | (stores(statement) if isinstance(statement, ast.With) and not catches else set())
         self.guarded -= catches
+        self.depth -= 1
         return statement
 
     def part(self, node: Any) -> Any:
         """A handler of exceptions, a case of a match or an expression: blocks may be inside."""
         if isinstance(node, (ast.ExceptHandler, ast.match_case)):
-            body, pending = self.block(node.body, [], None)
+            body, pending = self.block(node.body, [], ())
             node.body = body + self.settle(pending, node.body[-1])
             return node
         return self.visit(node) if isinstance(node, ast.AST) else node
@@ -564,18 +351,25 @@ class _Rewriter(ast.NodeTransformer):
 
     def held(self, node: ast.expr, following: list[ast.expr] | None = None) -> tuple[ast.expr, Call]:
         """``node``, a producer, as an expression that may give a promise. ``following`` is what is applied to it."""
+        self.changed = True
         pair, found = self.summands(node), self.unary(node)
         if pair is not None:
-            if self._is_add_method(node):
-                return _call(node, "hold_sum_method", *map(self.visit, pair)), Call(None)
+            left, right = pair
+            if self.is_add_method(node):
+                return _call(node, "hold_sum_method", self.visit(left), self.operand(right)), Call(None)
             by = [self.visit(node.func)] if isinstance(node, ast.Call) else []
-            return _call(node, "hold_sum_by" if by else "hold_sum", *by, *map(self.visit, pair)), Call(None)
-        assert found is not None and isinstance(node, ast.Call)
+            first = self.operand(left) if self.inert(right) else self.visit(left)
+            return _call(node, "hold_sum_by" if by else "hold_sum", *by, first, self.operand(right)), Call(None)
+        assert isinstance(node, ast.Call)
+        if found is None:
+            keywords = [ast.keyword(k.arg, self.visit(k.value)) for k in node.keywords]
+            called = _call(node, "hold_function", *map(self.visit, [node.func, *node.args]), keywords=keywords)
+            return called, Call(node.func)
         function, argument, by_keyword = found
         if by_keyword:
             keyword = ast.keyword("input", self.visit(argument))
             return _call(node, "hold_keyword", self.visit(function), keywords=[keyword]), Call(function)
-        value, inputs = self.argument(node, argument)
+        value, inputs = self.argument(argument)
         self.note(node, function, argument, inputs)
         words = [value]
         if isinstance(value, ast.Call) and ast.unparse(value.func) in _UNARY and len(value.args) == 2:
@@ -584,14 +378,19 @@ class _Rewriter(ast.NodeTransformer):
             helper = "hold" if inputs is None else "link"
         return _call(node, helper, self.visit(function), *words, *(following or [])), Call(function, inputs or ())
 
-    def argument(self, call: ast.Call, argument: ast.expr) -> tuple[ast.expr, tuple[Call, ...] | None]:
-        """The argument of ``call`` rewritten, and what may have made it if it may be a promise, else None."""
-        if id(call) in self.reads:
-            return _name(HELD, argument), self.reads[id(call)]
+    def argument(self, argument: ast.expr) -> tuple[ast.expr, tuple[Call, ...] | None]:
+        """The argument of a call rewritten, and what may have made it if it may be a promise, else None."""
+        if id(argument) in self.reads:
+            assert isinstance(argument, ast.Name)
+            return _held(argument.id, argument), self.reads[id(argument)]
         if self.is_producer(argument):
             value, made = self.held(argument)
             return value, (made,)
         return self.visit(argument), None
+
+    def operand(self, node: ast.expr) -> ast.expr:
+        """A summand rewritten, before whose sum nothing else happens: it may be a promise."""
+        return self.visit(node) if self.summands(node) is not None else self.argument(node)[0]
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         applied = self.application(node)
@@ -601,20 +400,16 @@ class _Rewriter(ast.NodeTransformer):
                 return _call(node, "user_class", self.generic_visit(node))  # type: ignore[arg-type]
             return self.generic_visit(node)
         function, argument = applied
-        if (
-            function is not None
-            and id(node) not in self.reads
-            and (found := self.unary(argument))
-            and len(node.args) == 1
-        ):
+        is_read = id(argument) in self.reads
+        if function is not None and not is_read and (found := self.unary(argument)) and len(node.args) == 1:
             layer, input, by_keyword = found
-            inner = isinstance(argument, ast.Call) and (id(argument) in self.reads or self.is_producer(input))
+            inner = id(input) in self.reads or self.is_producer(input)
             if not inner and not by_keyword and not node.keywords:
                 self.changed = True
                 self.note(node, function, argument, (Call(layer),))
                 return _call(node, "join", self.visit(function), self.visit(layer), self.visit(input))
         visited = None if function is None else self.visit(function)  # in Python's order, for the order of the report
-        value, inputs = self.argument(node, argument)
+        value, inputs = self.argument(argument)
         self.note(node, function, argument, inputs)
         if inputs is None:
             if visited is None:
@@ -624,7 +419,7 @@ class _Rewriter(ast.NodeTransformer):
             return node
         self.changed = True
         if visited is None:
-            name = _same_place(ast.Constant(node.func.attr), node)  # type: ignore[attr-defined]
+            name = same_place(ast.Constant(node.func.attr), node)  # type: ignore[attr-defined]
             return _call(node, "method", value, name)
         rest = [self.visit(a) for a in node.args[1:]]
         return _call(node, "apply", visited, value, *rest, keywords=[self.visit(k) for k in node.keywords])
@@ -650,21 +445,11 @@ class _Rewriter(ast.NodeTransformer):
                 reason = f"the output of {tail(made)} is {where}"
             else:
                 reason = f"its input is {tail(argument)}, not a layer"
-        self.sites.append(Site(self.method, node.lineno, function, argument, inputs or (), reason))
+        name = node.func.attr if function is None else ""  # type: ignore[attr-defined]
+        self.sites.append(Site(self.method, node.lineno, function, argument, inputs or (), reason, name=name))
 
 
 _UNARY: Final = ("_fastops_hold", "_fastops_link")
-
-
-def tail(node: ast.AST | None) -> str:
-    """A short name for what an expression gives."""
-    if isinstance(node, ast.Call):
-        return tail(node.func)
-    if isinstance(node, (ast.Attribute, ast.Name)):
-        return node.attr if isinstance(node, ast.Attribute) else node.id
-    if isinstance(node, ast.BinOp):
-        return type(node.op).__name__.lower()
-    return "a value" if node is None else ast.unparse(node)[:40]
 
 
 _rewritten: weakref.WeakKeyDictionary[FunctionType, Rewritten] = weakref.WeakKeyDictionary()
@@ -679,7 +464,19 @@ def rewrite(function: FunctionType, around: Surroundings, helpers: Iterable[str]
     known = _rewritten.get(function)
     if known is None:
         source = source_of(function)
-        rewriter = _Rewriter(function, source.tree, around)
+        rewriter = _Rewriter(function, source.tree, around, holds=False)
         code = source.recompiled(helpers) if rewriter.changed else None
-        known = _rewritten[function] = Rewritten(code, tuple(rewriter.sites))
+        holding = None
+        if function.__name__ == "forward" and _takes_one(function):
+            source = source_of(function)
+            if _Rewriter(function, source.tree, around, holds=True).returned:
+                holding = source.recompiled(helpers)
+        known = _rewritten[function] = Rewritten(code, tuple(rewriter.sites), holding)
     return known
+
+
+def _takes_one(function: FunctionType) -> bool:
+    """Whether it is a method of one argument."""
+    code = function.__code__
+    variable = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    return (code.co_argcount, code.co_kwonlyargcount) == (2, 0) and not variable

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import dispatch, functional
-from .fusions import CALLS, FUSIONS, SUMS_IN_PLACE
+from .fusions import CALLS, SUMS_IN_PLACE, activation_of_function, fused_op, options_of
 from .kernels import chunked_logits, private
+from .kernels.activation import RELU, Activation
 from .ops import OPS, Explanation
+from .ops.activations import METHODS
 from .reporting import Report, Row
 
 _GROUPS: Final = {nn.Linear: "linear layers", nn.modules.conv._ConvNd: "convolutions", nn.modules.loss._Loss: "losses"}
@@ -63,26 +65,59 @@ def _head(first: fx.Node, second: fx.Node) -> _Call | None:
 _VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
 
 
+_METHODS: Final = {**{name: name for name in METHODS}, **{getattr(Tensor, name): name for name in METHODS}}
+
+
+def _activation(node: fx.Node) -> Activation | None:
+    """The activation that ``node`` applies to its first argument."""
+    if node.target in _METHODS:
+        return (METHODS[_METHODS[node.target]],) if len(node.args) == 1 and not node.kwargs else None
+    keywords = {name: value for name, value in node.kwargs.items() if name != "input"}
+    return activation_of_function(node.target, node.args[1:], keywords)
+
+
 def _fused(first: fx.Node, second: fx.Node) -> _Call | None:
     """The one call that both are, if there is one."""
-    op = FUSIONS.get((_op(first), _op(second)))
-    if op is None or _first_argument(second) is not first or _obstacle(first, second):
+    if _first_argument(second) is not first or _obstacle(first, second):
         return None
-    if op == "linear_cross_entropy":
+    if (_op(first), _op(second)) == ("linear", "cross_entropy"):
         return _head(first, second)
-    if _op(first) == "add" and not _adds_two_values(first):
+    activation = _activation(second)
+    op = None if activation is None else fused_op(activation, _op(first))
+    if activation is None or op is None or (_op(first) == "add" and not _adds_two_values(first)):
         return None
-    return _Call(op, first.args, first.kwargs)
+    return _Call(op, first.args, {**first.kwargs, **options_of(activation)})
+
+
+def _normalized_sum(norm: fx.Node, sum: fx.Node) -> tuple[fx.Node, _Call] | None:
+    """The activation behind the sum of a batch norm and another value, and the one call that all three are.
+
+    The other value is there before the batch norm, behind which the sum is the next call: so nothing changes places.
+    """
+    if _op(sum) != "add" or not _adds_two_values(sum) or not norm.args or _obstacle(norm, sum):
+        return None
+    node = sum.prev
+    while node is not norm:
+        if node.op in ("call_function", "call_method", "call_module"):
+            return None
+        node = node.prev
+    (last,) = sum.users if len(sum.users) == 1 else (None,)
+    activation = None if last is None or _op(last) != "activation" else _activation(last)
+    op = None if activation is None else fused_op(activation, "batch_norm", "add")
+    if last is None or activation is None or op is None or _first_argument(last) is not sum or _obstacle(sum, last):
+        return None
+    (other,) = (summand for summand in sum.args if summand is not norm)
+    return last, _Call(op, (norm.args[0], other, *norm.args[1:]), {**norm.kwargs, **options_of(activation)})
 
 
 def _adds_two_values(node: fx.Node) -> bool:
     """Whether it adds two tensors; where in place, to a new one of which nobody else knows."""
     if node.kwargs or len(node.args) != 2 or not all(isinstance(summand, fx.Node) for summand in node.args):
         return False
-    left = node.args[0]
+    left, right = node.args
     assert isinstance(left, fx.Node)
     is_new = _op(left) in OPS or left.target is F.batch_norm
-    return node.target not in SUMS_IN_PLACE or (is_new and len(left.users) == 1 and left is not node.args[1])
+    return node.target not in SUMS_IN_PLACE or (is_new and len(left.users) == 1 and left is not right)
 
 
 _rows: dict[Row, None] = {}  # a dictionary, for its order: a graph that is compiled again adds nothing
@@ -138,28 +173,32 @@ def _rewrite(module: fx.GraphModule) -> None:
         op = _op(node)
         if node in replaced or not op:
             continue
-        if op == "relu":
+        if op == "activation":
             reason = reasons.get(node) or f"its input is {_first_argument(node)}, not a layer"
             _note(node, f"not fused: {reason}", done=False)
             continue
         for user in node.users:
             reasons[user] = _obstacle(node, user) or f"no kernel takes {_name(node)}"
         way = None
-        for last, call in _candidates(node):
+        for nodes, call in _candidates(node):
+            last = nodes[-1]
             way = _way(*call)
             if way.backend == "torch":
                 continue
             if op in OPS:
                 _note(node, f"fastops.functional.{call.op} ({way.backend})", done=True)
             if last is not node:
-                _note(last, f"fused with {'the sum' if op == 'add' else _name(node)}", done=True)
-            # In the place of the first: its arguments may be changed in place before the last. Only the loss of a head
-            # takes the place of the last, where its target is.
-            with graph.inserting_before(last if call.op == "linear_cross_entropy" else node):
+                names = ["the sum" if _op(each) == "add" else _name(each) for each in nodes[:-1]]
+                _note(last, f"fused with {' and '.join(names)}", done=True)
+            # In the place of the first: its arguments may be changed in place before the last. A batch norm with a sum
+            # takes the place of that, where the other summand is for certain, and the loss of a head that of the last,
+            # where its target is.
+            place = last if call.op == "linear_cross_entropy" else nodes[len(nodes) - 2]
+            with graph.inserting_before(place):
                 new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
             new.meta = dict(last.meta)
             last.replace_all_uses_with(new)
-            for old in dict.fromkeys((last, node)):
+            for old in reversed(nodes):
                 graph.erase_node(old)
                 replaced.add(old)
             break
@@ -181,13 +220,15 @@ def _first_argument(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _candidates(node: fx.Node) -> Iterator[tuple[fx.Node, _Call]]:
-    """What ``node`` may become, the best first: the last node whose result it computes, and the call."""
+def _candidates(node: fx.Node) -> Iterator[tuple[list[fx.Node], _Call]]:
+    """What ``node`` may become, the best first: the nodes that give way, all in a row, and the call."""
     for user in node.users:
+        if _op(node) == "batch_norm" and (found := _normalized_sum(node, user)) is not None:
+            yield [node, user, found[0]], found[1]
         if (call := _fused(node, user)) is not None:
-            yield user, call
+            yield [node, user], call
     if _op(node) in OPS:
-        yield node, _Call(_op(node), node.args, node.kwargs)
+        yield [node], _Call(_op(node), node.args, node.kwargs)
 
 
 def _obstacle(first: fx.Node, second: fx.Node) -> str:
@@ -219,6 +260,10 @@ def _note(node: fx.Node, outcome: str, done: bool) -> None:
     op = _op(node)
     module = OPS[op].module if op in OPS else None
     group = next((name for kind, name in _GROUPS.items() if module and issubclass(module, kind)), "ReLUs")
+    if op == "activation":
+        activation = _activation(node)
+        op = str(node.target) if activation is None else activation[0]
+        group = "ReLUs" if activation == RELU else "other activations"
     _rows[Row(_name(node), op, outcome, done, group)] = None
 
 

@@ -1,14 +1,16 @@
-"""What the rewritten methods of `fastops.callsites` call: they look at what callables *are*, and run two in one call.
+"""What the rewritten methods of `fastops.callsites` call: they look at what callables *are*, and run some in one call.
 
 `hold` calls a layer, unless it is one of ours that nobody watches: then it returns a promise of the call. `apply` gets
-the promise and what is applied to it: a ReLU runs together with the layer, and for anything else the two are called one
-after the other, exactly as Python would have. Only these functions ever see a promise, and nothing else runs between.
+the promise and what is applied to it: an activation runs together with the layer, and for anything else the two are
+called one after the other, exactly as Python would have. Only these functions ever see a promise, and nothing else runs
+between. Of two summands only the one that was called last may be a promise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import BuiltinMethodType, FunctionType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import BuiltinFunctionType, BuiltinMethodType, FunctionType
 from typing import Any, Final
 
 import torch
@@ -17,11 +19,26 @@ from torch import Tensor, nn
 from . import functional as FF
 from .dispatch import explain
 from .fold import folded_weights
-from .fusions import FOLDED_NORMS, LAYERS, NORMS, RELU_FUNCTIONS, Layer
+from .fusions import (
+    FOLDED_NORMS,
+    LAYER_FUNCTIONS,
+    LAYERS,
+    NORMS,
+    Layer,
+    activation_of_function,
+    activation_of_module,
+    fused_op,
+    options_of,
+)
 from .kernels import private
+from .kernels.activation import Activation
+from .kernels.geometry import memory_format_of
+from .nn.norm import normalized
 from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
+from .ops.activations import METHODS, MODULES
 
 _NORMS: Final = tuple(NORMS)
+_Apply = Callable[[Any], Any]  # what applies an activation as the user wrote it
 
 
 class LayerPromise:
@@ -34,13 +51,15 @@ class LayerPromise:
 
     def value(self) -> Any:
         input = self._take()
-        return self.layer(input) if self.weights is None else self.kind.run(self.layer, False, input, *self.weights)
+        return self.layer(input) if self.weights is None else self.kind.run(self.layer, None, input, *self.weights)
 
-    def with_relu(self, relu: Callable[[Any], Any]) -> Any:
+    def activated(self, activation: Activation, apply: _Apply) -> Any:
+        if fused_op(activation, self.kind.op) is None:
+            return apply(self.value())
         layer, input = self.layer, self._take()
         if self.weights is None:
-            return _with_relu(relu, self.kind, layer, input)
-        return self.kind.run(layer, True, input, *self.weights)
+            return _activated(activation, apply, self.kind, layer, input)
+        return self.kind.run(layer, activation, input, *self.weights)
 
     def with_norm(self, norm: Any) -> LayerPromise | None:
         """A promise of the batch norm behind the layer, if it may be folded into that."""
@@ -55,6 +74,16 @@ class LayerPromise:
         weights = folded_weights(self.layer, norm, self.input)
         return None if weights is None else LayerPromise(self.kind, self.layer, self._take(), weights)
 
+    def to_normalize(self) -> Tensor | None:
+        """The input of a batch norm to which something may be added in the same call, None if there is none."""
+        own = self.layer._parameters
+        if self.kind.op != "batch_norm" or self.weights is not None or not own.keys() >= {"weight", "bias"}:
+            return None
+        return None if overrides(own["weight"], own["bias"]) else self.input
+
+    def added(self, other: Tensor, name: str, options: dict[str, Any]) -> Any:
+        return normalized(partial(getattr(FF, name), **options), self.layer, self._take(), other)
+
     def _take(self) -> Tensor:
         """The input, which nothing here keeps alive any longer."""
         input = self.input
@@ -62,34 +91,84 @@ class LayerPromise:
         return input
 
 
+class FunctionPromise:
+    """A call of a function of torch's that was put off: ``op`` is that of ours which computes the same."""
+
+    __slots__ = ("arguments", "function", "keywords", "op")
+
+    def __init__(self, op: str, function: Callable[..., Any], arguments: Any, keywords: dict[str, Any]) -> None:
+        self.op, self.function, self.arguments, self.keywords = op, function, arguments, keywords
+
+    def value(self) -> Any:
+        arguments, keywords = self._take()
+        return self.function(*arguments, **keywords)
+
+    def activated(self, activation: Activation, apply: _Apply) -> Any:
+        name = fused_op(activation, self.op)
+        if name is None:
+            return apply(self.value())
+        arguments, keywords = self._take()
+        return getattr(FF, name)(*arguments, **keywords, **options_of(activation))
+
+    def with_norm(self, norm: Any) -> None:
+        return None
+
+    def to_normalize(self) -> Tensor | None:
+        input = self.arguments[0] if self.arguments else None
+        return input if self.op == "batch_norm" and isinstance(input, Tensor) else None
+
+    def added(self, other: Tensor, name: str, options: dict[str, Any]) -> Any:
+        (input, *rest), keywords = self._take()
+        return getattr(FF, name)(input, other, *rest, **keywords, **options)
+
+    def _take(self) -> tuple[Sequence[Any], dict[str, Any]]:
+        found = self.arguments, self.keywords
+        del self.arguments, self.keywords
+        return found
+
+
 class SumPromise:
-    """A sum that was put off; ``in_place`` if it is to be written into ``left``."""
+    """A sum that was put off, of tensors or a batch norm that was put off too; ``in_place`` if ``left`` is changed."""
 
     __slots__ = ("in_place", "left", "right")
 
-    def __init__(self, left: Tensor, right: Tensor, in_place: bool) -> None:
+    def __init__(self, left: Any, right: Any, in_place: bool) -> None:
         self.left, self.right, self.in_place = left, right, in_place
 
     def value(self) -> Any:
-        left, right = self._take()
+        left, right = map(now, self._take())
         if not self.in_place:
             return left + right
         left += right
         return left
 
-    def with_relu(self, relu: Callable[[Any], Any]) -> Any:
-        return FF.add_relu(*self._take())
+    def activated(self, activation: Activation, apply: _Apply) -> Any:
+        calls = ("add",) if self._has_tensors() else ("batch_norm", "add")
+        name = fused_op(activation, *calls)
+        if name is None:
+            return apply(self.value())
+        left, right = self._take()
+        options = options_of(activation)
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            return getattr(FF, name)(left, right, **options)
+        return right.added(left, name, options) if isinstance(left, Tensor) else left.added(right, name, options)
 
     def with_norm(self, norm: Any) -> None:
         return None
 
-    def _take(self) -> tuple[Tensor, Tensor]:
+    def to_normalize(self) -> None:
+        return None
+
+    def _has_tensors(self) -> bool:
+        return isinstance(self.left, Tensor) and isinstance(self.right, Tensor)
+
+    def _take(self) -> tuple[Any, Any]:
         pair = self.left, self.right
         del self.left, self.right
         return pair
 
 
-_PROMISES: Final = (LayerPromise, SumPromise)
+_PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise)
 _TO_FOLD: Final = {ours: torchs for torchs, ours in FOLDED_NORMS.items()}
 
 
@@ -120,13 +199,32 @@ def layer_of(module: Any) -> Layer | None:
     return layer
 
 
-def is_relu(function: Any, options: int = 0) -> bool:
-    """Whether ``function(x)`` is a ReLU and nothing else; ``options`` is the number of its further arguments."""
-    if type(function) is nn.ReLU:
-        return not options and untouched(function) and not replaced(nn.ReLU)
-    if function is RELU_FUNCTIONS[0]:  # `torch.nn.functional.relu`, which alone has an option
-        return options <= 1 and not replaced(RELU_FUNCTIONS[0])
-    return not options and any(function is relu for relu in RELU_FUNCTIONS) and not replaced(nn.ReLU)
+def activation_of(
+    function: Any, options: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
+) -> Activation | None:
+    """The activation that ``function(x, *options, **keywords)`` is and nothing else, None if it is none."""
+    kind = type(function)
+    if kind in MODULES:
+        if options or keywords or not untouched(function) or replaced(kind):
+            return None
+        return activation_of_module(function)
+    activation = None if isinstance(function, nn.Module) else activation_of_function(function, options, keywords)
+    if activation is None or function is F_RELU:  # that one is whole, whatever became of `torch.nn.ReLU`
+        return None if activation is not None and replaced(F_RELU) else activation
+    return None if replaced(_MODULES[activation[0]]) else activation
+
+
+F_RELU: Final = nn.functional.relu
+_MODULES: Final = {**{name: kind for kind, name in MODULES.items()}, "gelu_tanh": nn.GELU}
+
+
+def forward_that_holds(module: Any) -> Callable[[Any, Any], Any] | None:
+    """The forward of ``module`` that may return a promise, if `fastops.swap` made one and nobody watches the call."""
+    held = getattr(getattr(type(module), "forward", None), "_fastops_holds", None)
+    if held is None or not untouched(module) or private.tracing_state() is not None:
+        return None
+    result: Callable[[Any, Any], Any] = held
+    return result
 
 
 def is_fresh(function: Any) -> bool:
@@ -153,7 +251,7 @@ def _joins(following: Any, *attribute: str) -> bool:
     An attribute that is missing is an error of the statement that looks for it, not of this one.
     """
     function = getattr(following, attribute[0], None) if attribute else following
-    return is_relu(function) or type(function) in _TO_FOLD or type(function) is nn.Identity
+    return activation_of(function) is not None or type(function) in _TO_FOLD or type(function) is nn.Identity
 
 
 # What rewritten methods call ------------------------------------------------------------------------------------------
@@ -161,8 +259,11 @@ def _joins(following: Any, *attribute: str) -> bool:
 
 def hold(layer: Any, input: Any, *following: Any) -> Any:
     """``layer(input)``, or a promise of it. ``following``, if given, is what will be applied to it (see `_joins`)."""
-    if _is_plain(input) and (not following or _joins(*following)) and (kind := layer_of(layer)) is not None:
-        return LayerPromise(kind, layer, input, None)
+    if _is_plain(input) and (not following or _joins(*following)):
+        if (kind := layer_of(layer)) is not None:
+            return LayerPromise(kind, layer, input, None)
+        if (forward := forward_that_holds(layer)) is not None:
+            return forward(layer, input)
     return layer(input)
 
 
@@ -173,14 +274,25 @@ def hold_keyword(layer: Any, *, input: Any) -> Any:
     return layer(input=input)
 
 
+def hold_function(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    """``function(...)``, or a promise of it if that is a function of torch's that computes what a layer does."""
+    if type(function) in (FunctionType, BuiltinFunctionType) and (op := LAYER_FUNCTIONS.get(function)) is not None:
+        tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
+        if tensors and not overrides(*tensors):
+            return FunctionPromise(op, function, arguments, keywords)
+    return function(*arguments, **keywords)
+
+
 def hold_sum(left: Any, right: Any) -> Any:
-    """``left + right``, or a promise of it."""
-    return SumPromise(left, right, in_place=False) if _is_plain(left) and _is_plain(right) else left + right
+    """``left + right``, or a promise of it, where one of them may be a promise itself."""
+    left, right = _summands(left, right)
+    return SumPromise(left, right, in_place=False) if _may_wait(left) and _may_wait(right) else left + right
 
 
 def hold_sum_by(function: Any, left: Any, right: Any) -> Any:
     """``function(left, right)``, or a promise of it if that is `torch.add`."""
-    if function is torch.add and _is_plain(left) and _is_plain(right):
+    left, right = _summands(left, right) if function is torch.add else (now(left), now(right))
+    if function is torch.add and _may_wait(left) and _may_wait(right):
         return SumPromise(left, right, in_place=False)
     return function(left, right)
 
@@ -188,25 +300,52 @@ def hold_sum_by(function: Any, left: Any, right: Any) -> Any:
 def hold_sum_method(method: Any, right: Any) -> Any:
     """``method(right)``, or a promise of it if that is ``left.add`` of a tensor, or a layer of that name."""
     if torch.compiler.is_compiling():  # TorchDynamo knows no such method by itself
-        return method(right)
+        return method(now(right))
     if type(method) is not BuiltinMethodType or method.__name__ != "add":
-        return hold(method, right)
+        return hold(method, now(right))
     left: Any = method.__self__
-    return SumPromise(left, right, in_place=False) if _is_plain(left) and _is_plain(right) else method(right)
+    left, right = _summands(left, right)
+    return SumPromise(left, right, in_place=False) if _may_wait(left) and _may_wait(right) else method(right)
 
 
 def hold_sum_in_place(left: Any, right: Any, is_fresh: bool) -> Any:
-    """What ``left`` is after ``left += right``, or a promise of it.
+    """What ``left`` is after ``left += right``, or a promise of it, where one of them may be a promise itself.
 
     Fused, the sum is not written into ``left``. That goes unseen only where ``left`` is new memory that nothing else
-    knows. The torch expression would gain nothing.
+    knows, as what a promise gives. A sum alone would gain nothing on the torch expression.
     """
-    if is_fresh and _is_plain(left) and _is_plain(right) and left is not right:
+    is_fresh = is_fresh or type(left) in _PROMISES
+    left, right = _summands(left, right) if is_fresh else (now(left), now(right))
+    if is_fresh and left is not right and _may_wait(left) and _may_wait(right):
+        if type(left) in _PROMISES or type(right) in _PROMISES:
+            return SumPromise(left, right, in_place=True)
         same = left.dtype is right.dtype and left.shape == right.shape
         if same and explain("add_relu", left, right).backend != "torch":
             return SumPromise(left, right, in_place=True)
+    left, right = now(left), now(right)
     left += right
     return left
+
+
+def _may_wait(value: Any) -> bool:
+    return type(value) in _PROMISES or _is_plain(value)
+
+
+def _summands(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two summands, a promise only if it is of a batch norm whose result is laid out in memory as the other summand."""
+    for promise, other in ((left, right), (right, left)):
+        if type(promise) in _PROMISES:
+            input = promise.to_normalize()
+            if input is None or not _is_plain(other) or other is input or not _is_alike(input, other):
+                return now(left), now(right)
+    return left, right
+
+
+def _is_alike(input: Tensor, other: Tensor) -> bool:
+    if input.shape != other.shape or input.dtype is not other.dtype or input.device != other.device:
+        return False
+    memory_format = memory_format_of(input)
+    return input.is_contiguous(memory_format=memory_format) and other.is_contiguous(memory_format=memory_format)
 
 
 def link(function: Any, value: Any, *following: Any) -> Any:
@@ -214,8 +353,9 @@ def link(function: Any, value: Any, *following: Any) -> Any:
     if type(value) in _PROMISES:
         if type(function) is nn.Identity and untouched(function):
             return value
-        if is_relu(function):
-            return value.with_relu(function)
+        activation = activation_of(function)
+        if activation is not None:
+            return value.activated(activation, function)
         if (folded := value.with_norm(function)) is not None:
             return folded
         value = value.value()
@@ -223,17 +363,21 @@ def link(function: Any, value: Any, *following: Any) -> Any:
 
 
 def link_layer(function: Any, layer: Any, input: Any, *following: Any) -> Any:
-    """``link(function, link(layer, input), *following)``. Nothing joins behind a ReLU, which needs no promise."""
-    if is_relu(function) and _is_plain(input) and (kind := layer_of(layer)) is not None:
-        return _with_relu(function, kind, layer, input)
+    """``link(function, link(layer, input), *following)``. Nothing joins behind an activation: that needs no promise."""
+    activation = activation_of(function) if _is_plain(input) else None
+    kind = None if activation is None else layer_of(layer)
+    if activation is not None and kind is not None and fused_op(activation, kind.op) is not None:
+        return _activated(activation, function, kind, layer, input)
     return link(function, link(layer, input, function), *following)
 
 
 def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
     """``function(value, ...)``, where ``value`` may be a promise. The result never is one."""
     if type(value) in _PROMISES:
-        if is_relu(function, len(options) + len(keywords)):
-            return value.with_relu(function)
+        if (activation := activation_of(function, options, keywords)) is not None:
+            if options or keywords:
+                return value.activated(activation, lambda result: function(result, *options, **keywords))
+            return value.activated(activation, function)
         folded = None if options or keywords else value.with_norm(function)
         if folded is not None:
             return folded.value()
@@ -242,20 +386,21 @@ def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
 
 
 def join(function: Any, layer: Any, input: Any) -> Any:
-    """``function(layer(input))``: `apply` and `hold` in one, which needs no promise for a ReLU."""
-    relu = is_relu(function)
-    if not (relu or type(function) in _TO_FOLD) or not _is_plain(input) or (kind := layer_of(layer)) is None:
+    """``function(layer(input))``: `apply` and `hold` in one, which needs no promise for an activation."""
+    if not _is_plain(input) or not ((activation := activation_of(function)) is not None or type(function) in _TO_FOLD):
         return function(layer(input))
-    if relu:
-        return _with_relu(function, kind, layer, input)
-    return apply(function, LayerPromise(kind, layer, input, None))
+    kind = layer_of(layer)
+    if kind is not None and activation is not None and fused_op(activation, kind.op) is not None:
+        return _activated(activation, function, kind, layer, input)
+    return apply(function, hold(layer, input))
 
 
 def method(value: Any, name: str) -> Any:
-    """``value.relu()`` or ``value.relu_()``, where ``value`` may be a promise."""
+    """``value.relu()``, ``value.sigmoid_()`` and so on, where ``value`` may be a promise."""
     if type(value) in _PROMISES:
-        if not replaced(nn.ReLU):
-            return value.with_relu(lambda result: getattr(result, name)())
+        activation = (METHODS[name],)
+        if not replaced(_MODULES[activation[0]]):
+            return value.activated(activation, lambda result: getattr(result, name)())
         value = value.value()
     return getattr(value, name)()
 
@@ -265,15 +410,21 @@ def now(value: Any) -> Any:
     return value.value() if type(value) in _PROMISES else value
 
 
+def past(function: Any, value: Any) -> Any:
+    """``value`` as it may go on before a call of ``function``: a promise only past what does nothing."""
+    return value if type(function) is nn.Identity and untouched(function) else now(value)
+
+
 def shown(value: Any, before: Any) -> Any:
     """What the user's variable is while ``value`` may be a promise: then what it was before."""
     return before if type(value) in _PROMISES else value
 
 
 def mark(function: Any, value: Any) -> tuple[Any, bool]:
-    """``function(value)``, and whether that is new memory that nothing else knows."""
+    """``function(value)`` or a promise of it, and whether that is new memory that nothing else knows."""
     fresh = is_fresh(function)
-    return apply(function, value), fresh
+    value = link(function, value)
+    return value, fresh or type(value) in _PROMISES
 
 
 def chain(functions: Iterable[Any], value: Any) -> Any:
@@ -301,20 +452,20 @@ def sequential_forward(self: nn.Sequential, input: Any) -> Any:
 HELPERS: Final[dict[str, Callable[..., Any]]] = {
     f"_fastops_{helper.__name__}": helper
     for helper in (
-        *(hold, hold_keyword, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place, link, link_layer),
-        *(apply, join, method, now, shown, mark, chain, user_class),
+        *(hold, hold_keyword, hold_function, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place),
+        *(link, link_layer, apply, join, method, now, past, shown, mark, chain, user_class),
     )
 }
 
 
-def _with_relu(relu: Callable[[Any], Any], kind: Layer, layer: Any, input: Tensor) -> Any:
+def _activated(activation: Activation, apply: _Apply, kind: Layer, layer: Any, input: Tensor) -> Any:
     own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed
     weight = own["weight"] if "weight" in own else layer.weight  # noqa: SIM401  (looked up only then)
     bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401
     if (type(weight) is not nn.Parameter and overrides(weight)) or (type(bias) is not nn.Parameter and overrides(bias)):
         if isinstance(layer, nn.Linear):
-            return relu(torch.nn.functional.linear(input, weight, bias))
+            return apply(torch.nn.functional.linear(input, weight, bias))
         if isinstance(layer, nn.modules.conv._ConvNd):
-            return relu(layer._conv_forward(input, weight, bias))
-        return relu(layer(input))
-    return kind.run(layer, True, input, weight, bias)
+            return apply(layer._conv_forward(input, weight, bias))
+        return apply(layer(input))
+    return kind.run(layer, activation, input, weight, bias)

@@ -19,11 +19,22 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import UNKNOWN, Call, Site, tail
-from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYERS, RELU_FUNCTIONS
+from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYER_FUNCTIONS, LAYERS, SIGNATURES, activation_of_module, fused_op
+from .kernels.activation import Activation
+from .ops.activations import METHODS, MODULES, activation_of
 from .ops.conv import is_channels_last
 from .promises import is_fresh, untouched
 from .source import LeftAlone
-from .swap import check, hides_a_relu, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
+from .swap import (
+    check,
+    hides_an_activation,
+    is_users,
+    layer_class,
+    plain_class,
+    rewritten_method,
+    site_class,
+    swapped_class,
+)
 from .tuning import Example, calls_of
 
 _GROUPS: Final = {
@@ -31,8 +42,8 @@ _GROUPS: Final = {
     "convolutions": nn.modules.conv._ConvNd,
     "losses": nn.modules.loss._Loss,
 }
-_RELUS, _NORMS = "ReLUs", "batch norms"
-_VERBS: Final = {_RELUS: "fused", _NORMS: "folded"}
+_RELUS, _OTHERS, _NORMS = "ReLUs", "other activations", "batch norms"
+_VERBS: Final = {_RELUS: "fused", _OTHERS: "fused", _NORMS: "folded"}
 _AGAIN: Final = "the model was changed since it was swapped: swap again"
 
 
@@ -61,8 +72,8 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """The number of ReLU calls that run in one call with the layer or the sum before them."""
-        return sum(row.done for row in self.rows if row.group == _RELUS)
+        """The number of calls of activations that run in one call with the layer or the sum before them."""
+        return sum(row.done for row in self.rows if row.group in (_RELUS, _OTHERS))
 
     @property
     def folded(self) -> int:
@@ -74,7 +85,7 @@ class Report:
         first, second = (max((len(cell[column]) for cell in cells), default=0) for column in (0, 1))
         lines = [f"{name:{first}}  {layer:{second}}  {outcome}" for name, layer, outcome in cells]
         totals = []
-        for group in (*_GROUPS, _RELUS, _NORMS):
+        for group in (*_GROUPS, _RELUS, _OTHERS, _NORMS):
             done = [row.done for row in self.rows if row.group == group]
             if done:
                 totals.append(f"{sum(done)} of {len(done)} {group} {_VERBS.get(group, 'swapped')}")
@@ -84,7 +95,7 @@ class Report:
 def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mapping[str, Any] | None = None) -> Report:
     """What is swapped and fused in ``model`` now, and why the rest is not. Swapped or not, ``model`` is only looked at.
 
-    A ReLU has a row for each place in the source that calls it, however often that runs.
+    An activation has a row for each place in the source that calls it, however often that runs.
 
     Args:
         model: any module.
@@ -116,12 +127,13 @@ def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mappi
         layer = _layer_row(path, module, module in fused_layers)
         if layer is not None:
             rows.append(layer)
-        if isinstance(module, nn.ReLU) and path not in calls:
-            rows.append(
-                Row(path or "(model)", "ReLU", "not fused: no call of it was found in the source", False, _RELUS)
-            )
+        if type(module) in MODULES and path not in calls:
+            kind, group = type(module).__name__, _group(MODULES[type(module)])
+            rows.append(Row(path or "(model)", kind, "not fused: no call of it was found in the source", False, group))
         rows += calls.get(path, [])
     notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
+    unknown = sorted({plain_class(type(module)).__name__ for module in modules.values() if _is_unknown(module)})
+    notes += [f"not covered: {', '.join(unknown)}"] if unknown else []
     if example_input is not None or example_kwargs is not None:
         met = calls_of(model, Example(() if example_input is None else example_input, example_kwargs))
         with torch.enable_grad():
@@ -138,6 +150,18 @@ _CHANNELS_LAST: Final = (
 def _is_channels_last(module: nn.Module) -> bool:
     weight = module.weight if isinstance(module, nn.modules.conv._ConvNd) else None
     return weight is not None and not weight.is_contiguous() and is_channels_last(weight, weight)
+
+
+def _group(activation: str) -> str:
+    return _RELUS if activation == "relu" else _OTHERS
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether it is an activation, by the file that defines its class, that kernels do not have."""
+    found = plain_class(type(module))
+    is_activation = "activation" in found.__module__.rpartition(".")[2]
+    others = (nn.MultiheadAttention, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return is_activation and found not in MODULES and not isinstance(module, others)
 
 
 def _is_scripted(module: nn.Module) -> bool:
@@ -183,19 +207,22 @@ class _Finding(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """What a call in the source gives: of a module, of a sum ("the sum"), or of something that is not known."""
+    """What a call in the source gives: of a module, of a function or a sum with an ``op``, or of something unknown."""
 
     name: str
     module: nn.Module | None = None
     folded: nn.Module | None = None  # the convolution that this batch norm is folded into
     known: bool = True
     obstacle: str = ""  # to fusing a sum
+    op: str = ""
 
 
 def _findings(module: nn.Module) -> Iterator[_Finding]:
-    """Every call of a ReLU or a batch norm to fold in the methods of ``module``, and which were not looked into."""
+    """Every call of an activation or of a batch norm to fold in the methods of ``module``; which were not read."""
     user: Any = plain_class(type(module))
-    relevant = any(isinstance(child, (nn.ReLU, *COUNTERPARTS)) for child in module.modules() if not _is_scripted(child))
+    relevant = any(
+        isinstance(child, (*MODULES, *COUNTERPARTS)) for child in module.modules() if not _is_scripted(child)
+    )
     if not relevant or (not is_users(user) and user is not nn.Sequential and next(module.children(), None) is None):
         return
     if "forward" in module.__dict__:
@@ -238,10 +265,11 @@ class _Reader:
             if name == "forward" or (not name.startswith("__") and _may_call(vars(kind)[name])):
                 yield _Finding("" if name == "forward" else name, f"{name} was not looked into: {reason}")
             return
-        code, sites = found or (None, ())
+        if found is None:
+            return
         method = vars(kind)[name]
-        obstacle = self._obstacle(kind, name) if code is not None else ""
-        for site in sites:
+        obstacle = self._obstacle(kind, name) if found.code is not None else ""
+        for site in found.sites:
             yield from self.site(site, method, obstacle)
 
     def _obstacle(self, kind: type, name: str) -> str:
@@ -267,7 +295,7 @@ class _Reader:
             where = f"{method.__name__} over {ast.unparse(site.argument)}"
             yield _Finding(where, f"the loop in line {site.line} is decided when it runs")
             return
-        function: Any = RELU_FUNCTIONS[0] if site.function is None else look.up(site.function)
+        function: Any = _TENSOR_METHODS[site.name] if site.function is None else look.up(site.function)
         inputs = [self.result(call, look) for call in site.inputs]
         name = self.name_of(function, site.function)
         if function is UNKNOWN:
@@ -275,7 +303,7 @@ class _Reader:
                 yield _Finding(
                     f"{name}({inputs[0].name})", f"what {name} is in line {site.line} is decided when it runs"
                 )
-        elif hides_a_relu(function):
+        elif hides_an_activation(function):
             yield _Finding(f"{name}(..)", f"{name} was not looked into: it is a function outside of a class")
         else:
             argument = look.up(site.argument.func) if isinstance(site.argument, ast.Call) else UNKNOWN
@@ -291,9 +319,11 @@ class _Reader:
             made = [self.result(maker, look) for maker in call.inputs]
             old = [result for result in made if result.module is None or not _is_fresh(result.module)]
             why = f"the sum is written into what {old[0].name} gives, which may be seen elsewhere" if old else ""
-            return _Result("the sum", obstacle=why)
+            return _Result("the sum", obstacle=why, op="add")
         function = look.up(call.function)
         name = self.name_of(function, call.function)
+        if any(function is each for each in LAYER_FUNCTIONS):
+            return _Result(name, op=LAYER_FUNCTIONS[function])
         if function is UNKNOWN:
             return _Result(name, known=False)
         return self.applied(name, function, [self.result(made, look) for made in call.inputs])
@@ -309,7 +339,10 @@ class _Reader:
             and not _fold_reason(module, inputs[0])
         ):
             return _Result(inputs[0].name, module, inputs[0].module)
-        return _Result(name, module)
+        if isinstance(module, nn.Sequential) and module._modules and _holds(module):
+            last, child = next(reversed(module._modules.items()))
+            return self.applied(self.paths.get(id(child), f"{name}.{last}"), child, [_Result(name)])
+        return _Result(name, module, known=module is None or not _holds(module))
 
     def judge(
         self, name: str, function: object, inputs: list[_Result], reason: str, obstacle: str, made: str = ""
@@ -321,10 +354,11 @@ class _Reader:
             outcome = f"not folded: {reason}" if reason else f"folded into {inputs[0].name}{_WHERE_FOLDED}"
             yield _Finding(name, outcome, name, plain_class(type(function)).__name__, not reason, _NORMS)
             return
-        is_module = isinstance(function, nn.ReLU)
-        if not is_module and not any(function is relu for relu in RELU_FUNCTIONS):
+        activation = _activation(function)
+        if activation is None:
             return
-        reasons = [self.fuse_reason(name, function, result) for result in inputs]
+        is_module, kind = isinstance(function, nn.Module), _kind(activation)
+        reasons = [self.fuse_reason(name, function, activation, result) for result in inputs]
         good = [result for result, why in zip(inputs, reasons, strict=True) if not why]
         if good:
             reason = ""
@@ -343,20 +377,31 @@ class _Reader:
             input = inputs[0] if inputs else None
             inner = input.name if input is not None else made
             path = None if input is None or input.module is None else self.paths.get(id(input.folded or input.module))
-            name, place = f"relu({inner.removeprefix('the ')})", path
+            name, place = f"{activation[0]}({inner.removeprefix('the ')})", path
         layers = frozenset(r.module for r in good if r.module is not None and r.folded is None)
-        yield _Finding(name, outcome, place, "ReLU", not reason, _RELUS, frozenset() if reason else layers)
+        group = _group(activation[0])
+        yield _Finding(name, outcome, place, kind, not reason, group, frozenset() if reason else layers)
 
-    def fuse_reason(self, name: str, relu: object, input: _Result) -> str:
-        if isinstance(relu, nn.Module) and type(relu) is nn.ReLU and not untouched(relu):
+    def fuse_reason(self, name: str, function: object, activation: Activation, input: _Result) -> str:
+        if isinstance(function, nn.Module) and type(function) not in MODULES:
+            return f"its class {type(function).__name__} may compute something else"
+        if isinstance(function, nn.Module) and not untouched(function):
             return f"{name} has hooks or a replaced forward"
-        if isinstance(relu, nn.Module) and type(relu) is not nn.ReLU:
-            return f"its class {type(relu).__name__} may compute something else"
+        if isinstance(function, nn.Module) and activation_of_module(function) is None:
+            return f"{name} has options that no kernel takes"
         if not input.known:
             return f"what {input.name} is shows only when it runs"
-        if input.name == "the sum" or input.folded is not None:
+        module, op = input.module, input.op
+        if input.folded is not None:
+            op = LAYERS[type(input.folded).forward].op
+        elif module is not None and _is_layer(module):
+            known = layer_class(type(module))
+            assert known is not None
+            op = LAYERS[COUNTERPARTS[known].forward].op
+        if op and fused_op(activation, op) is None:
+            return f"its input is {input.name}, and {_kind(activation)} has no kernel with {op}"
+        if input.op or input.folded is not None:
             return input.obstacle
-        module = input.module
         if module is None:
             return f"its input is {input.name}, not a layer"
         if not _is_layer(module):
@@ -373,6 +418,28 @@ class _Reader:
             return f"{input.name} is not swapped: {reason}"
         swapped = "_fastops_user_class" in vars(type(self.module))
         return f"{input.name} is not swapped: swap again" if swapped else "fastops.swap would fuse it"
+
+
+_TENSOR_METHODS: Final = {name: getattr(torch, name) for name in METHODS}
+
+
+def _activation(function: object) -> Activation | None:
+    """The activation that ``function``, or what it is derived from, is by its name."""
+    if isinstance(function, nn.Module):
+        name = next((name for kind, name in MODULES.items() if isinstance(function, kind)), None)
+        return None if name is None else activation_of_module(function) or activation_of(name, {})
+    name = next((name for known, (name, _) in SIGNATURES.items() if known is function), None)
+    return None if name is None or function is nn.functional.hardtanh else activation_of(name, {})
+
+
+def _kind(activation: Activation) -> str:
+    name = activation[0].removesuffix("_tanh")
+    return next(kind.__name__ for kind, known in MODULES.items() if known == name)
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether what it returns may be fused with what its caller applies to that."""
+    return hasattr(getattr(type(module), "forward", None), "_fastops_holds") and untouched(module)
 
 
 _WHERE_FOLDED: Final = " in evaluation without gradients"

@@ -28,10 +28,11 @@ import torch
 from torch import nn
 
 from . import nn as fnn
-from .callsites import Site, Surroundings, rewrite
-from .fusions import COUNTERPARTS, FOLDED_NORMS, NORMS, ORIGINALS, RELU_FUNCTIONS, RELU_METHODS
+from .callsites import Rewritten, Surroundings, rewrite
+from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYER_FUNCTIONS, NORMS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
-from .promises import HELPERS, sequential_forward, user_class
+from .ops.activations import METHODS
+from .promises import HELPERS, chain, sequential_forward, user_class
 from .source import LeftAlone, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -202,8 +203,13 @@ def _derived_layer(module: nn.Module, found: type, known: type[nn.Module]) -> ty
 # Call sites -----------------------------------------------------------------------------------------------------------
 
 
-def _method(user: type, name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
-    """``twin``, a rewritten method, as long as the user's class still has the one that it was made from."""
+def _method(
+    user: type, name: str, twin: Callable[..., Any], holding: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``twin``, a rewritten method, as long as the user's class still has the one that it was made from.
+
+    ``holding`` is one that may return a promise, for callers that look for it (`fastops.promises.forward_that_holds`).
+    """
     original = vars(user)[name]
 
     @functools.wraps(twin)
@@ -215,6 +221,12 @@ def _method(user: type, name: str, twin: Callable[..., Any]) -> Callable[..., An
 
     # torch.compile keeps its results by code object, a limited number for each: every method needs its own.
     method.__code__ = method.__code__.replace(co_name=name)  # type: ignore[attr-defined]
+    if holding is not None:
+
+        def holds(self: Any, input: Any) -> Any:
+            return holding(self, input) if getattr(user, name, None) is original else self(input)
+
+        method._fastops_holds = holds  # type: ignore[attr-defined]
     return method
 
 
@@ -251,15 +263,19 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
     methods: dict[str, Any] = {}
     if user is nn.Sequential:
         if _is_torchs_sequential():
-            methods["forward"] = _method(user, "forward", sequential_forward)
+            methods["forward"] = _method(user, "forward", sequential_forward, chain)
     else:
         for name, value in vars(user).items():
             rewritten = None
             with suppress(LeftAlone):
                 rewritten = rewritten_method(user, name)
-            if rewritten is not None and rewritten[0] is not None:
-                methods[name] = _method(user, name, twin_of(value, rewritten[0], HELPERS))
-            elif (rewritten is None or rewritten[0] is None) and _finds_itself_by_its_class(value):
+            if rewritten is not None and (rewritten.code or rewritten.holding) is not None:
+                twin, holding = (
+                    None if code is None else twin_of(value, code, HELPERS)
+                    for code in (rewritten.code, rewritten.holding)
+                )
+                methods[name] = _method(user, name, twin or value, holding)
+            if (rewritten is None or rewritten.code is None) and _finds_itself_by_its_class(value):
                 raise LeftAlone(f"its {name} calls super() with the class of the object")
     if not (bases or methods):
         return user
@@ -275,7 +291,7 @@ def is_users(found: type | FunctionType) -> bool:
     return package not in ("torch", *sys.stdlib_module_names) and not found.__module__.startswith(fnn.__name__)
 
 
-def rewritten_method(user: type, name: str) -> tuple[Any, tuple[Site, ...]] | None:
+def rewritten_method(user: type, name: str) -> Rewritten | None:
     """Code and call sites of a method that ``user`` itself defines, None if that is no method.
 
     Raises:
@@ -288,21 +304,25 @@ def rewritten_method(user: type, name: str) -> tuple[Any, tuple[Site, ...]] | No
         return None
     if name.startswith("__") and name.endswith("__") and not _names(value) & {"type", "__class__"}:
         return None  # a constructor and the like
-    result = rewrite(value, Surroundings(_is_candidate, _is_relu, _is_sum, RELU_METHODS, _unsteady(user)), HELPERS)
-    return result.code, result.sites
+    around = Surroundings(_is_candidate, _is_activation, _is_layer_function, _is_sum, tuple(METHODS), _unsteady(user))
+    return rewrite(value, around, HELPERS)
 
 
 def _is_candidate(value: object) -> bool:
-    return isinstance(value, nn.Module) or _is_relu(value) or hides_a_relu(value)
+    return isinstance(value, nn.Module) or _is_activation(value) or hides_an_activation(value)
 
 
-def hides_a_relu(value: object) -> bool:
-    """Whether it is a function of the user's that may have a ReLU inside: `report` says that it was not looked into."""
+def hides_an_activation(value: object) -> bool:
+    """Whether it is a function of the user's that may have one inside: `report` says that it was not looked into."""
     return isinstance(value, FunctionType) and is_users(value) and any("relu" in n.lower() for n in _names(value))
 
 
-def _is_relu(value: object) -> bool:
-    return any(value is relu for relu in RELU_FUNCTIONS)
+def _is_activation(value: object) -> bool:
+    return any(value is function for function in SIGNATURES)
+
+
+def _is_layer_function(value: object) -> bool:
+    return any(value is function for function in LAYER_FUNCTIONS)
 
 
 def _is_sum(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Models as users write them, for the tests of swapping: each with its inputs and how many ReLUs one call fuses."""
+"""Models as users write them, for the tests of swapping: each with its inputs and how many activations are fused."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def _pair() -> tuple[Any, ...]:
 CASES = {
     "Sequential": Case(sequential, 2),
     "nested Sequentials": Case(nested, 2),
-    "activation in the outer Sequential": Case(activation_outside, 0),
+    "activation in the outer Sequential": Case(activation_outside, 1),
     "functional relu": Case(Functional, 2),
     "method relu": Case(Methods, 2),
     "in-place relu": Case(InPlace, 3),
@@ -322,7 +322,7 @@ CASES = {
     "LeNet": Case(FlatLeNet, 3, rows(2, 1, 18, 18)),
     "LeNet, sizes multiplied in a loop": Case(LeNet, 3, rows(2, 1, 18, 18)),
     "residual": Case(Residual, 1),
-    "ModuleList and ModuleDict": Case(Loop, 1),
+    "ModuleList and ModuleDict": Case(Loop, 2),
     "optional input left out": Case(Keywords, 2, _pair),
     "inputs by keyword": Case(Keywords, 2, rows(5, 6), lambda: {"y": _pair()[0]}),
     "optional input given": Case(Keywords, 2, _pair, lambda: {"mask": torch.ones(6, dtype=torch.float64)}),
@@ -346,10 +346,10 @@ def count_fused(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     run = Layer.run
 
-    def counted(self: Layer, layer: Any, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if relu:
+    def counted(self: Layer, layer: Any, activation: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if activation is not None:
             calls.append(tuple(weight.shape))
-        return run(self, layer, relu, input, weight, bias)
+        return run(self, layer, activation, input, weight, bias)
 
     patch.setattr(Layer, "run", counted)
     return calls

@@ -67,7 +67,6 @@ def run(model: nn.Module, case: swap_models.Case) -> tuple[list[Tensor], list[Te
 
 # What a graph shows and a trace of one module alone does not: branches taken, helpers inlined, convolutions.
 FUSED = {
-    "activation in the outer Sequential": 1,
     "control flow in the root": 3,
     "LeNet": 3,
     "LeNet, sizes multiplied in a loop": 3,

@@ -133,7 +133,12 @@ fc       Linear  fastops.nn.Linear
         (nn.MSELoss, plain, "(model)  MSELoss  not swapped\n0 of 1 losses swapped"),
         (nn.MSELoss, fastops.swap, "(model)  MSELoss  fastops.nn.MSELoss\n1 of 1 losses swapped"),
         (nn.ReLU, plain, "(model)  ReLU  not fused: no call of it was found in the source\n0 of 1 ReLUs fused"),
-        (nn.Tanh, plain, "nothing here that fastops knows"),
+        (
+            nn.Tanh,
+            plain,
+            "(model)  Tanh  not fused: no call of it was found in the source\n0 of 1 other activations fused",
+        ),
+        (nn.Dropout, plain, "nothing here that fastops knows"),
         (
             lambda: fastops.nn.LinearReLU(2, 2),
             fastops.swap,

@@ -35,7 +35,7 @@ def torch_function(op: Op) -> Function:
     """What the op must equal: torch's function, or torch's functions one after the other."""
     if op.replaces:
         return op.replaces[0]
-    if op.fuses is None:
+    if op.fuses is None or len(op.fuses) > 2:
         return _expression(op)
     first, then = (getattr(F, name, None) or getattr(torch, name) for name in op.fuses)
     return lambda **arguments: then(first(**arguments))

@@ -16,6 +16,7 @@ from .. import backport
 from ..kernels import private
 from ..ops import OPS
 from ..ops.accepts import PLAIN
+from ..ops.activations import MODULES
 
 _Part = tuple[object, str, object]  # an owner, the name of an attribute and what torch has there
 
@@ -39,7 +40,14 @@ _PARTS: Final[dict[object, tuple[_Part, ...]]] = {
     nn.BatchNorm1d: _layer(nn.BatchNorm1d, "batch_norm"),
     nn.BatchNorm2d: _layer(nn.BatchNorm2d, "batch_norm"),
     nn.BatchNorm3d: _layer(nn.BatchNorm3d, "batch_norm"),
-    nn.ReLU: (*_layer(nn.ReLU, "relu"), *(_part(o, n) for o in (torch, Tensor) for n in ("relu", "relu_"))),
+    **{
+        kind: (
+            *_layer(kind, name),
+            *(_part(owner, own) for owner in (torch, Tensor) for own in (name, f"{name}_") if hasattr(owner, own)),
+            *([_part(F, "hardtanh")] if issubclass(kind, nn.Hardtanh) else []),
+        )
+        for kind, name in MODULES.items()
+    },
     **{
         op.module: _layer(op.module, op.name, *(["_conv_forward"] if hasattr(op.module, "_conv_forward") else []))
         for op in OPS.values()

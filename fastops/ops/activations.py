@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.activation import PARAMETERS, Activation
 
@@ -27,6 +27,12 @@ FUNCTIONS: Final[dict[str, Callable[..., Tensor]]] = {
     "softplus": F.softplus,
     "mish": F.mish,
 }
+# Torch's modules, and the methods of a tensor, that compute them.
+_BY_NAME: Final = {name.lower(): kind for name, kind in vars(nn).items() if isinstance(kind, type)}
+MODULES: Final[dict[type[nn.Module], str]] = {
+    _BY_NAME[plain]: name for name in PARAMETERS if (plain := name.replace("_", "")) in _BY_NAME
+}
+METHODS: Final = {name + end: name for name in PARAMETERS for end in ("", "_") if hasattr(Tensor, name + end)}
 _aten: Final = torch.ops.aten
 # Of the gradient, then of the activation's input or its output, as `needs_input` says, and its parameters.
 _BACKWARD: Final[dict[str, Callable[..., Tensor]]] = {

@@ -348,7 +348,7 @@ def _make(residual: bool, act: bool) -> Op:
         timed = [example._replace(options={**example.options, "activation": "silu"}) for example in timed]
     return Op(
         name=f"batch_norm_{'add_' if residual else ''}{'act' if act else 'relu'}",
-        fuses=None if residual or act else ("batch_norm", "relu"),
+        fuses=None if act else ("batch_norm", "add", "relu") if residual else ("batch_norm", "relu"),
         accepts=_accepts,
         expression=_expression,
         gradients=_gradients,

@@ -93,8 +93,8 @@ class Op:
     # What torch has instead: functions, and the module if there is one. Its twin in fastops.nn has the same name.
     replaces: tuple[Callable[..., Any], ...] = ()
     module: type[torch.nn.Module] | None = None
-    # The calls that it makes one, by name: ("linear", "relu").
-    fuses: tuple[str, str] | None = None
+    # The calls that it makes one, by name: ("linear", "relu"). Each is applied to the result of the one before.
+    fuses: tuple[str, ...] | None = None
 
     # Which way a call goes. `accepts(*call)`: why no kernel takes these arguments, or None. `cpu` and `gpu` are what
     # "auto" does there, of the call: `cpu` is asked before `accepts`, `gpu` after. `onednn`: whether there is a product

@@ -1,10 +1,11 @@
-"""How many of the ReLUs that models apply run in one call with what is before them, and whether results stay.
+"""How many of the activations that models apply run in one call with what is before them, and whether results stay.
 
     python bench/relus.py          # a model of each large family of torchvision, and of timm where that is installed
     python bench/relus.py --all    # every model of torchvision, and up to 60 of timm that take small images
 
-Counted are applications in one forward pass in evaluation mode without gradients: eager, how often a ReLU runs;
-swapped, how many of these are left. The output is compared with eager's, bit for bit, on the torch expression.
+Counted are applications in one forward pass, in evaluation mode without gradients or with ``--training`` in that of a
+training step: eager, how often an activation that kernels know runs; swapped, how many of these are left. First come
+the ReLUs, then all. The output is compared with eager's, bit for bit, on the torch expression.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastops
 from fastops.dispatch import Explanation
-from fastops.fusions import RELU_FUNCTIONS
+from fastops.fusions import SIGNATURES, activation_of_function
+from fastops.ops.activations import METHODS
 
 FAMILIES = {
     "classification": "alexnet vgg11_bn resnet18 resnet50 densenet121 googlenet inception_v3 regnet_y_400mf "
@@ -44,30 +46,41 @@ INPUTS: dict[str, Callable[[], Any]] = {
 }
 
 
-class Relus(TorchFunctionMode):
-    """Counts the ReLUs that run by themselves: as functions and as methods, those of modules too."""
+TENSOR_METHODS = {getattr(torch.Tensor, name): activation for name, activation in METHODS.items()}
+
+
+class Activations(TorchFunctionMode):
+    """Counts the activations that run by themselves: as functions and as methods, those of modules too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.inside = 0, False
+        self.relus, self.count, self.inside = 0, 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        relu = func in (*RELU_FUNCTIONS, torch.Tensor.relu, torch.Tensor.relu_)
-        self.count += relu and not self.inside
-        outer, self.inside = self.inside, self.inside or relu or "fastops" in getattr(func, "__module__", "")
+        name = TENSOR_METHODS.get(func)
+        if func in SIGNATURES:
+            others = {name: value for name, value in (kwargs or {}).items() if name != "input"}
+            name = (activation_of_function(func, args[1:], others) or (None,))[0]
+        if not self.inside:
+            self.relus, self.count = self.relus + (name == "relu"), self.count + (name is not None)
+        outer = self.inside
+        self.inside = outer or name is not None or "fastops" in (getattr(func, "__module__", "") or "")
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.inside = outer
 
 
-def left(model: nn.Module, x: Any) -> int:
-    """ReLUs by themselves, with the sums fused that a kernel would take, and batch norms folded as for large images."""
+def left(model: nn.Module, x: Any, training: bool = False) -> tuple[int, int]:
+    """ReLUs and activations by themselves, with the sums fused that a kernel would take.
+
+    In evaluation batch norms are folded as for large images.
+    """
     kernel = mock.patch("fastops.promises.explain", lambda *_: Explanation("triton", "counted as if"))
     folded = mock.patch("fastops.fold.SMALLER", 0)
-    with torch.no_grad(), kernel, folded, Relus() as relus:
-        model(x)
-    return relus.count
+    with torch.set_grad_enabled(training), kernel, folded, Activations() as seen:
+        model.train(training)(x)
+    return seen.relus, seen.count
 
 
 def alike(eager: nn.Module, swapped: nn.Module, x: Any) -> bool:
@@ -119,36 +132,45 @@ def models(everything: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every model")
+    parser.add_argument("--training", action="store_true", help="in a training step")
     parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)} and timm alone")
     warnings.simplefilter("ignore")
-    totals: dict[str, list[list[float]]] = defaultdict(list)
+    totals: dict[str, list[list[int]]] = defaultdict(list)
     words = parser.parse_args()
     for family, name, make in models(words.all):
         if words.family not in (None, family):
             continue
         torch.manual_seed(0)
         x = INPUTS.get(family, INPUTS["classification"])()
+        if words.training and isinstance(x, torch.Tensor) and len(x) == 1:
+            x = torch.cat([x, x])  # what some batch norms want
         try:
-            eager = make().eval()
-            relus = left(eager, x)
+            eager = make()
+            counts = left(eager, x, words.training)
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             print(f"{family:15} {name:32} skipped: {str(error)[:60]!r}")
             continue
-        if not relus:
+        if not counts[1]:
             continue
-        shares = []
+        found = [0, 0, 0]
         for fold in (False, True):
             swapped = fastops.swap(copy.deepcopy(eager), fold_batchnorm=fold)
-            shares.append(1 - left(swapped, x) / relus)
+            relus, all_left = left(swapped, x, words.training)
+            found[2 if fold else 0] = counts[0] - relus
+            if not fold:
+                found[1] = counts[1] - all_left
         same = alike(eager, fastops.swap(copy.deepcopy(eager)), x)
-        totals[family].append([relus, *shares])
-        print(f"{family:15} {name:32} {relus:4} ReLUs {shares[0]:5.2f} {shares[1]:5.2f} {'' if same else 'DIFFERS'}")
-    for family, found in totals.items():
-        count = sum(row[0] for row in found)
-        plain, folded = (sum(row[0] * row[n] for row in found) / count for n in (1, 2))
-        print(
-            f"{family:15} {len(found):3} models {count:5.0f} ReLUs {plain:5.2f} {folded:5.2f} with batch norms folded"
-        )
+        totals[family].append([*counts, *found])
+        print(f"{family:15} {name:32} {shares([*counts, *found], words.training)} {'' if same else 'DIFFERS'}")
+    for family, rows in totals.items():
+        summed = [sum(column) for column in zip(*rows, strict=True)]
+        print(f"{family:15} {len(rows):3} models {'':21} {shares(summed, words.training)}")
+
+
+def shares(row: list[int], training: bool) -> str:
+    relus, count, fused_relus, fused, folded = row
+    text = f"{fused_relus / max(relus, 1):5.2f} of {relus:5} ReLUs, {fused / count:5.2f} of {count:5} activations"
+    return text if training else f"{text}, {folded / max(relus, 1):5.2f} of ReLUs with batch norms folded"
 
 
 if __name__ == "__main__":

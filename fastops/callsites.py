@@ -138,7 +138,7 @@ class _Rewriter(Method, ast.NodeTransformer):
             for waiting in pending:
                 if self.goes_on(statement, waiting.name, rest):
                     continue
-                if self.may_do_nothing(statement) and self.wanted(waiting.name, body[index:] + after):
+                if self.is_passed(statement) and self.wanted(waiting.name, body[index:] + after):
                     new += self.past(statement, waiting.name)
                 else:
                     new += self.settle((waiting,), statement)
@@ -158,8 +158,12 @@ class _Rewriter(Method, ast.NodeTransformer):
     def past(self, statement: ast.stmt, name: str) -> list[ast.stmt]:
         """What goes before a call that may do nothing: ``name`` still waits only if it does."""
         function = copy.deepcopy(statement.value.func)  # type: ignore[attr-defined]
-        waits = _call(statement, "past", function, _held(name, statement))
-        return [_assign(statement, _held(name, statement, store=True), waits), *self.shown(name, statement)]
+        waits = _call(statement, "past", _held(name, statement), function)
+        new = [_assign(statement, _held(name, statement, store=True), waits)]
+        if name in self.bound:
+            return [*new, *self.shown(name, statement)]
+        show = _assign(statement, name, _held(name, statement))
+        return [*new, same_place(ast.If(_call(statement, "is_there", _held(name, statement)), [show], []), statement)]
 
     def shown(self, name: str, at: ast.stmt) -> list[ast.stmt]:
         """What gives ``name`` its value if that is there; what it was must not live longer than it would have."""
@@ -237,7 +241,10 @@ class _Rewriter(Method, ast.NodeTransformer):
         value = statement.value  # type: ignore[attr-defined]
         target: ast.expr = _held(name, statement, store=True)
         if isinstance(statement, ast.AugAssign):
-            left = _held(name, statement) if id(statement.target) in self.reads else _name(name, statement)
+            left: ast.expr = _name(name, statement)
+            if id(statement.target) in self.reads:
+                left = _held(name, statement)
+                left = _call(left, "past", left, copy.deepcopy(value.func)) if isinstance(value, ast.Call) else left
             operands = left, self.operand(value), _fresh(name, statement)
             held: ast.expr = _call(statement, "hold_sum_in_place", *operands)
             call = self.sums[id(statement)]
@@ -358,7 +365,8 @@ class _Rewriter(Method, ast.NodeTransformer):
             if self.is_add_method(node):
                 return _call(node, "hold_sum_method", self.visit(left), self.operand(right)), Call(None)
             by = [self.visit(node.func)] if isinstance(node, ast.Call) else []
-            first = self.operand(left) if self.inert(right) else self.visit(left)
+            waits = self.inert(right) or self.may_do_nothing(right)
+            first = self.before(self.operand(left), right) if waits else self.visit(left)
             return _call(node, "hold_sum_by" if by else "hold_sum", *by, first, self.operand(right)), Call(None)
         assert isinstance(node, ast.Call)
         if found is None:
@@ -391,6 +399,12 @@ class _Rewriter(Method, ast.NodeTransformer):
     def operand(self, node: ast.expr) -> ast.expr:
         """A summand rewritten, before whose sum nothing else happens: it may be a promise."""
         return self.visit(node) if self.summands(node) is not None else self.argument(node)[0]
+
+    def before(self, left: ast.expr, right: ast.expr) -> ast.expr:
+        """A summand that may be a promise, as it is before the other one, which may be a call that does nothing."""
+        if not isinstance(right, ast.Call) or self.inert(left):
+            return left
+        return _call(left, "past", left, copy.deepcopy(right.func))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         applied = self.application(node)

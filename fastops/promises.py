@@ -410,9 +410,14 @@ def now(value: Any) -> Any:
     return value.value() if type(value) in _PROMISES else value
 
 
-def past(function: Any, value: Any) -> Any:
+def past(value: Any, function: Any) -> Any:
     """``value`` as it may go on before a call of ``function``: a promise only past what does nothing."""
     return value if type(function) is nn.Identity and untouched(function) else now(value)
+
+
+def is_there(value: Any) -> bool:
+    """Whether ``value`` is no promise."""
+    return type(value) not in _PROMISES
 
 
 def shown(value: Any, before: Any) -> Any:
@@ -453,7 +458,7 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
     f"_fastops_{helper.__name__}": helper
     for helper in (
         *(hold, hold_keyword, hold_function, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place),
-        *(link, link_layer, apply, join, method, now, past, shown, mark, chain, user_class),
+        *(link, link_layer, apply, join, method, now, past, is_there, shown, mark, chain, user_class),
     )
 }
 

@@ -128,6 +128,7 @@ class Method:
         if any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in nodes):
             self.holds = False
         self.sums: dict[int, Call] = {}  # statements that add in place to what may be new memory, by id
+        self.known: dict[tuple[str, int, int], bool] = {}  # what `wanted` has found out so far
         self.guarded = 0  # inside so many blocks whose exceptions something may catch
         self.depth = 0  # inside so many statements with blocks of their own, `if` apart
 
@@ -152,13 +153,21 @@ class Method:
         if isinstance(node, ast.If):
             return all(map(self.inert, [node.test, *node.body, *node.orelse]))
         return isinstance(node, ast.Pass) or all(
-            isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n))
+            (isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n.value, n.attr)))
+            or self._is_getattr(n)
             for n in ast.walk(node)
         )
 
-    def _is_unsteady(self, node: ast.Attribute) -> bool:
-        of_self = isinstance(node.value, ast.Name) and node.value.id == self.self_name
-        return of_self and ("*" in self.around.unsteady or node.attr in self.around.unsteady)
+    def _is_unsteady(self, owner: ast.expr, attribute: str) -> bool:
+        of_self = isinstance(owner, ast.Name) and owner.id == self.self_name
+        return of_self and ("*" in self.around.unsteady or attribute in self.around.unsteady)
+
+    def _is_getattr(self, node: ast.AST) -> bool:
+        """Whether it reads an attribute by its name, as in ``getattr(self, "aa", None)``."""
+        if not isinstance(node, ast.Call) or self.resolve(node.func) is not getattr or node.keywords:
+            return False
+        name = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
+        return isinstance(name, str) and not self._is_unsteady(node.args[0], name)
 
     def unary(self, node: ast.AST) -> tuple[ast.expr, ast.expr, bool] | None:
         """Function and argument of a call that may be one of a layer, and whether it goes by the keyword ``input``."""
@@ -242,7 +251,8 @@ class Method:
             target, value = statement.target, statement.value
             is_sum = id(statement) in self.sums and isinstance(target, ast.Name) and self.wanted(target.id, following)
             if is_sum and isinstance(target, ast.Name) and target.id == name:
-                return (statement, target) if self.inert(value) and not names_in(value, name) else None
+                fits = not names_in(value, name) and (self.inert(value) or self.may_do_nothing(value))
+                return (statement, target) if fits else None
             if is_sum and isinstance(value, ast.Name) and value.id == name:
                 return (statement, value) if self.is_last(name, following) else None
             if not self.inert(target):
@@ -263,8 +273,9 @@ class Method:
             pair = self.summands(node)
             for operand, other in (pair, pair[::-1]) if pair is not None else ():
                 if isinstance(operand, ast.Name) and operand.id == name:
-                    fits = self.inert(other) and self.is_activated(statement, node, following)
-                    return (node, operand) if fits else None
+                    comes_later = operand is pair[0] and self.may_do_nothing(other)  # type: ignore[index]
+                    fits = self.inert(other) or comes_later
+                    return (node, operand) if fits and self.is_activated(statement, node, following) else None
             if not isinstance(node, (ast.Call, ast.Attribute, ast.BinOp, ast.Tuple, ast.List, ast.keyword)):
                 return None
             for child in ast.iter_child_nodes(node):
@@ -296,6 +307,18 @@ class Method:
 
     def wanted(self, name: str, following: list[ast.stmt]) -> bool:
         """Whether a call of ``name`` pays to be held: what comes next may be applied to its result."""
+        if not following:
+            return False
+        outermost, key = not self.known, (name, id(following[0]), len(following))
+        if key not in self.known:
+            self.known[key] = False
+            self.known[key] = self._is_wanted(name, following)
+        found = self.known[key]
+        if outermost:  # what is known holds until the next statement is rewritten
+            self.known.clear()
+        return found
+
+    def _is_wanted(self, name: str, following: list[ast.stmt]) -> bool:
         for index, statement in enumerate(following):
             rest = following[index + 1 :]
             if self.consumer(statement, name, rest) or self.loop(statement) == name:
@@ -305,14 +328,18 @@ class Method:
                 if names_in(statement.test, name) or not self.inert(statement.test):
                     return False
                 return any(self.wanted(name, branch + rest) for branch in (statement.body, statement.orelse))
-            if mentioned or not (self.inert(statement) or self.may_do_nothing(statement)):
+            if mentioned or not (self.inert(statement) or self.is_passed(statement)):
                 return False
         return False
 
-    def may_do_nothing(self, statement: ast.stmt) -> bool:
+    def is_passed(self, statement: ast.stmt) -> bool:
         """Whether it is ``v = f(w)``, which does nothing where ``f`` is an identity."""
-        found = self.unary(statement.value) if isinstance(statement, ast.Assign) else None
-        if found is None or target_of(statement) is None or self.around.is_activation(self.resolve(found[0])):
+        return isinstance(statement, ast.Assign) and bool(target_of(statement)) and self.may_do_nothing(statement.value)
+
+    def may_do_nothing(self, node: ast.expr) -> bool:
+        """Whether it is a call that does nothing where its function is an identity."""
+        found = self.unary(node)
+        if found is None or self.around.is_activation(self.resolve(found[0])):
             return False
         return self.inert(found[0]) and self.inert(found[1])
 

@@ -394,3 +394,84 @@ def test_head_is_fused_with_its_loss(variant: str, backend: str, monkeypatch: py
         gradients = torch.autograd.grad(found, [x, *twin.parameters()])
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, [x, *model.parameters()]))
     assert ("linear_cross_entropy" in recorder.calls) == (variant in ("plain", "options", "view between"))
+
+
+# Batch norms with a sum -----------------------------------------------------------------------------------------------
+
+
+class BlockEnd(nn.Module):
+    """The end of a residual block; ``variant`` says how the two summands come together."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant = variant
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.shortcut, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.variant == "shared batch norm":
+            return F.relu(self.norm(self.conv(x)) + self.norm(self.shortcut(x)))
+        out = self.norm(self.conv(x))
+        if self.variant == "used elsewhere":
+            return F.relu(out + x), out
+        if self.variant == "sum used elsewhere":
+            out = out + x
+            return F.relu(out), out
+        if self.variant == "changed between":
+            x = x * 1
+            y = F.relu(out + x.mul_(2))
+            return y
+        if self.variant == "into what others see":
+            y = x * 1
+            z = y.view(-1)
+            y += out
+            return F.relu(y), z
+        if self.variant == "mode between":
+            out = out + x
+            with torch.no_grad():
+                return F.relu(out)
+        if self.variant == "other order":
+            return torch.relu(torch.add(x, out))
+        if self.variant == "broadcast":
+            return F.relu(out + x[:, :1])
+        if self.variant == "two batch norms":
+            out += self.other(self.shortcut(x))
+        else:
+            out += x
+        return F.relu(out, inplace=True)
+
+
+BLOCK_ENDS = {
+    "plain": 1,
+    "two batch norms": 1,
+    "shared batch norm": 1,
+    "other order": 1,
+    "used elsewhere": 0,
+    "sum used elsewhere": 0,
+    "changed between": 0,
+    "into what others see": 0,
+    "mode between": 0,
+    "broadcast": 0,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", BLOCK_ENDS)
+def test_batch_norm_with_a_sum_and_relu(variant: str, training: bool) -> None:
+    model, recorder = BlockEnd(variant).double().train(training), Recorder()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    with fastops.backend("triton"):
+        ours = torch.compile(twin, backend=compile_graph, options={"compiler": recorder}, fullgraph=True)
+        found = [leaf for _ in range(2) for leaf in leaves(ours(x))]
+    expected = [leaf for _ in range(2) for leaf in leaves(model(x))]
+    torch.testing.assert_close([*found, *twin.buffers()], [*expected, *model.buffers()])
+    if variant != "mode between":
+        for outputs in (found, expected):
+            sum(output.square().sum() for output in outputs if output.requires_grad).backward()
+        gradients = [[p.grad for p in m.parameters() if p.grad is not None] for m in (twin, model)]
+        torch.testing.assert_close(*gradients)
+    assert recorder.calls.count("batch_norm_add_relu") == BLOCK_ENDS[variant]
+    rows = [row.outcome for row in fastops.compile.report().rows if row.layer == "relu"]
+    norm = {"two batch norms": "other"}.get(variant, "norm")
+    assert (rows == [f"fused with {norm} and the sum"]) == bool(BLOCK_ENDS[variant])

@@ -309,6 +309,14 @@ def _shared(model: Any) -> None:
         model.shortcut.normalization = model.layer[-1].normalization
 
 
+def _shared_and_run(model: Any) -> None:
+    """As before, and the shortcut runs it at once."""
+    if isinstance(model, Block):
+        model.downsample = nn.Sequential(model.bn2, nn.Hardtanh(-9, 9))
+    else:
+        model.shortcut = nn.Sequential(model.layer[-1].normalization, nn.Hardtanh(-9, 9))
+
+
 def _momentum(model: Any) -> None:
     last_norm(model).momentum = None
 
@@ -339,9 +347,10 @@ def _replaced(model: Any) -> None:
 
 
 CHANGES = [_hooked, _hooked_around, _pre_hooked, _kept, _shared, _momentum, _frozen, _untracked, _random, _own_forward]
+REPLACED = [_replaced, _shared_and_run]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, _replaced])
+@pytest.mark.parametrize("change", [*CHANGES, *REPLACED])
 @pytest.mark.parametrize("kind", [Block, OfTransformers])
 def test_changes_after_the_swap(kind: type[nn.Module], change: Callable[[nn.Module], None], backend: str) -> None:
     eager = with_shortcut(kind)().double()
@@ -419,9 +428,9 @@ class Aliased(Block):
 
 class UsedAgain(Block):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        shortcut = self.bn1(self.conv1(x))
-        y = F.relu(self.bn2(self.conv2(x)) + shortcut)
-        return y, shortcut
+        out = self.bn1(self.conv1(x))
+        y = F.relu(out + x)
+        return y, out
 
 
 class Broadcast(Block):
@@ -481,6 +490,36 @@ def test_what_else_sees_the_values(kind: type[nn.Module], backend: str) -> None:
     found, expected = (steps(model, torch.float64, both) for model in (swapped, eager))
     torch.testing.assert_close(found, expected)
     assert backend != "torch" or identical(found, expected)
+
+
+class Reversed(Block):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self.relu(y + self.bn1(x))
+
+
+class Into(Block):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        out = self.bn1(x)
+        out += y
+        return self.relu(out)
+
+
+@pytest.mark.parametrize("kind", [Reversed, Into])
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+def test_dtypes_and_memory_formats_of_two_summands(kind: type[nn.Module], first: torch.memory_format) -> None:
+    eager = kind()
+    swapped = fastops.swap(copy.deepcopy(eager))
+    x = torch.randn(2, 4, 5, 6).to(memory_format=first)
+    with fastops.backend("torch"):
+        for y in (torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last)):
+            for other in (y, y.double(), y[:1]):
+                found, expected = swapped(x, other), eager(x, other)
+                assert torch.equal(found, expected)
+                assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+        if kind is Into:
+            for model in (swapped, eager):
+                with pytest.raises(RuntimeError, match="broadcast"):
+                    model(x[:1], torch.randn(2, 4, 5, 6))
 
 
 def test_nothing_of_timm_is_looked_for() -> None:

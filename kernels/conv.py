@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import depthwise
 from .activation import NONE, RELU, Activation
 from .activation_backward import MaskPlan, activation_backward, mask_and_sum, mask_plan
 from .add_relu import add_relu_backward
@@ -502,6 +503,8 @@ def conv_plan(
     shape, last = (input_shape[0], weight_shape[0], *size), (input_shape[0], *size, weight_shape[0])
     if sizes.is_linear:
         return ConvPlan(None, weight_shape[1], shape, last)
+    if sizes.is_depthwise:
+        return ConvPlan(depthwise.forward_plan(kind, sizes, epilogue), 1, shape, last)
     groups, channels, outputs = sizes.groups, sizes.padded_channels, sizes.outputs
     positions = sizes.positions(sizes.output)
     aligned = channels * kind[1].itemsize % 16 == 0
@@ -549,6 +552,11 @@ class Sizes(NamedTuple):
     def is_linear(self) -> bool:
         """Whether it is a linear layer over positions."""
         return self.geometry == POINTWISE and self.groups == 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output channel is made from one channel of the input."""
+        return self.channels == 1 and self.groups > 1
 
     def positions(self, size: tuple[int, ...]) -> int:
         """Of the whole batch."""
@@ -630,6 +638,8 @@ def conv_backward(
         grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         if plan.for_weight is None:
             grad_weight.copy_(matmul(masked.t(), rows_of_channels(input)).view(shapes[1]))
+        elif plan.for_weight.addition is None:
+            launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), grad_weight)
         else:
             partial = grad.new_empty(plan.for_weight.parts, dtype=plan.for_weight.parts_dtype)
             launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), partial)
@@ -638,13 +648,16 @@ def conv_backward(
 
 
 class GradWeightPlan(NamedTuple):
-    """The launches for the weight's gradient: its ``parts`` [splits, O * taps * channels], and their ``addition``."""
+    """The launches for the weight's gradient: its ``parts`` [splits, O * taps * channels], and their ``addition``.
+
+    Without that, there is one part, which is the gradient.
+    """
 
     product: Plan
     channels: int  # of the input, with those that pad
     parts: tuple[int, int]
     parts_dtype: torch.dtype
-    addition: Plan
+    addition: Plan | None
 
 
 class ConvBackwardPlan(NamedTuple):
@@ -672,7 +685,7 @@ def conv_backward_plan(
     batch, channels, *size = shapes[0]
     for_input = for_weight = None
     if needs[0] and not sizes.is_linear:
-        for_input = grad_input_plan(kind, sizes)
+        for_input = (depthwise.grad_input_plan if sizes.is_depthwise else grad_input_plan)(kind, sizes)
     if needs[1] and not sizes.is_linear:
         result = torch.empty(shapes[1], device="meta", memory_format=memory_format)
         for_weight = grad_weight_plan(kind, sizes, result.flatten(2).stride())
@@ -707,6 +720,9 @@ def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) 
     """
     device, dtype, _ = kind
     channels, outputs, taps = sizes.padded_channels, sizes.outputs, math.prod(sizes.geometry.KERNEL)
+    if sizes.is_depthwise:
+        product, parts, addition = depthwise.grad_weight_plans(kind, sizes)
+        return GradWeightPlan(product, sizes.groups, parts, accumulator_dtype(dtype), addition)
     positions, out_channels = sizes.positions(sizes.output), outputs * sizes.groups
     aligned = all(count * dtype.itemsize % 16 == 0 for count in (channels, outputs))
     config = conv_grad_weight_config(kind, positions, outputs, channels, taps, aligned)

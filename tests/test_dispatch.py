@@ -147,12 +147,16 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
     machine.has(triton=True, interpreter=False)
     with FakeTensorMode():
         image, layer = on_a_gpu(2, 64, 8, 8), (on_a_gpu(4, 16), on_a_gpu(8, 16), on_a_gpu(8))
+        last = image.to(memory_format=torch.channels_last)
         table = [
             ("linear", layer, {}, "torch", "torch", "product alone"),
             ("linear_relu", layer, {}, "triton", "vendor", "epilogue"),
             ("conv2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "convolution alone"),
             ("conv_relu2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "triton", "vendor", "epilogue"),
-            ("conv_relu2d", (image, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "depthwise"),
+            ("conv_relu2d", (image, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "to channels-last"),
+            ("conv_relu2d", (last, on_a_gpu(64, 1, 5, 5)), {"groups": 64}, "triton", "vendor", "depthwise"),
+            ("conv_relu2d", (last, on_a_gpu(64, 1, 7, 7)), {"groups": 64}, "torch", "torch", "so many taps"),
+            ("conv2d", (last, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "convolution alone"),
             ("conv_relu2d", (image[:, :3], on_a_gpu(32, 3, 3, 3)), {}, "torch", "torch", "few channels"),
             ("conv_relu1d", (image[..., 0], on_a_gpu(32, 64, 3)), {}, "triton", "vendor", "epilogue"),
             ("add_relu", (image, image), {}, "triton", "triton", "one kernel"),

@@ -39,6 +39,7 @@ class Launch(NamedTuple):
     wide: bool = False  # a product whose rows are aligned: 128-bit accesses are possible
     stream: int = 0  # bytes of the large tensors of a loss that each thread reads and writes for one tile
     width: int = 128  # bits of each access that does so, or more
+    narrow: bool = False  # beside those there may be any number of narrower ones
     leading: bool = False  # a product of a shape that fills the GPU, with the first tile of its table
 
     @property

@@ -60,7 +60,7 @@ def _stream_width(launch: Launch, machine: Machine) -> str | None:
         return f"{covered} of {launch.stream} bytes {launch.width} bits at a time"
     narrow = sum(machine.accesses.values()) - sum(wide.values())
     arguments = sum(str(type_).startswith("*") for type_ in launch.request["types"].values())
-    return f"{narrow} narrower ones" if launch.width == 128 and narrow > arguments else None
+    return f"{narrow} narrower ones" if launch.width == 128 and narrow > arguments and not launch.narrow else None
 
 
 def _issue_bound(launch: Launch, machine: Machine) -> str | None:

@@ -11,6 +11,7 @@ With input x, weight w, bias b, output y, its gradient gy, and * for the convolu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -101,7 +102,6 @@ def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None
 
 _ATEN_IS_ONEDNN: Final = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _BARE: Final = Explanation("torch", "a convolution alone fuses nothing: cuDNN or MIOpen computes it")
-_DEPTHWISE: Final = Explanation("torch", "a depthwise one would waste most of a tile: cuDNN or MIOpen computes it")
 _STEM: Final = Explanation("torch", "so few channels would waste most of a tile: cuDNN or MIOpen computes it")
 _EPILOGUE: Final = Explanation(
     "triton",
@@ -109,6 +109,19 @@ _EPILOGUE: Final = Explanation(
     "vendor",
     "one kernel masks and sums the gradient; the rest fuses nothing, and cuDNN or MIOpen computes it",
 )
+_DEPTHWISE: Final = Explanation(
+    "triton",
+    "bias and ReLU run in the epilogue of a depthwise convolution, which takes no longer than memory",
+    _EPILOGUE.backward,
+    _EPILOGUE.backward_reason,
+)
+_MANY_TAPS: Final = Explanation(
+    "torch", "a depthwise one of so many taps computes for longer than it moves memory: cuDNN or MIOpen computes it"
+)
+_CONVERTED: Final = Explanation(
+    "torch", "to convert a depthwise one to channels-last would move more than its ReLU: cuDNN or MIOpen computes it"
+)
+_MOST_TAPS: Final = 25  # 5 x 5
 _LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are padded
 
 
@@ -116,7 +129,10 @@ def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options
     if not relu:
         return _BARE
     if weight.shape[1] == 1 and options.groups > 1:
-        return _DEPTHWISE
+        if math.prod(weight.shape[2:]) > _MOST_TAPS:
+            return _MANY_TAPS
+        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        return _DEPTHWISE if is_channels_last(batch, weight) else _CONVERTED
     return _STEM if weight.shape[1] < _LEAST_CHANNELS else _EPILOGUE
 
 
@@ -294,7 +310,6 @@ def _audit(audit: Audit) -> Iterator[Any]:
         (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
         (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
         (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
-        (8, 64, (28, 28), 64, (3, 3), 2, 64),  # depthwise
         (8, 64, (28, 28), 128, (3, 3), 1, 2),
         (8, 64, (100,), 64, (5,), 2, 1),
         (2, 32, (8, 14, 14), 64, (3, 3, 3), 2, 1),
@@ -324,6 +339,37 @@ def _audit(audit: Audit) -> Iterator[Any]:
             for launch in found:
                 half_product = launch.product and dtype.itemsize == 2
                 yield launch._replace(wide=half_product and even, leading=large and dtype.itemsize == 2)
+    yield from _audit_depthwise(audit)
+
+
+def _audit_depthwise(audit: Audit) -> Iterator[Any]:
+    """Kernels of all sizes in one 16-bit dtype, the usual ones in the others; several outputs; odd channels."""
+    conv, conv_backward = _load(relu=True)
+    usual = ((8, 64, (56, 56), 64, (3, 3), 1), (8, 64, (56, 56), 64, (3, 3), 2), (8, 64, (56, 56), 64, (5, 5), 1))
+    others = (
+        (8, 96, (56, 56), 96, (7, 7), 1),
+        (8, 960, (7, 7), 960, (5, 5), 1),
+        (8, 64, (28, 28), 64, (19, 19), 1),  # all taps a loop
+        (8, 64, (56, 56), 128, (3, 3), 1),
+        (8, 13, (55, 53), 13, (3, 3), 1),
+        (8, 64, (1000,), 64, (9,), 1),
+        (2, 64, (16, 28, 28), 64, (3, 3, 3), 2),
+    )
+    for dtype in audit.dtypes:
+        for N, C, size, out, kernel, stride in (*usual, *others) if dtype is audit.half_dtypes[0] else usual:
+            n = len(size)
+            x, w, b = (audit.empty(*s, dtype=dtype) for s in ((N, C, *size), (out, 1, *kernel), (out,)))
+            options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, C, n > 1
+            name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride} groups {C}"
+            y, found = audit.launches(name, None, "ieee", conv, x, w, b, *options)
+            words = y, x, w, y, x.shape, w.shape, *options, True, True, True
+            found += audit.launches(name, None, "ieee", conv_backward, *words)[1]
+            for launch in found:
+                constants = launch.request["constants"]
+                if out == C and C % 8 == 0 and launch.kernel.startswith("depthwise") and "PATCH" in constants:
+                    # Each thread reads or writes 16 bytes for each position of its patch.
+                    launch = launch._replace(stream=16 * constants["PATCH"], narrow=True)
+                yield launch
 
 
 def _make(dimensions: int, relu: bool) -> Op:

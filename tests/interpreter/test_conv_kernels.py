@@ -462,7 +462,8 @@ def test_vendors_gradients_leave_one_launch(
 def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
     input, weight, bias, _ = whole_tensors(name)
     conv.conv(input, weight, bias, *numbers(weight.shape, GUARDED[name][2]), RELU, torch.contiguous_format)
-    assert launched == ["matmul_kernel" if name == "pointwise" else "conv_kernel"]
+    special = {"pointwise": "matmul_kernel", "depthwise": "depthwise_kernel"}
+    assert launched == [special.get(name, "conv_kernel")]
 
 
 @pytest.mark.parametrize(

@@ -181,12 +181,12 @@ def _call(op: str, *tensors: Tensor, **options: Any) -> Pair:
     return run(torch_function(OPS[op])), run(getattr(FF, op))
 
 
-def _conv() -> Pair:
+def _conv(weight: tuple[int, ...] = (64, 64, 3, 3), **options: int) -> Pair:
     def channels_last(tensor: Tensor) -> Tensor:
         return tensor.detach().to(memory_format=torch.channels_last).requires_grad_() if tensor.dim() == 4 else tensor
 
-    tensors = map(channels_last, _variables((8, 64, 28, 28), (64, 64, 3, 3), (64,)))
-    return _call("conv_relu2d", *tensors, padding=1)
+    tensors = map(channels_last, _variables((8, 64, 28, 28), weight, (64,)))
+    return _call("conv_relu2d", *tensors, padding=1, **options)
 
 
 def _step(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Pair:
@@ -214,6 +214,7 @@ CASES: dict[str, Callable[[], Pair]] = {
     "MSE, 512 x 2048": lambda: _call("mse_loss", *_variables((512, 2048)), torch.randn(512, 2048)),
     "Linear and ReLU, 512 x 1024 to 768": lambda: _call("linear_relu", *_variables((512, 1024), (768, 1024), (768,))),
     "Convolution and ReLU, 64 channels to 64, 3 x 3, padding 1, 8 x 28 x 28, channels-last": _conv,
+    "Depthwise convolution and ReLU, 64 channels, 3 x 3, the same": lambda: _conv((64, 1, 3, 3), groups=64),
     "FashionMLP, a training step at batch 64": lambda: _step(FashionMLP(), (64, 1, 28, 28)),
     "LeNet, a training step at batch 8": lambda: _step(LeNet(), (8, 1, 32, 32)),
 }

@@ -73,6 +73,14 @@ def _size(tensor: Tensor) -> int:
     return tensor.element_size() * int(np.prod([size if stride != 0 else min(size, 1) for size, stride in sizes]))
 
 
+def _read(name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments of which an operation reads the elements, not the shape alone."""
+    if name.startswith("new_") or name.endswith("_like") or name in ("copy_", "fill_", "zero_"):
+        args = args[1:]
+    kwargs = {key: value for key, value in kwargs.items() if key != "out"}
+    return list({id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values())
+
+
 class _Operations(TorchDispatchMode):
     """Counts operations of torch. Those of fastops are made of others, which count."""
 
@@ -86,13 +94,13 @@ class _Operations(TorchDispatchMode):
                 return IMPLEMENTATIONS[func](*args)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        read = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values()
-        storages = {tensor.untyped_storage().data_ptr() for tensor in read}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in given}
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not func._schema.is_mutable:
             written = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in storages]
         if written and "empty" not in name:
-            sizes = sum(map(_size, read)), sum(map(_size, written))
+            sizes = sum(map(_size, _read(name, args, kwargs or {}))), sum(map(_size, written))
             self.launches.append(Launch(name, *sizes, sum(sizes)))
         return result
 

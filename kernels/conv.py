@@ -309,7 +309,7 @@ def conv_grad_input_kernel(
 def conv_grad_weight_kernel(
     grad_ptr,  # [positions, out_channels], contiguous
     input_ptr,  # [batch, *input_size, channels], contiguous
-    partial_ptr,  # [splits, out_channels, taps, CHANNELS], contiguous
+    output_ptr,  # [splits, out_channels, taps, CHANNELS] if SPLIT; [out_channels, REAL_CHANNELS, taps], OUTPUT_STRIDES
     positions,
     positions_per_split,
     input_depth,
@@ -324,6 +324,9 @@ def conv_grad_weight_kernel(
     shift_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
+    REAL_CHANNELS: tl.constexpr,  # without those that only pad
+    OUTPUT_STRIDES: tl.constexpr,
+    SPLIT: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,  # of a group
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -336,7 +339,10 @@ def conv_grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per BLOCK_M output channels, BLOCK_N taps and channels, group and part of the positions."""
+    """One program per BLOCK_M output channels, BLOCK_N taps and channels, group and part of the positions.
+
+    The sum of the only part is the gradient itself; those of several are added up by `conv_sum_of_splits_kernel`.
+    """
     input_size = input_depth, input_height, input_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
@@ -384,10 +390,16 @@ def conv_grad_weight_kernel(
         x = tl.load(x_ptrs, mask=met, other=0.0)
         accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    partial_rows = (split.to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows) * INNER
-    partial_ptrs = partial_ptr + partial_rows[:, None] + column[None, :]
-    tl.store(partial_ptrs, accumulator, mask=own_rows[:, None] & (column < INNER)[None, :])
+    if SPLIT:
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        own_columns = column < INNER
+        output_rows = (split.to(tl.int64) * (GROUPS * OUT_CHANNELS) + rows) * INNER
+    else:
+        column = channel * OUTPUT_STRIDES[1] + tap * OUTPUT_STRIDES[2]
+        own_columns = (channel < REAL_CHANNELS) & (tap * CHANNELS < INNER)
+        output_rows = rows * OUTPUT_STRIDES[0]
+    output_ptrs = output_ptr + output_rows[:, None] + column[None, :]
+    tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own_rows[:, None] & own_columns[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -638,12 +650,13 @@ def conv_backward(
         grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         if plan.for_weight is None:
             grad_weight.copy_(matmul(masked.t(), rows_of_channels(input)).view(shapes[1]))
-        elif plan.for_weight.addition is None:
-            launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), grad_weight)
         else:
-            partial = grad.new_empty(plan.for_weight.parts, dtype=plan.for_weight.parts_dtype)
-            launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), partial)
-            launch(plan.for_weight.addition, partial, grad_weight)
+            parts = grad_weight
+            if plan.for_weight.addition is not None:
+                parts = grad.new_empty(plan.for_weight.parts, dtype=plan.for_weight.parts_dtype)
+            launch(plan.for_weight.product, masked, channels_last(input, plan.for_weight.channels), parts)
+            if plan.for_weight.addition is not None:
+                launch(plan.for_weight.addition, parts, grad_weight)
     return grad_input, grad_weight, grad_bias
 
 
@@ -743,9 +756,14 @@ def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) 
         *magic(sizes.output[1]),
         *magic(sizes.output[2]),
         CHANNELS=channels,
+        REAL_CHANNELS=sizes.channels,
+        OUTPUT_STRIDES=(0, 0, 0) if splits > 1 else result_strides,
+        SPLIT=splits > 1,
         **sizes.constants(kind),
         **config._asdict(),
     )
+    if splits == 1:
+        return GradWeightPlan(product, channels * sizes.groups, (1, size), exact, None)
     block = 1024
     addition = Plan(
         conv_sum_of_splits_kernel,

@@ -396,10 +396,25 @@ def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.Mon
     assert same_bits(first, second), "not deterministic"
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["24 to 13 channels", "3 to 8 channels", "depthwise", "groups", "1d", "3d"])
+def test_the_only_part_is_the_gradient_of_the_weight(name: str, dtype: torch.dtype, last: bool, tiles: str) -> None:
+    """In the layout and the dtype of the result, rounded once, and nothing written beside it."""
+    *whole, grad_output = whole_tensors(name)
+    options = GUARDED[name][2]
+    expected = torchs(options, False, *whole, grad_output)[2].to(dtype)
+    input, grad_output, weight = (tensor.to(dtype) for tensor in (whole[0], grad_output, whole[1]))
+    words = grad_output, input, None, None, tuple(input.shape), tuple(weight.shape), *numbers(weight.shape, options)
+    layout = memory_format(weight.dim() - 2, last)
+    _, found, _ = run_guarded(conv.conv_backward, *words, False, layout)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=layout)
+
+
 # What runs ------------------------------------------------------------------------------------------------------------
 
 MASK_AND_SUM = "activation_backward_kernel"
-FOR_WEIGHT = ["conv_grad_weight_kernel", "conv_sum_of_splits_kernel"]
 
 
 @pytest.fixture
@@ -432,7 +447,7 @@ def test_only_what_is_needed_is_computed(
     assert tuple(result is not None for result in results) == needed
     products = ["matmul_kernel"], ["matmul_kernel"]
     if name != "pointwise":
-        products = ["conv_grad_input_kernel"], FOR_WEIGHT
+        products = ["conv_grad_input_kernel"], ["conv_grad_weight_kernel"]
     expected = [MASK_AND_SUM] * (relu or needs_bias) + products[0] * needs_input + products[1] * needs_weight
     assert launched == expected
 

@@ -66,6 +66,7 @@ class MaskPlan(NamedTuple):
     row of sums is left."""
 
     stages: tuple[Plan, ...]
+    strips: tuple[int, ...]  # of each stage
     needs_sum: bool
     sum_dtype: torch.dtype
 
@@ -91,9 +92,9 @@ def mask_and_sum(plan: MaskPlan, grad: Tensor, saved: Tensor | None, masked: Ten
     """`activation_backward` into ``masked``, which is ``grad`` if there is no activation; the sum of the columns."""
     dtype, sums = grad.dtype, masked
     other = grad if saved is None else saved.contiguous()
-    for stage in plan.stages:
+    for stage, strips in zip(plan.stages, plan.strips, strict=True):
         if plan.needs_sum:
-            sums = grad.new_empty((stage.grid[1], grad.shape[1]), dtype=plan.sum_dtype)
+            sums = grad.new_empty((strips, grad.shape[1]), dtype=plan.sum_dtype)
         launch(stage, grad, other, masked, sums)
         grad = other = masked = sums
     return sums[0].to(dtype) if plan.needs_sum else None
@@ -110,12 +111,22 @@ def mask_plan(
     """`activation_backward` of a gradient with this shape and these strides."""
     device, dtype = kind
     if activation == NONE and not need_sum:
-        return MaskPlan((), False, dtype)
-    stages = [column_sum_plan(kind, shape, strides, activation, need_sum)]
-    sums = device, accumulator_dtype(dtype)
-    while need_sum and (strips := stages[-1].grid[1]) > 1:
-        stages.append(column_sum_plan(sums, (strips, shape[1]), (shape[1], 1), NONE, True))
-    return MaskPlan(tuple(stages), need_sum, dtype if len(stages) == 1 else sums[1])
+        return MaskPlan((), (), False, dtype)
+    first = column_sum_plan(kind, shape, strides, activation, need_sum)
+    exact = accumulator_dtype(dtype)
+    more, all_strips = column_sum_stages((device, exact), first.grid[1] if need_sum else 1, shape[1])
+    return MaskPlan((first, *more), (first.grid[1], *all_strips), need_sum, exact if more else dtype)
+
+
+def column_sum_stages(
+    kind: tuple[torch.device, torch.dtype], strips: int, columns: int
+) -> tuple[tuple[Plan, ...], tuple[int, ...]]:
+    """The stages that add up the sums of so many ``strips``, and how many each of them leaves."""
+    stages: list[Plan] = []
+    while strips > 1:
+        stages.append(column_sum_plan(kind, (strips, columns), (columns, 1), NONE, True))
+        strips = stages[-1].grid[1]
+    return tuple(stages), tuple(stage.grid[1] for stage in stages)
 
 
 def column_sum_plan(

@@ -34,6 +34,7 @@ from . import depthwise
 from .activation import NONE, RELU, Activation
 from .activation_backward import MaskPlan, activation_backward, mask_and_sum, mask_plan
 from .add_relu import add_relu_backward
+from .channels_last import channels_last, channels_last_mask_plan, rows_of_channels
 from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, narrowed, planned, register_limit
 from .epilogue import activated
 from .geometry import POINTWISE, Geometry, three
@@ -42,6 +43,7 @@ from .linear import Epilogue, constants_of, matmul
 from .onednn import convolution_backward
 from .tiles import tile_positions
 
+_FEW_POSITIONS = 256  # of a convolution, in all samples, for which its weight is not brought to channels last
 # Sizes that vary from one batch of images to the next, so that no kernel is made for some of them; but a size of 1 is.
 _SIZES = [f"{tensor}_{side}" for tensor in ("input", "output") for side in ("depth", "height", "width")]
 
@@ -101,10 +103,10 @@ def tap_and_channel(block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl
 @triton.jit(do_not_specialize=["positions"], do_not_specialize_on_alignment=_SIZES)
 def conv_kernel(
     input_ptr,  # [batch, *input_size, channels], contiguous
-    weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
+    weight_ptr,  # [out_channels, REAL_CHANNELS, taps], of WEIGHT_STRIDES
     bias_ptr,  # [out_channels]
-    output_ptr,  # [positions, out_channels], contiguous
-    before_ptr,  # the same: the results before the activation, written if SAVE_BEFORE
+    output_ptr,  # [positions, out_channels], contiguous; [batch, out_channels, *output_size] if not OUTPUT_LAST
+    before_ptr,  # [positions, out_channels], contiguous: the results before the activation, written if SAVE_BEFORE
     positions,
     input_depth,
     input_height,
@@ -114,6 +116,9 @@ def conv_kernel(
     output_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
+    REAL_CHANNELS: tl.constexpr,  # that the weight has: the others only pad the input
+    WEIGHT_STRIDES: tl.constexpr,
+    OUTPUT_LAST: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,  # of a group
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -151,7 +156,7 @@ def conv_kernel(
     column = column * STRIDE[2] - PADDING[2]
     # What the first tap meets: it may lie in the padding.
     origin = flat_position(batch, depth, row, column, input_size)
-    weight_rows = weight_ptr + columns[None, :] * (TAPS * CHANNELS)
+    weight_rows = weight_ptr + columns[None, :] * WEIGHT_STRIDES[0]
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for step in range(0, (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K):
@@ -166,20 +171,29 @@ def conv_kernel(
         position = tl.where(met, origin + flat_position(0, d, r, c, input_size), 0).to(tl.int64)
         x_ptrs = input_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + channel)[None, :]
         x = tl.load(x_ptrs, mask=met, other=0.0)
-        if FLAT:
-            real = (tap < TAPS)[:, None]
-            w = tl.load(weight_rows + (tl.where(real, tap[:, None], 0) * CHANNELS + channel[:, None]), real, other=0.0)
+        if FLAT or REAL_CHANNELS != CHANNELS:
+            real = (tap < TAPS) & (channel < REAL_CHANNELS)
+            offsets = tl.where(real, tap * WEIGHT_STRIDES[2] + channel * WEIGHT_STRIDES[1], 0)
+            w = tl.load(weight_rows + offsets[:, None], mask=real[:, None], other=0.0)
         else:
-            w = tl.load(weight_rows + (tap * CHANNELS + channel)[:, None])
+            w = tl.load(weight_rows + (tap * WEIGHT_STRIDES[2] + channel * WEIGHT_STRIDES[1])[:, None])
         accumulator = tl.dot(x, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
+    own = own_rows < positions
     offsets = rows[:, None].to(tl.int64) * (GROUPS * OUT_CHANNELS) + columns[None, :]
-    own = (own_rows < positions)[:, None] & own_columns[None, :]
     if SAVE_BEFORE:
-        tl.store(before_ptr + offsets, accumulator.to(output_ptr.dtype.element_ty), mask=own)
-    tl.store(output_ptr + offsets, activated(accumulator, ACTIVATION).to(output_ptr.dtype.element_ty), mask=own)
+        before = accumulator.to(output_ptr.dtype.element_ty)
+        tl.store(before_ptr + offsets, before, mask=own[:, None] & own_columns[None, :])
+    result = activated(accumulator, ACTIVATION).to(output_ptr.dtype.element_ty)
+    if OUTPUT_LAST:
+        tl.store(output_ptr + offsets, result, mask=own[:, None] & own_columns[None, :])
+    else:
+        size = output_depth * output_height * output_width
+        outer = (rows // size).to(tl.int64) * (GROUPS * OUT_CHANNELS) * size + rows % size
+        output_ptrs = output_ptr + outer[None, :] + columns[:, None] * size
+        tl.store(output_ptrs, tl.trans(result), mask=own_columns[:, None] & own[None, :])
 
 
 @triton.jit
@@ -196,8 +210,8 @@ def first_tap(residue, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.c
 @triton.jit(do_not_specialize=["batch_size", "tiles_m"], do_not_specialize_on_alignment=_SIZES)
 def conv_grad_input_kernel(
     grad_ptr,  # [positions, out_channels], contiguous
-    weight_ptr,  # [out_channels, taps, CHANNELS], contiguous
-    output_ptr,  # [batch, *input_size, channels], contiguous
+    weight_ptr,  # [out_channels, CHANNELS, taps], of WEIGHT_STRIDES
+    output_ptr,  # [batch, *input_size, channels], contiguous; [batch, channels, *input_size] if not OUTPUT_LAST
     batch_size,
     tiles_m,
     input_depth,
@@ -208,6 +222,8 @@ def conv_grad_input_kernel(
     output_width,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
+    WEIGHT_STRIDES: tl.constexpr,
+    OUTPUT_LAST: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,  # of a group
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -226,7 +242,6 @@ def conv_grad_input_kernel(
     output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     POSITION: tl.constexpr = tl.int64 if LARGE else tl.int32
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     TILES_N: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
 
     program = tl.program_id(0)
@@ -272,12 +287,13 @@ def conv_grad_input_kernel(
             c = number % taps_c
             tap = ((tap_d + d * STEP[0]) * KERNEL[1] + tap_r + r * STEP[1]) * KERNEL[2] + tap_c + c * STEP[2]
             out_channel = group * OUT_CHANNELS + channel
-            w_ptrs = weight_ptr + out_channel[:, None].to(tl.int64) * (TAPS * CHANNELS) + columns[None, :]
+            w_ptrs = weight_ptr + out_channel[:, None].to(tl.int64) * WEIGHT_STRIDES[0]
+            w_ptrs += (columns * WEIGHT_STRIDES[1])[None, :]
             if FLAT:
                 d, r, c = d[None, :], r[None, :], c[None, :]
-                w = tl.load(w_ptrs + tap[:, None] * CHANNELS, mask=real[:, None], other=0.0)
+                w = tl.load(w_ptrs + tap[:, None] * WEIGHT_STRIDES[2], mask=real[:, None], other=0.0)
             else:
-                w = tl.load(w_ptrs + tap * CHANNELS)
+                w = tl.load(w_ptrs + tap * WEIGHT_STRIDES[2])
             out_depth = out_d - d * (STEP[0] * DILATION[0] // STRIDE[0])
             out_row = out_r - r * (STEP[1] * DILATION[1] // STRIDE[1])
             out_column = out_c - c * (STEP[2] * DILATION[2] // STRIDE[2])
@@ -289,10 +305,19 @@ def conv_grad_input_kernel(
             grad = tl.load(grad_ptrs, mask=met, other=0.0)
             accumulator = tl.dot(grad, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
 
-        position = flat_position(batch, depth, row, column, input_size).to(tl.int64)
-        output_ptrs = output_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + columns)[None, :]
-        own = (own_rows < members)[:, None] & own_columns[None, :]
-        tl.store(output_ptrs, accumulator.to(output_ptr.dtype.element_ty), mask=own)
+        result = accumulator.to(output_ptr.dtype.element_ty)
+        own = own_rows < members
+        columns += group * CHANNELS
+        if OUTPUT_LAST:
+            position = flat_position(batch, depth, row, column, input_size).to(tl.int64)
+            output_ptrs = output_ptr + position * (GROUPS * CHANNELS) + columns[None, :]
+            tl.store(output_ptrs, result, mask=own[:, None] & own_columns[None, :])
+        else:
+            size = input_depth * input_height * input_width
+            outer = batch.to(tl.int64) * (GROUPS * CHANNELS) * size
+            outer += flat_position(0, depth, row, column, input_size)
+            output_ptrs = output_ptr + tl.trans(outer) + columns[:, None] * size
+            tl.store(output_ptrs, tl.trans(result), mask=own_columns[:, None] & own[None, :])
 
 
 @triton.jit(
@@ -438,32 +463,18 @@ def magic(divisor: int) -> tuple[int, int]:
     return number - (number >> 31 << 32), shift
 
 
-def channels_last(tensor: Tensor, channels: int) -> Tensor:
-    """[N, C, ...] -> contiguous [N, ..., channels]: a view of a dense channels-last tensor, else a copy.
-
-    ``channels`` beyond C are zeros: they pad each position to a multiple of 16 bytes, for 128-bit loads.
-    """
-    tensor = tensor.movedim(1, -1)
-    if channels == tensor.shape[-1]:
-        return tensor.contiguous()
-    padded = tensor.new_zeros(*tensor.shape[:-1], channels)
-    padded[..., : tensor.shape[-1]] = tensor
-    return padded
-
-
-def rows_of_channels(tensor: Tensor) -> Tensor:
-    """[N, C, ...] -> contiguous [positions, C]: a view of a dense channels-last tensor, else a copy."""
-    return tensor.movedim(1, -1).contiguous().view(-1, tensor.shape[1])
-
-
 Options: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
 
 class ConvPlan(NamedTuple):
-    """The launch of `conv`, None if it is a linear layer; how many channels its operands get; the result's shape."""
+    """The launch of `conv`, None if it is a linear layer; how many channels its operands get; the result's shape.
+
+    The ``weight_channels`` are those of a weight that is to be channels last; None: it is read as it lies.
+    """
 
     launch: Plan | None
     channels: int
+    weight_channels: int | None
     shape: tuple[int, ...]
     channels_last_shape: tuple[int, ...]
 
@@ -487,42 +498,55 @@ def conv(
     """
     kind = input.device, input.dtype, input_precision(input, "conv")
     options = tuple(stride), tuple(padding), tuple(dilation), groups
-    epilogue = bias is not None, activation, before is not None
-    plan = conv_plan(kind, (input.shape, weight.shape), options, epilogue)
+    contiguous = memory_format is torch.contiguous_format
+    layouts, epilogue = (weight.is_contiguous(), not contiguous), (bias is not None, activation, before is not None)
+    plan = conv_plan(kind, (input.shape, weight.shape), options, layouts, epilogue)
     # Not a view of `rows`: autograd lets nobody change a view from a Function in place.
     result = torch.empty(plan.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
-    contiguous = memory_format is torch.contiguous_format
-    rows = input.new_empty(plan.channels_last_shape) if contiguous else result
+    rows = input.new_empty(plan.channels_last_shape) if contiguous and writes_rows(plan.launch) else result
     if plan.launch is None:
         matrices = rows_of_channels(input), weight.reshape(plan.shape[1], -1).t()
         matmul(*matrices, bias, activation, out=rows, before=before)
     else:
         x = channels_last(input, plan.channels * groups)
-        w = channels_last(weight, plan.channels)
+        w = weight if plan.weight_channels is None else channels_last(weight, plan.weight_channels)
         others = rows if bias is None else bias.contiguous(), rows, rows if before is None else before
         launch(plan.launch, x, w, *others)
-    return result.copy_(rows.movedim(-1, 1)) if contiguous else result
+    return result if rows is result else result.copy_(rows.movedim(-1, 1))
+
+
+def writes_rows(launch: Plan | None) -> bool:
+    """Whether a product writes channels last alone: a linear layer's, or that of a depthwise convolution."""
+    return launch is None or launch.kernel in (depthwise.depthwise_kernel, depthwise.depthwise_grad_input_kernel)
 
 
 @planned
 def conv_plan(
-    kind: Kind, shapes: tuple[tuple[int, ...], tuple[int, ...]], options: Options, epilogue: Epilogue
+    kind: Kind,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    options: Options,
+    layouts: tuple[bool, bool],
+    epilogue: Epilogue,
 ) -> ConvPlan:
-    """`conv` of input and weight with these ``shapes``."""
+    """`conv` of input and weight with these ``shapes``; whether the weight is contiguous, and the result channels
+    last."""
     sizes = Sizes.of(kind, shapes, options)
     input_shape, weight_shape = shapes
     size = sizes.output[5 - len(input_shape) :]
     shape, last = (input_shape[0], weight_shape[0], *size), (input_shape[0], *size, weight_shape[0])
     if sizes.is_linear:
-        return ConvPlan(None, weight_shape[1], shape, last)
+        return ConvPlan(None, weight_shape[1], None, shape, last)
     if sizes.is_depthwise:
-        return ConvPlan(depthwise.forward_plan(kind, sizes, epilogue), 1, shape, last)
+        return ConvPlan(depthwise.forward_plan(kind, sizes, epilogue), 1, 1, shape, last)
     groups, channels, outputs = sizes.groups, sizes.padded_channels, sizes.outputs
     positions = sizes.positions(sizes.output)
-    aligned = channels * kind[1].itemsize % 16 == 0
+    weight_channels, weight_strides = sizes.weight(layouts[0], channels)
+    aligned = channels * kind[1].itemsize % 16 == 0 and weight_strides[1] == 1
     config = conv_config(kind, positions, outputs, groups, channels, aligned)
     if epilogue[1] not in (NONE, RELU):
         config = narrowed(config, kind[0])
+    if not layouts[1] and config.BLOCK_N > 128:  # each element is stored by itself: their addresses would spill
+        config = config._replace(BLOCK_N=128)
     plan = Plan(
         conv_kernel,
         (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
@@ -530,11 +554,14 @@ def conv_plan(
         *sizes.input,
         *sizes.output,
         CHANNELS=channels,
+        REAL_CHANNELS=weight_channels or sizes.channels,
+        WEIGHT_STRIDES=weight_strides,
+        OUTPUT_LAST=layouts[1],
         **constants_of(epilogue),
         **sizes.constants(kind),
         **config._asdict(),
     )
-    return ConvPlan(plan, channels, shape, last)
+    return ConvPlan(plan, channels, weight_channels, shape, last)
 
 
 class Sizes(NamedTuple):
@@ -546,7 +573,7 @@ class Sizes(NamedTuple):
     geometry: Geometry
     groups: int
     channels: int  # of a group
-    padded_channels: int  # what they are padded to: if there is one group, to a multiple of 16 bytes
+    padded_channels: int  # what they are padded to: several of one group, to a multiple of 16 bytes
     outputs: int  # output channels of a group
 
     @classmethod
@@ -555,7 +582,7 @@ class Sizes(NamedTuple):
         (batch, _, *size), (out_channels, channels, *kernel) = shapes
         *each, groups = options
         geometry = Geometry.of(kernel, *each)
-        padding = -channels % (16 // kind[1].itemsize) if groups == 1 else 0
+        padding = -channels % (16 // kind[1].itemsize) if groups == 1 < channels else 0
         in_three = three(size)
         output = geometry.output_size(in_three)
         return cls(batch, in_three, output, geometry, groups, channels, channels + padding, out_channels // groups)
@@ -573,6 +600,18 @@ class Sizes(NamedTuple):
     def positions(self, size: tuple[int, ...]) -> int:
         """Of the whole batch."""
         return self.batch * math.prod(size)
+
+    def weight(self, contiguous: bool, channels: int) -> tuple[int | None, tuple[int, int, int]]:
+        """How many ``channels`` the weight gets that is brought to channels last, None if it is not; its strides in
+        elements, from output channel to output channel, channel to channel, and tap to tap.
+
+        A contiguous one is read as it lies if there are few positions: then it is most of what is moved, and so few
+        programs read it that to load single elements costs less than a pass over it.
+        """
+        taps = math.prod(self.geometry.KERNEL)
+        if contiguous and self.positions(self.output) <= _FEW_POSITIONS:
+            return None, (self.channels * taps, taps, 1)
+        return channels, (channels * taps, 1, channels)
 
     def constants(self, kind: Kind) -> dict[str, Any]:
         """Those that all three kernels take."""
@@ -632,19 +671,25 @@ def conv_backward(
 
     kind = grad_output.device, grad_output.dtype, input_precision(grad_output, "conv")
     needs = weight is not None, input is not None, need_bias
-    plan = conv_backward_plan(kind, shapes, options, NONE if saved is None else activation, needs, memory_format)
-    grad = rows_of_channels(grad_output)
-    masked = grad if saved is None else grad.new_empty(grad.shape)
-    grad_bias = mask_and_sum(plan.mask, grad, None if saved is None else rows_of_channels(saved), masked)
+    layouts = weight is not None and weight.is_contiguous(), not contiguous
+    plan = conv_backward_plan(kind, shapes, options, NONE if saved is None else activation, needs, layouts)
+    if plan.transposes:  # as it masks and sums
+        grad = grad_output.contiguous()
+    else:
+        grad = rows_of_channels(grad_output)
+        saved = None if saved is None else rows_of_channels(saved)
+    masked = grad.new_empty(plan.rows) if plan.transposes or saved is not None else grad
+    grad_bias = mask_and_sum(plan.mask, grad, saved, masked)
     grad_input = grad_weight = None
     if weight is not None:
         grad_input = torch.empty(shapes[0], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        rows = grad.new_empty(plan.channels_last_shape) if contiguous else grad_input
+        rows = grad.new_empty(plan.channels_last_shape) if contiguous and writes_rows(plan.for_input) else grad_input
         if plan.for_input is None:
-            matmul(masked, weight.reshape(grad.shape[1], -1), out=rows)
+            matmul(masked, weight.reshape(shapes[1][0], -1), out=rows)
         else:
-            launch(plan.for_input, masked, channels_last(weight, weight.shape[1]), rows)
-        if contiguous:
+            w = weight if plan.weight_channels is None else channels_last(weight, plan.weight_channels)
+            launch(plan.for_input, masked, w, rows)
+        if rows is not grad_input:
             grad_input.copy_(rows.movedim(-1, 1))
     if input is not None:
         grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
@@ -677,7 +722,10 @@ class ConvBackwardPlan(NamedTuple):
     """The launches of `conv_backward`. Those of a product are None if nobody needs it or a linear layer computes it."""
 
     mask: MaskPlan
+    transposes: bool  # the mask: from contiguous tensors to channels last
+    rows: tuple[int, int]  # positions and output channels
     channels_last_shape: tuple[int, ...]  # of the input
+    weight_channels: int | None  # as in `ConvPlan`
     for_input: Plan | None
     for_weight: GradWeightPlan | None
 
@@ -689,28 +737,41 @@ def conv_backward_plan(
     options: Options,
     activation: Activation,
     needs: tuple[bool, bool, bool],
-    memory_format: torch.memory_format,
+    layouts: tuple[bool, bool],
 ) -> ConvBackwardPlan:
-    """`conv_backward` for an input and a weight with these ``shapes``; what ``needs`` a gradient: they and the bias."""
+    """`conv_backward` for an input and a weight with these ``shapes``; what ``needs`` a gradient: they and the bias.
+
+    ``layouts``: whether the weight is contiguous, and the results channels last.
+    """
     sizes, out_channels = Sizes.of(kind, shapes, options), shapes[1][0]
     rows = sizes.positions(sizes.output), out_channels
-    mask = mask_plan(kind[:2], rows, (out_channels, 1), activation, needs[2])
+    planes = sizes.batch, out_channels, math.prod(sizes.output)
+    transposes = not layouts[1] and min(planes[1:]) > 1
+    if transposes:
+        mask = channels_last_mask_plan(kind[:2], planes, activation, needs[2])
+    else:
+        mask = mask_plan(kind[:2], rows, (out_channels, 1), activation, needs[2])
     batch, channels, *size = shapes[0]
     for_input = for_weight = None
-    if needs[0] and not sizes.is_linear:
-        for_input = (depthwise.grad_input_plan if sizes.is_depthwise else grad_input_plan)(kind, sizes)
+    if needs[0] and sizes.is_depthwise:
+        for_input = depthwise.grad_input_plan(kind, sizes)
+    elif needs[0] and not sizes.is_linear:
+        for_input = grad_input_plan(kind, sizes, layouts)
     if needs[1] and not sizes.is_linear:
-        result = torch.empty(shapes[1], device="meta", memory_format=memory_format)
-        for_weight = grad_weight_plan(kind, sizes, result.flatten(2).stride())
-    return ConvBackwardPlan(mask, (batch, *size, channels), for_input, for_weight)
+        taps = math.prod(sizes.geometry.KERNEL)
+        strides = (1, sizes.channels) if layouts[1] else (taps, 1)
+        for_weight = grad_weight_plan(kind, sizes, (sizes.channels * taps, *strides))
+    weight_channels, _ = sizes.weight(layouts[0], sizes.channels)
+    return ConvBackwardPlan(mask, transposes, rows, (batch, *size, channels), weight_channels, for_input, for_weight)
 
 
-def grad_input_plan(kind: Kind, sizes: Sizes) -> Plan:
-    """The gradient of the input from that of the output [positions, O] and the weight, channels last."""
+def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> Plan:
+    """The gradient of the input from that of the output [positions, O] and the weight."""
     geometry, groups, channels, outputs = sizes.geometry, sizes.groups, sizes.channels, sizes.outputs
     classes = math.prod(geometry.STRIDE)
     largest = sizes.positions(tuple(-(-n // s) for n, s in zip(sizes.input, geometry.STRIDE, strict=True)))
-    aligned = all(count * kind[1].itemsize % 16 == 0 for count in (channels, outputs))
+    _, weight_strides = sizes.weight(layouts[0], channels)
+    aligned = all(count * kind[1].itemsize % 16 == 0 for count in (channels, outputs)) and weight_strides[1] == 1
     config = conv_config(kind, largest, channels, groups * classes, outputs, aligned)
     tiles_m = triton.cdiv(largest, config.BLOCK_M)
     return Plan(
@@ -721,6 +782,8 @@ def grad_input_plan(kind: Kind, sizes: Sizes) -> Plan:
         *sizes.input,
         *sizes.output,
         CHANNELS=channels,
+        WEIGHT_STRIDES=weight_strides,
+        OUTPUT_LAST=layouts[1],
         STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
         **sizes.constants(kind),
         **config._asdict(),

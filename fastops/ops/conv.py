@@ -303,11 +303,14 @@ _TIMED: Final = {
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """Every tile of the tables; backward with all of one 16-bit dtype; few channels, odd ones, groups and volumes."""
+    """Every tile of the tables; backward with all of one 16-bit dtype; few channels, odd ones, groups and volumes; few
+    positions, where weights are read as they lie; the first tile in channels-last too."""
     conv, conv_backward = load(RELU)
     body, stride_2 = (8, 256, (28, 28), 256, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
     others = (
         (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
+        (8, 1, (32, 32), 6, (5, 5), 1, 1),  # one channel
+        (8, 256, (4, 4), 256, (3, 3), 1, 1),  # few positions
         (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
         (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
         (8, 64, (28, 28), 128, (3, 3), 1, 2),
@@ -318,15 +321,18 @@ def _audit(audit: Audit) -> Iterator[Any]:
     for dtype, precision, tiles, _ in audit.tables():
         if precision != "ieee" and audit.target.startswith("gfx"):
             continue  # `input_precision`: AMD's convolutions are float32
-        table: list[tuple[Any, tuple[Any, ...]]] = [(tile, body) for tile in tiles]
+        table: list[tuple[Any, tuple[Any, ...], bool]] = [(tile, body, False) for tile in tiles]
         if dtype is half:
-            table += [(tiles[0], stride_2), *((None, shape) for shape in others)]
-        for tile, shape in table:
+            table += [(tiles[0], body, True), (tiles[0], stride_2, False), *((None, shape, False) for shape in others)]
+        for tile, shape, last in table:
             N, C, size, out, kernel, stride, groups = shape
             n = len(size)
             x, w, b = (audit.empty(*s, dtype=dtype) for s in ((N, C, *size), (out, C // groups, *kernel), (out,)))
-            options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, groups, False
+            if last:
+                x, w = (tensor.to(memory_format=torch.channels_last) for tensor in (x, w))
+            options = (stride,) * n, tuple(k // 2 for k in kernel), (1,) * n, groups, last
             name = f"{'x'.join(map(str, x.shape))} * {'x'.join(map(str, w.shape))} stride {stride}"
+            name += " channels_last" if last else ""
             launches = partial(audit.launches, name + (f" groups {groups}" if groups > 1 else ""), tile, precision)
             y, found = launches(conv, x, w, b, *options)
             if tile == tiles[0] and shape == body:  # an activation with long code, and a second result
@@ -344,7 +350,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
 
 def _audit_depthwise(audit: Audit) -> Iterator[Any]:
     """Kernels of all sizes in one 16-bit dtype, the usual ones in the others; several outputs; odd channels."""
-    conv, conv_backward = _load(relu=True)
+    conv, conv_backward = load(RELU)
     usual = ((8, 64, (56, 56), 64, (3, 3), 1), (8, 64, (56, 56), 64, (3, 3), 2), (8, 64, (56, 56), 64, (5, 5), 1))
     others = (
         (8, 96, (56, 56), 96, (7, 7), 1),

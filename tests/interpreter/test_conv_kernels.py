@@ -323,9 +323,10 @@ def test_positions_take_64_bits_where_they_must(stride: int, missing: int, large
     shapes = (1, 8, size), (8, 8, 3)
     options = (stride,), (1 if stride == 2 else 2,), (1,), 1
     kind = torch.device("cpu"), torch.float32, "ieee"
-    forward = conv.conv_plan(kind, shapes, options, (False, NONE, False))
+    layouts = True, True
+    forward = conv.conv_plan(kind, shapes, options, layouts, (False, NONE, False))
     assert max(size, forward.shape[2]) == positions
-    backward = conv.conv_backward_plan(kind, shapes, options, NONE, (True, True, False), torch.contiguous_format)
+    backward = conv.conv_backward_plan(kind, shapes, options, NONE, (True, True, False), layouts)
     assert backward.for_weight is not None
     plans = [plan for plan in (forward.launch, backward.for_input, backward.for_weight.product) if plan is not None]
     assert [plan.constants["LARGE"] for plan in plans] == [large] * 3
@@ -415,6 +416,7 @@ def test_the_only_part_is_the_gradient_of_the_weight(name: str, dtype: torch.dty
 # What runs ------------------------------------------------------------------------------------------------------------
 
 MASK_AND_SUM = "activation_backward_kernel"
+TRANSPOSE = "channels_last_kernel"
 
 
 @pytest.fixture
@@ -425,13 +427,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
 @pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise"])
 def test_only_what_is_needed_is_computed(
-    name: str, needed: tuple[bool, bool, bool], relu: bool, launched: list[str]
+    name: str, needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str]
 ) -> None:
-    input, weight, _, grad_output = whole_tensors(name)
+    """In NCHW the mask also transposes, and the input does before the weight's gradient, as where it is padded."""
+    layout = memory_format(2, last)
+    whole = whole_tensors(name)
+    input, weight, grad_output = (tensor.contiguous(memory_format=layout) for tensor in whole if tensor.dim() == 4)
     needs_input, needs_weight, needs_bias = needed
     results = conv.conv_backward(
         grad_output,
@@ -442,14 +448,16 @@ def test_only_what_is_needed_is_computed(
         tuple(weight.shape),
         *numbers(weight.shape, GUARDED[name][2]),
         needs_bias,
-        torch.contiguous_format,
+        layout,
     )
     assert tuple(result is not None for result in results) == needed
     products = ["matmul_kernel"], ["matmul_kernel"]
     if name != "pointwise":
         products = ["conv_grad_input_kernel"], ["conv_grad_weight_kernel"]
-    expected = [MASK_AND_SUM] * (relu or needs_bias) + products[0] * needs_input + products[1] * needs_weight
-    assert launched == expected
+    if not last or name != "pointwise":
+        products[1].insert(0, TRANSPOSE)
+    mask = [MASK_AND_SUM] * (relu or needs_bias) if last else [TRANSPOSE] + [MASK_AND_SUM] * needs_bias
+    assert launched == mask + products[0] * needs_input + products[1] * needs_weight
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
@@ -460,7 +468,8 @@ def test_vendors_gradients_leave_one_launch(
 ) -> None:
     """Channels last the mask and the sum, else the mask; no launch where there is neither."""
     layout = memory_format(2, last)
-    input, weight, _, grad_output = (tensor.contiguous() for tensor in whole_tensors("3 to 8 channels"))
+    whole = whole_tensors("3 to 8 channels")
+    input, weight, grad_output = (tensor.contiguous(memory_format=layout) for tensor in whole if tensor.dim() == 4)
     words = input if needed[1] else None, weight if needed[0] else None, grad_output if relu else None
     of_all = numbers(weight.shape, GUARDED["3 to 8 channels"][2])
     shapes = tuple(input.shape), tuple(weight.shape)
@@ -475,10 +484,32 @@ def test_vendors_gradients_leave_one_launch(
 
 @pytest.mark.parametrize("name", GUARDED)
 def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
+    """Which reads the weight and writes the output as they lie; before it the input is padded if that is needed."""
     input, weight, bias, _ = whole_tensors(name)
-    conv.conv(input, weight, bias, *numbers(weight.shape, GUARDED[name][2]), RELU, torch.contiguous_format)
+    input = input.movedim(1, -1).contiguous().movedim(-1, 1)
+    options = numbers(weight.shape, GUARDED[name][2])
+    conv.conv(input, weight, bias, *options, RELU, torch.contiguous_format)
+    pads = weight.shape[1] % 4 != 0 and options[-1] == 1 < weight.shape[1] and name != "pointwise"
     special = {"pointwise": "matmul_kernel", "depthwise": "depthwise_kernel"}
-    assert launched == [special.get(name, "conv_kernel")]
+    assert launched == [TRANSPOSE] * pads + [special.get(name, "conv_kernel")]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("name", ["3 to 8 channels", "24 to 13 channels", "groups", "1d", "3d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_as_they_lie_and_channels_last(
+    name: str, dtype: torch.dtype, last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contiguous weight has one result whether kernels read it as it lies or a copy, and whatever layout that has."""
+    tensors = tuple(tensor.to(dtype) for tensor in whole_tensors(name, torch.randn))
+    as_it_lies = forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last)
+    monkeypatch.setattr(conv, "_FEW_POSITIONS", 0)
+    configs.forget_plans()
+    assert same_bits(forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last), as_it_lies)
+    input, weight, *others = tensors
+    weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    found = forward_and_backward(run_guarded, (input, weight, *others), GUARDED[name][2], True, last)
+    assert same_bits(found, as_it_lies)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def ours(
     n = len(case.size)
     words = *case.options, case.channels
     layout = CHANNELS_LAST[n] if last and n > 1 else torch.contiguous_format
-    output = call(conv.conv, input, weight, bias, *words, relu, layout)
+    output = call(conv.conv, input, weight, bias, *words, RELU if relu else NONE, layout)
     mask = output if relu else None
     return output, *call(conv.conv_backward, grad_output, input, weight, mask, *case.shapes[:2], *words, True, layout)
 
@@ -228,15 +228,17 @@ def test_only_what_is_needed_is_computed(
     """One launch forward; backward one for each gradient, and a sum only where there are parts."""
     monkeypatch.setattr(depthwise, "parts_of", lambda *_: parts)
     monkeypatch.setattr(depthwise, "_lanes", lambda _: {"BLOCK": 64})
-    case = CASES["3x3"]
-    input, weight, bias, grad_output = tensors_of(case)
+    case, layout = CASES["3x3"], torch.channels_last
+    input, weight, bias, grad_output = (
+        t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in tensors_of(case)
+    )
     words = *case.options, case.channels
-    conv.conv(input, weight, bias, *words, True, torch.contiguous_format)
+    conv.conv(input, weight, bias, *words, RELU, layout)
     assert launched == ["depthwise_kernel"]
     launched.clear()
     for_input, for_weight, for_bias = needed
     given = input if for_weight else None, weight if for_input else None, None
-    results = conv.conv_backward(grad_output, *given, *case.shapes[:2], *words, for_bias, torch.contiguous_format)
+    results = conv.conv_backward(grad_output, *given, *case.shapes[:2], *words, for_bias, layout)
     assert tuple(result is not None for result in results) == needed
     sums = ["depthwise_grad_weight_kernel", "depthwise_sum_kernel"][:parts]
     expected = ["depthwise_grad_input_kernel"] * for_input + sums * for_weight
@@ -246,7 +248,7 @@ def test_only_what_is_needed_is_computed(
 
 def test_one_input_channel_for_all_outputs_is_no_depthwise_convolution(launched: list[str]) -> None:
     conv.conv(
-        torch.ones(1, 1, 4, 4), torch.ones(3, 1, 2, 2), None, (1, 1), (0, 0), (1, 1), 1, True, torch.channels_last
+        torch.ones(1, 1, 4, 4), torch.ones(3, 1, 2, 2), None, (1, 1), (0, 0), (1, 1), 1, RELU, torch.channels_last
     )
     assert launched == ["conv_kernel"]
 

@@ -35,7 +35,16 @@ from .activation import NONE, RELU, Activation
 from .activation_backward import MaskPlan, activation_backward, mask_and_sum, mask_plan
 from .add_relu import add_relu_backward
 from .channels_last import channels_last, channels_last_mask_plan, rows_of_channels
-from .configs import Kind, conv_config, conv_grad_weight_config, inner_splits, narrowed, planned, register_limit
+from .configs import (
+    Kind,
+    architecture,
+    conv_config,
+    conv_grad_weight_config,
+    inner_splits,
+    narrowed,
+    planned,
+    register_limit,
+)
 from .epilogue import activated
 from .geometry import POINTWISE, Geometry, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
@@ -773,6 +782,8 @@ def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> Pla
     _, weight_strides = sizes.weight(layouts[0], channels)
     aligned = all(count * kind[1].itemsize % 16 == 0 for count in (channels, outputs)) and weight_strides[1] == 1
     config = conv_config(kind, largest, channels, groups * classes, outputs, aligned)
+    if not layouts[1] and config.BLOCK_N > 128 and architecture(kind[0]) == "sm80":  # as above; sm90 spills nothing
+        config = config._replace(BLOCK_N=128)
     tiles_m = triton.cdiv(largest, config.BLOCK_M)
     return Plan(
         conv_grad_input_kernel,

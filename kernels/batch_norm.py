@@ -119,7 +119,7 @@ def tiling(call: Call, activation: Activation = NONE) -> Tiling:
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "num_warps": _WARPS,
-        **register_limit(call.device, elements < ELEMENTS),
+        **register_limit(call.device, everywhere=True),
     }
     units, column_tiles = outer * triton.cdiv(inner, block_p), triton.cdiv(columns, block_c)
     return Tiling((inner, outer, columns), fold, units, column_tiles, constants)

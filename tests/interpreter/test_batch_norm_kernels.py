@@ -49,7 +49,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
             return original(call._replace(device=torch.device("meta")), *activation)
 
         monkeypatch.setattr(kernels, "tiling", tiling)
-        monkeypatch.setattr(kernels, "register_limit", lambda *_: {})
+        monkeypatch.setattr(kernels, "register_limit", lambda *_, **__: {})
         monkeypatch.setattr(kernels, "ELEMENTS", 256)
 
 
@@ -233,7 +233,7 @@ def test_bits_do_not_depend_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(configs, "multiprocessors", lambda _, count=count: count)
         configs.forget_plans()
         call = kernels.Call(torch.device("meta"), torch.Size((32, 64, 56, 56)), False, True, True, True, 1e-5)
-        monkeypatch.setattr(kernels, "register_limit", lambda *_: {})
+        monkeypatch.setattr(kernels, "register_limit", lambda *_, **__: {})
         plans.append(kernels.tiling(call))
     assert plans[0] == plans[1] and plans[0].strips()[0] > 1
 

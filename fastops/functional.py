@@ -20,6 +20,7 @@ from .kernels.private import legacy_reduction
 from .ops import OPS
 from .ops.activations import activation_of, applied
 from .ops.conv import ConvOptions
+from .ops.max_pool import PoolOptions
 
 _P = ParamSpec("_P")
 _Numbers = int | Sequence[int]
@@ -434,6 +435,36 @@ def batch_norm_add_act(
     if not isinstance(other, Tensor):  # in a call None stands for no sum at all
         return applied(known, torch.nn.functional.batch_norm(input, *arguments) + other)
     output: Tensor = call(OPS["batch_norm_add_act"], input, other, *arguments, known)
+    return output
+
+
+@_overridable
+def relu_max_pool2d(
+    input: Tensor,
+    kernel_size: _Numbers,
+    stride: _Numbers | None = None,
+    padding: _Numbers = 0,
+    dilation: _Numbers = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool2d(relu(input), ..)`` of `torch.nn.functional` in one pass. NaN stays NaN, as in torch's ReLU.
+
+    The input is saved for the backward pass, where torch saves what its ReLU made of it: it may not be changed in place
+    until then.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W].
+        kernel_size, stride, padding, dilation: a number, or one for each dimension; stride None is the kernel size.
+        ceil_mode: whether a window counts that reaches over the end.
+
+    Returns:
+        [N, C, H', W'] or [C, H', W'], in the input's dtype. It is channels-last if the input is.
+
+    Raises:
+        RuntimeError, TypeError: torch's own, for shapes, dtypes and options that do not fit.
+    """
+    options = PoolOptions.of(kernel_size, stride, padding, dilation, ceil_mode)
+    output: Tensor = call(OPS["relu_max_pool2d"], input, options)
     return output
 
 

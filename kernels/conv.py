@@ -46,7 +46,7 @@ from .configs import (
     register_limit,
 )
 from .epilogue import activated
-from .geometry import POINTWISE, Geometry, three
+from .geometry import POINTWISE, Geometry, is_large, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
 from .linear import Epilogue, constants_of, matmul
 from .onednn import convolution_backward
@@ -632,11 +632,6 @@ class Sizes(NamedTuple):
             "LARGE": is_large(self.positions(self.output), self.positions(self.input)),
             **register_limit(kind[0]),
         }
-
-
-def is_large(*positions: int) -> bool:
-    """Whether so many flat positions, and those of a last tile behind them, need 64 bits."""
-    return max(positions) >= 2**31 - 2**12
 
 
 def conv_backward(

@@ -1,4 +1,4 @@
-"""Sizes of convolutions and batch norms. Without Triton: what decides and what pretends needs them, without kernels."""
+"""Sizes of convolutions, poolings and batch norms. Without Triton: what decides and what pretends needs no kernels."""
 
 from __future__ import annotations
 
@@ -52,6 +52,31 @@ POINTWISE: Final = Geometry.of((), (), (), ())
 def three(size: Sequence[int]) -> tuple[int, ...]:
     """A size in one to three dimensions -> in three."""
     return (1,) * (3 - len(size)) + tuple(size)
+
+
+class Window(NamedTuple):
+    """The window of a pooling, a number for each spatial dimension, and whether the output's size is rounded up."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+
+    def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
+        """Spatial size of the output; less than 1 where the window does not fit. Every window begins in the input or in
+        the padding before it."""
+        found = []
+        for n, k, s, p, d in zip(input_size, *self[:4], strict=True):
+            room = n + 2 * p - d * (k - 1) - 1
+            size = (room + (s - 1 if self.ceil_mode else 0)) // s + 1
+            found.append(size - 1 if self.ceil_mode and (size - 1) * s >= n + p else size)
+        return tuple(found)
+
+
+def is_large(*positions: int) -> bool:
+    """Whether so many flat positions, and those of a last tile behind them, need 64 bits."""
+    return max(positions) >= 2**31 - 2**12
 
 
 class Columns(NamedTuple):

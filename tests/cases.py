@@ -191,6 +191,22 @@ def _batch_norm_cases() -> Iterator[Case]:
         )
 
 
+def torch_relu_max_pool2d(input: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return F.max_pool2d(F.relu(input), *arguments, **options)
+
+
+def _max_pool_cases() -> Iterator[Case]:
+    cases: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+        "2": ((2, 3, 4, 5), {"kernel_size": 2}),
+        "overlapping": ((2, 2, 5, 4), {"kernel_size": 3, "stride": 2, "padding": 1}),
+        "ceil_mode": ((1, 2, 5, 6), {"kernel_size": (2, 3), "stride": (2, 1), "ceil_mode": True, "dilation": (1, 2)}),
+        "unbatched": ((2, 4, 4), {"kernel_size": 2, "stride": 1}),
+    }
+    for name, (shape, options) in cases.items():
+        both = (functools.partial(function, **options) for function in (FF.relu_max_pool2d, torch_relu_max_pool2d))
+        yield Case("relu_max_pool2d", name, *both, (shape,))
+
+
 def _of_indices(function: Callable[..., Tensor], target: Tensor, options: dict[str, Any], input: Tensor) -> Tensor:
     weight = options.get("weight")
     return function(input, target, **{**options, "weight": None if weight is None else weight.to(input.dtype)})
@@ -294,20 +310,16 @@ CASES = [
     *_conv_cases(),
     *_elementwise_cases(),
     *_batch_norm_cases(),
+    *_max_pool_cases(),
     *_cross_entropy_cases(),
     *_bce_cases(),
     *_linear_cross_entropy_cases(),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+_ONE_OF_EACH = {"bias", "pair", "gelu", "overlapping", "mean", "mean_weight_smooth"}
+_ONE_OF_EACH |= {"probabilities_mean", "mean_pos_weight"}
 one_case_per_op = pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in CASES
-        if case.options
-        in ("bias", "pair", "gelu", "mean", "mean_weight_smooth", "probabilities_mean", "mean_pos_weight")
-    ],
-    ids=lambda case: case.name,
+    "case", [case for case in CASES if case.options in _ONE_OF_EACH], ids=lambda case: case.name
 )
 
 

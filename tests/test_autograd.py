@@ -46,7 +46,7 @@ def test_first_derivatives(case: Case, backend: str, monkeypatch: pytest.MonkeyP
         fast_mode=True,
         check_batched_grad=True,
         check_forward_ad=True,
-        check_batched_forward_grad=True,
+        check_batched_forward_grad=case.op != "relu_max_pool2d",  # which torch lacks for its pooling
     )
 
 

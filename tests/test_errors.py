@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import no_fallback, torch_linear_relu
+from cases import no_fallback, torch_linear_relu, torch_relu_max_pool2d
 from torch import Tensor
 
 import fastops
@@ -400,6 +400,21 @@ BATCH_NORM: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     *(((x, c, c.clone()), {"training": True, "momentum": momentum}) for momentum in (None, 2.0, 1, "bad")),
     *(((x, c, c), {"training": training}) for training in (1, None)),
 ]
+p = torch.randn(2, 3, 5, 6)
+MAX_POOL: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    *(((p, size), {}) for size in (2, (2, 3), [2], (), (1, 2, 3), 0, -1, 2.0, "2", None, True, 9, (1, 7))),
+    *(((p, 2, stride), {}) for stride in (None, (), 1, (1, 2), 0, (1, 1, 1), 1.0, "1")),
+    *(((p, 3, 1, padding), {}) for padding in (1, (0, 1), 2, -1, 0.5, None)),
+    *(((p, 2), {"dilation": dilation}) for dilation in (1, (4, 5), 0, -1, (1, 2, 3), None, 1.0)),
+    *(((p, 2), {"ceil_mode": ceil_mode}) for ceil_mode in (True, 1, None)),
+    ((p[:, :, :2, :2], 3, 1, 1, 2), {}),
+    ((p[:, :, :1, :1], 2, 1, 1, 3), {}),
+    ((p[:, :, :1, :1], 3, 1, 1, 3), {"ceil_mode": True}),
+    *(((each, 2), {}) for each in (p[0], p[0, 0], p[None], p[:0], p[:, :0], p[:, :, :0], p.long(), p.half(), "x")),
+    *(((each, 2), {}) for each in (p.to("meta"), p.to_sparse(), p.bool(), p.to(torch.complex64))),
+    ((p,), {}),
+    ((p, 2), {"unknown": 1}),
+]
 CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("linear", arguments, {}) for arguments in LINEAR),
     *(("linear_relu", arguments, {}) for arguments in LINEAR),
@@ -423,6 +438,7 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("binary_cross_entropy_with_logits", arguments, {}) for arguments in BCE),
     *(("linear_cross_entropy", arguments, options) for arguments, options in HEAD),
     *((op, *call) for op in ("batch_norm_relu", "batch_norm_act") for call in BATCH_NORM),
+    *(("relu_max_pool2d", arguments, options) for arguments, options in MAX_POOL),
     ("linear", (x,), {}),
     ("mse_loss", (x, x), {"unknown": 1}),
 ]
@@ -446,6 +462,8 @@ def name(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
 
 def torchs_of(op: str) -> Callable[..., Tensor]:
     """The torch function that ``functional.<op>`` must equal."""
+    if op == "relu_max_pool2d":
+        return torch_relu_max_pool2d
     name = op.replace("_relu", "").replace("_act", "")  # whose activation is ReLU if none is given
     plain: Callable[..., Tensor] = getattr(F if hasattr(F, name) else backport, name)
     return plain if name == op else lambda *arguments, **options: F.relu(plain(*arguments, **options))

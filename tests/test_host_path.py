@@ -13,7 +13,7 @@ from interpreter.launches import replace_launch
 from torch import Tensor
 
 import fastops
-from fastops.kernels import add_relu, batch_norm, bce, conv, cross_entropy, elementwise, linear
+from fastops.kernels import add_relu, batch_norm, bce, conv, cross_entropy, elementwise, linear, max_pool
 from fastops.kernels.activation import RELU
 from fastops.kernels.launch import Plan
 from fastops.kernels.pair_loss import pair_loss, pair_loss_backward
@@ -57,6 +57,7 @@ options = (1, 1), (0, 0), (1, 1), 1
 backward = output, image, kernel, output, image.shape, kernel.shape, *options, True
 logits, classes = torch.ones(2048, 1024, 1), torch.zeros(2048, 1, dtype=torch.int64)
 row, one = torch.ones(2048, 1), torch.ones(())
+window, pooled = ((2, 2), (2, 2), (0, 0), (1, 1), False), torch.ones(2, 8, 4, 4)
 contiguous, last = torch.contiguous_format, torch.channels_last
 LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "linear": (lambda: linear.linear(x, w, b, RELU), 4),
@@ -77,6 +78,11 @@ LIMITS: dict[str, tuple[Callable[[], object], int]] = {
             *(True, False, False, False),
         ),
         10,
+    ),
+    "relu_max_pool": (lambda: max_pool.relu_max_pool(image, *window, True), 7),
+    "relu_max_pool_backward": (
+        lambda: max_pool.relu_max_pool_backward(pooled, pooled.byte(), image.shape, *window, False),
+        6,
     ),
     "pair_loss": (lambda: pair_loss("huber_loss", x, x, "mean", 0.3), 6),
     "pair_loss_backward": (lambda: pair_loss_backward("huber_loss", one, x, x, "mean", 0.3, True, True), 6),

@@ -52,7 +52,10 @@ def test_saved_tensors_are_freed_by_backward(case: Case, backend: str) -> None:
 
 @one_case_per_op
 def test_a_saved_tensor_changed_in_place_is_noticed(case: Case, backend: str) -> None:
-    """Where torch notices, so do we, in its words; of two losses torch keeps copies and our kernels the arguments."""
+    """Where torch notices, so do we, in its words; of two losses torch keeps copies and our kernels the arguments.
+
+    In front of a pooling torch keeps what its ReLU made, and fastops, which pools first, the argument.
+    """
 
     def error(function: Callable[..., Tensor]) -> str | None:
         tensors = tuple(t * 1 for t in case.tensors(torch.float32))
@@ -67,7 +70,7 @@ def test_a_saved_tensor_changed_in_place_is_noticed(case: Case, backend: str) ->
         return None
 
     expected = error(case.torchs)
-    if case.op in ("cross_entropy", "l1_loss") and backend == "triton":
+    if case.op == "relu_max_pool2d" or (case.op in ("cross_entropy", "l1_loss") and backend == "triton"):
         expected = "one of the variables needed for gradient computation has been modified by an inplace operation"
     assert error(case.ours) == expected
 

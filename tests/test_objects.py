@@ -231,6 +231,20 @@ def raw_batch_norms() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "batch_norm_add_relu_backward", (x, large, None, None, None, c, c, other, found, *options)
 
 
+def raw_poolings() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """In both layouts and a permuted one, with taps and without, of which a backward pass makes its own."""
+    x = torch.randn(2, 3, 6, 5)
+    window = [3, 3], [2, 2], [1, 1], [1, 1], True
+    for input in (x, x.to(memory_format=torch.channels_last), torch.randn(3, 2, 6, 5).transpose(0, 1)):
+        yield "relu_max_pool2d", (input, *window, True, "triton")
+        yield "relu_max_pool2d", (input, *window, False, "triton")
+        last = memory_format_of(input) is torch.channels_last
+        output, taps = torch.ops.fastops.relu_max_pool2d(input, *window, True, "triton")
+        rest = *window, last, True, "triton"
+        yield "relu_max_pool2d_backward", (output, input, taps, *rest)
+        yield "relu_max_pool2d_backward", (output.mT.contiguous().mT, input, taps.new_empty(0), *rest)
+
+
 def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments for every raw op, with the layouts that its results follow."""
     a, w, b, g = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2), torch.randn(4, 2)
@@ -267,6 +281,7 @@ def raw_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "binary_cross_entropy_with_logits_backward", (a, a, target, *weights, "none", *needs, "triton")
     yield "binary_cross_entropy_with_logits", (a, a, None, None, "mean", "triton")
     yield from raw_batch_norms()
+    yield from raw_poolings()
     probabilities = torch.rand(4, 2, 3).movedim(2, 1)
     for way in ("triton", "onednn"):
         for reduction, goal in (("none", torch.tensor([[0], [2], [1], [0]])), ("mean", probabilities)):

@@ -28,16 +28,22 @@ from fastops.kernels.activation import NONE, RELU
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 NAN, INF = float("nan"), float("inf")
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-MODULES = [
-    (fnn.Linear, nn.Linear, (5, 3)),
-    (fnn.LinearReLU, nn.Linear, (5, 3)),
-    (fnn.MSELoss, nn.MSELoss, ()),
-    (fnn.L1Loss, nn.L1Loss, ()),
-    (fnn.SmoothL1Loss, nn.SmoothL1Loss, (None, None, "sum", 0.3)),
-    (fnn.HuberLoss, nn.HuberLoss, ("sum", 0.3)),
-    (fnn.CrossEntropyLoss, nn.CrossEntropyLoss, (torch.rand(3),)),
-    (fnn.BCEWithLogitsLoss, nn.BCEWithLogitsLoss, (torch.rand(3),)),
-    (fnn.LinearCrossEntropyLoss, backport.LinearCrossEntropyLoss, (5, 3)),
+_WORDS: dict[type[nn.Module], tuple[Any, ...]] = {  # what torch's constructors get; losses without are made by ()
+    nn.Linear: (5, 3),
+    backport.LinearCrossEntropyLoss: (5, 3),
+    nn.SmoothL1Loss: (None, None, "sum", 0.3),
+    nn.HuberLoss: ("sum", 0.3),
+    nn.CrossEntropyLoss: (torch.rand(3),),
+    nn.BCEWithLogitsLoss: (torch.rand(3),),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (4, 6, 3, 2, 1)),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), (5, 0.1, 0.3)),
+    nn.MaxPool2d: (3, 2, 1),
+}
+MODULES = [  # every module of the package that takes what torch's takes, beside torch's
+    pytest.param(ours, torchs, _WORDS.get(torchs, ()), id=ours.__name__)
+    for ours in vars(fnn).values()
+    if isinstance(ours, type) and issubclass(ours, nn.Module) and ours is not fnn.LinearAct
+    for torchs in ours.__bases__
 ]
 
 

@@ -38,6 +38,8 @@ def torch_function(op: Op) -> Function:
     if op.fuses is None or len(op.fuses) > 2:
         return _expression(op)
     first, then = (getattr(F, name, None) or getattr(torch, name) for name in op.fuses)
+    if op.fuses[0] == "relu":  # the options are those of what follows
+        return lambda input, **options: then(first(input), **options)
     return lambda **arguments: then(first(**arguments))
 
 

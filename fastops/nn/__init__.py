@@ -4,3 +4,4 @@ from .conv import *
 from .linear import *
 from .loss import *
 from .norm import *
+from .pool import *

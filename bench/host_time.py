@@ -28,11 +28,11 @@ def eager(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.linear(input, weight, bias))
 
 
-def stub(input: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -> Tensor:
+def stub(input: Tensor, weight: Tensor, bias: Tensor | None, activation: object, **_: object) -> Tensor:
     return input.new_empty((4, 4))
 
 
-def backward_stub(grad: Tensor, *_: object) -> tuple[None, Tensor, Tensor]:
+def backward_stub(grad: Tensor, *_: object, **__: object) -> tuple[None, Tensor, Tensor]:
     return None, grad.new_empty((4, 8)), grad.new_empty(4)
 
 

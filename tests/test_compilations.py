@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_an_audit_compiles_what_a_launch_would(target: str, monkeypatch: pytest.
 def test_a_batch_of_another_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of ResNet-18 with a batch of 31 after one of 32, and with smaller images.
 
-    But for batch norms, whose tiles follow the number of positions.
+    But for batch norms, whose tiles follow the number of positions, and what brings NCHW to channels last, whose accesses
+    are as wide as 7 x 7 or 6 x 6 positions allow.
     """
 
     def way(op: Op, arguments: tuple[Any, ...], _: object) -> Explanation:
@@ -83,5 +85,7 @@ def test_a_batch_of_another_size_compiles_nothing(monkeypatch: pytest.MonkeyPatc
     assert len(first) > 40
     for batch, size in ((31, 224), (32, 192)):
         new = [launch for request, launch in compilations(batch, size).items() if request not in first]
-        new = [launch for launch in new if ".batch_norm:" not in launch.request["kernel"]]
+        new = [
+            launch for launch in new if not re.search(r"\.(batch_norm_device|channels_last):", launch.request["kernel"])
+        ]
         assert not new, [f"{launch.kernel} {launch.config}" for launch in new]

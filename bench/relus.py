@@ -152,25 +152,19 @@ def main() -> None:
             continue
         if not counts[1]:
             continue
-        found = [0, 0, 0]
-        for fold in (False, True):
-            swapped = fastops.swap(copy.deepcopy(eager), fold_batchnorm=fold)
-            relus, all_left = left(swapped, x, words.training)
-            found[2 if fold else 0] = counts[0] - relus
-            if not fold:
-                found[1] = counts[1] - all_left
+        after = left(fastops.swap(copy.deepcopy(eager)), x, words.training)
+        row = [*counts, counts[0] - after[0], counts[1] - after[1]]
         same = alike(eager, fastops.swap(copy.deepcopy(eager)), x)
-        totals[family].append([*counts, *found])
-        print(f"{family:15} {name:32} {shares([*counts, *found], words.training)} {'' if same else 'DIFFERS'}")
+        totals[family].append(row)
+        print(f"{family:15} {name:32} {shares(row)} {'' if same else 'DIFFERS'}")
     for family, rows in totals.items():
         summed = [sum(column) for column in zip(*rows, strict=True)]
-        print(f"{family:15} {len(rows):3} models {'':21} {shares(summed, words.training)}")
+        print(f"{family:15} {len(rows):3} models {'':21} {shares(summed)}")
 
 
-def shares(row: list[int], training: bool) -> str:
-    relus, count, fused_relus, fused, folded = row
-    text = f"{fused_relus / max(relus, 1):5.2f} of {relus:5} ReLUs, {fused / count:5.2f} of {count:5} activations"
-    return text if training else f"{text}, {folded / max(relus, 1):5.2f} of ReLUs with batch norms folded"
+def shares(row: list[int]) -> str:
+    relus, count, fused_relus, fused = row
+    return f"{fused_relus / max(relus, 1):5.2f} of {relus:5} ReLUs, {fused / count:5.2f} of {count:5} activations"
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ def main() -> None:
 
     model.eval()
     with torch.inference_mode():
-        expected = model(images)
-        fastops.swap(model, fold_batchnorm=True)  # the parameters stay as they are
+        with fastops.backend("torch"):  # folds nothing
+            expected = model(images)
         difference = (model(images) - expected).abs().max() / expected.abs().max()
-    print(f"batch norms folded: {fastops.report(model).folded} of 20, largest relative difference {difference:.1e}")
+    print(f"inference with batch norms folded: largest relative difference {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Batch norms in evaluation mode, folded into the convolutions before them.
+"""Batch norms in evaluation mode, folded into the convolutions before them by `fastops.promises`.
 
 With weight w and bias b of the convolution, and weight g, bias a, mean m and variance v of the batch norm::
 
@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .dispatch import selected_backend
 from .kernels import private
 from .ops.accepts import PLAIN
 
@@ -29,15 +29,23 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
     """Weight and bias of a convolution with the batch norm behind it, or None where the two are to run on their own.
 
     They are where the batch norm uses the statistics of the batch or does not fit, where the output is not much larger
-    than the weight, where a gradient or a tangent of the parameters may be wanted, and under the transforms and
-    compilers of torch, which see and fuse the two by themselves.
+    than the weight, where a gradient or a tangent of the parameters may be wanted, under the transforms, tracers and
+    compilers of torch, which see and fuse the two by themselves, and on backend ``"torch"``, which is eager to the bit.
     """
-    if norm.training or norm.running_mean is None or norm.running_var is None or torch.compiler.is_compiling():
+    if norm.training or torch.compiler.is_compiling() or selected_backend() == "torch":
         return None
-    if private.forward_levels._current_level >= 0 or private.transforms_active():
+    if private.forward_levels._current_level >= 0 or private.transforms_active() or private.tracing_state() is not None:
         return None
-    weight, statistics = layer.weight, (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    present = [tensor for tensor in (weight, layer.bias, *statistics) if tensor is not None]
+    try:
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        scale, shift = norm._parameters["weight"], norm._parameters["bias"]
+        mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
+    except KeyError:  # they are computed, by a parametrization say
+        return None
+    if weight is None or mean is None or variance is None:
+        return None
+    statistics = [tensor for tensor in (scale, shift, mean, variance) if tensor is not None]
+    present = [weight, *statistics] if bias is None else [weight, bias, *statistics]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return None
     if any(
@@ -45,15 +53,22 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
         for tensor in present
     ):
         return None
-    fits = all(tensor is None or tensor.shape == weight.shape[:1] for tensor in statistics)
-    if not (fits and (input.dim(), True) in [(dim, isinstance(norm, kind)) for kind, dim in _DIMENSIONS]):
+    dimensions = input.dim()
+    fits = dimensions == weight.dim() and all(tensor.shape == weight.shape[:1] for tensor in statistics)
+    if not (fits and (dimensions, True) in [(dim, isinstance(norm, kind)) for kind, dim in _DIMENSIONS]):
         return None
     positions = input.shape[0]
     for size, stride in zip(input.shape[2:], layer.stride, strict=True):
         positions *= size // stride
     if weight.numel() * SMALLER > positions * weight.shape[0]:
         return None
-    with torch.no_grad():
-        return fuse_conv_bn_weights(
-            weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
+    with torch.no_grad():  # in float32 at least, as torch's batch norm computes
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        factor = torch.rsqrt(variance.to(wide) + norm.eps)
+        if scale is not None:
+            factor = factor * scale
+        moved = factor * (-mean if bias is None else bias - mean.to(wide))
+        if shift is not None:
+            moved = moved + shift
+        scaled = weight * factor.view(-1, *[1] * (dimensions - 1))
+        return scaled.to(weight.dtype), moved.to(weight.dtype)

@@ -51,13 +51,7 @@ NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
     nn.BatchNorm3d: norm.BatchNorm3d,
 }
 COUNTERPARTS.update(NORMS)
-# Batch norms take these places where they are to be folded into the convolutions before them.
-FOLDED_NORMS: Final[dict[type[nn.Module], type[nn.Module]]] = {
-    nn.BatchNorm1d: norm.FoldedBatchNorm1d,
-    nn.BatchNorm2d: norm.FoldedBatchNorm2d,
-    nn.BatchNorm3d: norm.FoldedBatchNorm3d,
-}
-ORIGINALS: Final = {ours: torchs for table in (COUNTERPARTS, FOLDED_NORMS) for torchs, ours in table.items()}
+ORIGINALS: Final = {ours: torchs for torchs, ours in COUNTERPARTS.items()}
 
 # Activations ----------------------------------------------------------------------------------------------------------
 

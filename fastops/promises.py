@@ -20,7 +20,6 @@ from . import functional as FF
 from .dispatch import explain
 from .fold import folded_weights
 from .fusions import (
-    FOLDED_NORMS,
     LAYER_FUNCTIONS,
     LAYERS,
     NORMS,
@@ -63,15 +62,10 @@ class LayerPromise:
 
     def with_norm(self, norm: Any) -> LayerPromise | None:
         """A promise of the batch norm behind the layer, if it may be folded into that."""
-        if (
-            type(norm) not in _TO_FOLD
-            or self.weights is not None
-            or not isinstance(self.layer, nn.modules.conv._ConvNd)
-        ):
+        if self.weights is not None or not isinstance(self.layer, nn.modules.conv._ConvNd) or not _evaluates(norm):
             return None
-        if not untouched(norm) or replaced(_TO_FOLD[type(norm)]) or self.input.dim() != self.layer.weight.dim():
-            return None
-        weights = folded_weights(self.layer, norm, self.input)
+        known = layer_of(norm)
+        weights = None if known is None or known.op != "batch_norm" else folded_weights(self.layer, norm, self.input)
         return None if weights is None else LayerPromise(self.kind, self.layer, self._take(), weights)
 
     def to_normalize(self) -> Tensor | None:
@@ -169,7 +163,6 @@ class SumPromise:
 
 
 _PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise)
-_TO_FOLD: Final = {ours: torchs for torchs, ours in FOLDED_NORMS.items()}
 
 
 # What a callable is ---------------------------------------------------------------------------------------------------
@@ -251,7 +244,12 @@ def _joins(following: Any, *attribute: str) -> bool:
     An attribute that is missing is an error of the statement that looks for it, not of this one.
     """
     function = getattr(following, attribute[0], None) if attribute else following
-    return activation_of(function) is not None or type(function) in _TO_FOLD or type(function) is nn.Identity
+    return activation_of(function) is not None or _evaluates(function) or type(function) is nn.Identity
+
+
+def _evaluates(function: Any) -> bool:
+    """Whether ``function`` is a batch norm in evaluation mode, which may be folded into the convolution before it."""
+    return isinstance(function, nn.modules.batchnorm._BatchNorm) and not function.training
 
 
 # What rewritten methods call ------------------------------------------------------------------------------------------
@@ -387,7 +385,7 @@ def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
 
 def join(function: Any, layer: Any, input: Any) -> Any:
     """``function(layer(input))``: `apply` and `hold` in one, which needs no promise for an activation."""
-    if not _is_plain(input) or not ((activation := activation_of(function)) is not None or type(function) in _TO_FOLD):
+    if not _is_plain(input) or not ((activation := activation_of(function)) is not None or _evaluates(function)):
         return function(layer(input))
     kind = layer_of(layer)
     if kind is not None and activation is not None and fused_op(activation, kind.op) is not None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import UNKNOWN, Call, Site, tail
-from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYER_FUNCTIONS, LAYERS, SIGNATURES, activation_of_module, fused_op
+from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, LAYERS, NORMS, SIGNATURES, activation_of_module, fused_op
 from .kernels.activation import Activation
 from .ops.activations import METHODS, MODULES, activation_of
 from .ops.conv import is_channels_last
@@ -77,7 +77,7 @@ class Report:
 
     @property
     def folded(self) -> int:
-        """The number of batch norms that run as part of the convolution before them."""
+        """The number of batch norms that run as part of the convolution before them in evaluation."""
         return sum(row.done for row in self.rows if row.group == _NORMS)
 
     def __str__(self) -> str:
@@ -211,14 +211,13 @@ class _Result(NamedTuple):
 
     name: str
     module: nn.Module | None = None
-    folded: nn.Module | None = None  # the convolution that this batch norm is folded into
     known: bool = True
     obstacle: str = ""  # to fusing a sum
     op: str = ""
 
 
 def _findings(module: nn.Module) -> Iterator[_Finding]:
-    """Every call of an activation or of a batch norm to fold in the methods of ``module``; which were not read."""
+    """Every call of an activation or of a swapped batch norm in the methods of ``module``; which were not read."""
     user: Any = plain_class(type(module))
     relevant = any(
         isinstance(child, (*MODULES, *COUNTERPARTS)) for child in module.modules() if not _is_scripted(child)
@@ -332,13 +331,6 @@ class _Reader:
         if type(function) is nn.Identity and untouched(function) and inputs:
             return inputs[0]
         module = function if isinstance(function, nn.Module) else None
-        if (
-            module is not None
-            and type(module) in FOLDED_NORMS.values()
-            and inputs
-            and not _fold_reason(module, inputs[0])
-        ):
-            return _Result(inputs[0].name, module, inputs[0].module)
         if isinstance(module, nn.Sequential) and module._modules and _holds(module):
             last, child = next(reversed(module._modules.items()))
             return self.applied(self.paths.get(id(child), f"{name}.{last}"), child, [_Result(name)])
@@ -348,10 +340,11 @@ class _Reader:
         self, name: str, function: object, inputs: list[_Result], reason: str, obstacle: str, made: str = ""
     ) -> Iterator[_Finding]:
         """What becomes of ``function`` applied to a call that gives one of ``inputs``."""
-        if type(function) in FOLDED_NORMS.values():
-            assert isinstance(function, nn.Module)
+        if isinstance(function, nn.Module) and _is_norm(function):
             reason = (_fold_reason(function, inputs[0]) if inputs else reason) or obstacle
-            outcome = f"not folded: {reason}" if reason else f"folded into {inputs[0].name}{_WHERE_FOLDED}"
+            outcome = f"not folded: {reason}"
+            if not reason:
+                outcome = f"folded into {inputs[0].name} in evaluation without gradients"
             yield _Finding(name, outcome, name, plain_class(type(function)).__name__, not reason, _NORMS)
             return
         activation = _activation(function)
@@ -367,8 +360,6 @@ class _Reader:
         reason = reason or obstacle
         into = " or ".join(dict.fromkeys(result.name for result in good))
         outcome = f"not fused: {reason}" if reason else f"fused with {into}"
-        if not reason and all(result.folded is not None for result in good):
-            outcome += _WHERE_FOLDED
         if not reason and len(good) < len(inputs):
             outcome += " where that comes before it"
         if is_module:
@@ -376,9 +367,9 @@ class _Reader:
         else:
             input = inputs[0] if inputs else None
             inner = input.name if input is not None else made
-            path = None if input is None or input.module is None else self.paths.get(id(input.folded or input.module))
+            path = None if input is None or input.module is None else self.paths.get(id(input.module))
             name, place = f"{activation[0]}({inner.removeprefix('the ')})", path
-        layers = frozenset(r.module for r in good if r.module is not None and r.folded is None)
+        layers = frozenset(r.module for r in good if r.module is not None)
         group = _group(activation[0])
         yield _Finding(name, outcome, place, kind, not reason, group, frozenset() if reason else layers)
 
@@ -392,15 +383,13 @@ class _Reader:
         if not input.known:
             return f"what {input.name} is shows only when it runs"
         module, op = input.module, input.op
-        if input.folded is not None:
-            op = LAYERS[type(input.folded).forward].op
-        elif module is not None and _is_layer(module):
+        if module is not None and _is_layer(module):
             known = layer_class(type(module))
             assert known is not None
             op = LAYERS[COUNTERPARTS[known].forward].op
         if op and fused_op(activation, op) is None:
             return f"its input is {input.name}, and {_kind(activation)} has no kernel with {op}"
-        if input.op or input.folded is not None:
+        if input.op:
             return input.obstacle
         if module is None:
             return f"its input is {input.name}, not a layer"
@@ -442,9 +431,6 @@ def _holds(module: nn.Module) -> bool:
     return hasattr(getattr(type(module), "forward", None), "_fastops_holds") and untouched(module)
 
 
-_WHERE_FOLDED: Final = " in evaluation without gradients"
-
-
 def _is_layer(module: nn.Module) -> bool:
     known = layer_class(type(module))
     return known is not None and COUNTERPARTS[known].forward in LAYERS and type(module).forward not in _WITH_RELU
@@ -456,6 +442,10 @@ _WITH_RELU: Final = tuple(cls.forward for name, cls in vars(fnn).items() if "ReL
 def _is_fresh(module: nn.Module) -> bool:
     """Whether its result is new memory, now or once it is swapped."""
     return is_fresh(module) or (_is_layer(module) and untouched(module))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, tuple(NORMS)) and type(module).forward in LAYERS
 
 
 def _fold_reason(norm: nn.Module, input: _Result) -> str:

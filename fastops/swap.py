@@ -29,7 +29,7 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import Rewritten, Surroundings, rewrite
-from .fusions import COUNTERPARTS, FOLDED_NORMS, LAYER_FUNCTIONS, NORMS, ORIGINALS, SIGNATURES
+from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
 from .ops.activations import METHODS
 from .promises import HELPERS, chain, sequential_forward, user_class
@@ -38,25 +38,19 @@ from .source import LeftAlone, twin_of
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def swap(
-    model: _Model,
-    *,
-    fuse: bool = True,
-    fold_batchnorm: bool = False,
-    memory_format: torch.memory_format | None = None,
-) -> _Model:
+def swap(model: _Model, *, fuse: bool = True, memory_format: torch.memory_format | None = None) -> _Model:
     """Swap fastops layers into ``model``, in place, and fuse them with the ReLUs behind them.
 
-    Parameters, their names, hooks and results stay as they are. Whatever cannot be swapped or fused safely is left
+    Parameters, their names, hooks and results stay as they are. In evaluation mode, where no gradient of the
+    parameters is wanted and the output is much larger than the weight, a batch norm runs as part of the convolution
+    before it, unless backend ``"torch"`` is selected: that changes results by rounding, and parameters not at all, as
+    the folded weight is computed anew in each call. Whatever cannot be swapped or fused safely is left
     alone; `report` says why. After new layers were put into the model, swap again. If an error is raised, the model is
     what it was.
 
     Args:
         model: any module, a loss too.
-        fuse: whether layers may run in one call with a ReLU behind them. If not, only classes of layers change.
-        fold_batchnorm: whether batch norms in evaluation mode run as part of the convolution before them wherever no
-            gradient of the parameters is wanted and the output is much larger than the weight. That changes results by
-            rounding, and parameters not at all: the folded weight is computed anew in each call.
+        fuse: whether layers may run in one call with what is behind them. If not, only classes of layers change.
         memory_format: `torch.channels_last`, say: what ``model.to(memory_format=...)`` does to the weights, and so to
             the outputs of their layers. It helps with large feature maps and costs with small ones. `unswap` leaves it.
 
@@ -65,19 +59,16 @@ def swap(
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if batch norms are to be folded and layers not to be fused.
     """
     check("swap", model)
-    if fold_batchnorm and not fuse:
-        raise ValueError("fold_batchnorm=True needs fuse=True: a batch norm is folded where layers are fused")
     before = [(module, type(module)) for module in model.modules()]
     known: dict[tuple[type, tuple[type, ...]], type] = {}  # looked up once for all modules of a class
     try:
         for module, found in before:
-            if found not in COUNTERPARTS.values() or found in NORMS.values():  # those may be folded now
+            if found not in COUNTERPARTS.values():
                 set_class(module, original_class(found))
             with suppress(LeftAlone):
-                set_class(module, swapped_class(module, fold_batchnorm))
+                set_class(module, swapped_class(module))
             if fuse and "forward" not in module.__dict__:
                 key = type(module), _variant(module)
                 if key not in known:
@@ -161,7 +152,7 @@ def layer_class(found: type) -> type | None:
     return next((original for original in COUNTERPARTS if issubclass(found, original)), None)
 
 
-def swapped_class(module: nn.Module, fold: bool = False) -> type:
+def swapped_class(module: nn.Module) -> type:
     """The class that takes the place of the class of ``module``: its own if it has no counterpart.
 
     Raises:
@@ -169,8 +160,6 @@ def swapped_class(module: nn.Module, fold: bool = False) -> type:
     """
     found = type(module)
     known = layer_class(found)
-    if fold and found in FOLDED_NORMS:
-        return FOLDED_NORMS[found]
     if known is None or found.__module__.startswith(fnn.__name__) or isinstance(module, torch.jit.ScriptModule):
         return found
     if "forward" in module.__dict__ or "_conv_forward" in module.__dict__:

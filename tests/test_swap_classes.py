@@ -333,7 +333,7 @@ def test_a_swap_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     before = [type(module) for module in model.modules()]
     monkeypatch.setattr(model, "to", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fastops.swap(model, fold_batchnorm=True, memory_format=torch.channels_last)
+        fastops.swap(model, memory_format=torch.channels_last)
     assert [type(module) for module in model.modules()] == before
 
 

@@ -156,13 +156,3 @@ def test_others_are_left_alone_with_a_reason() -> None:
     outcomes = [row.outcome for row in fastops.report(model).rows if row.layer == "ReLU"]
     assert [outcome.startswith("not fused: ") for outcome in outcomes] == [True] * 3
     assert "SyncBatchNorm, which has no fused form" in outcomes[0] and "its own forward" in outcomes[1]
-
-
-def test_folding_is_chosen_by_each_swap() -> None:
-    model = Block().eval()
-    kinds = []
-    for fold in (False, True, False):
-        fastops.swap(model, fold_batchnorm=fold)
-        kinds.append(type(model.norm1).__name__)
-    assert kinds == ["BatchNorm2d", "FoldedBatchNorm2d", "BatchNorm2d"]
-    assert type(fastops.unswap(model).norm1) is nn.BatchNorm2d

@@ -1,8 +1,4 @@
-"""Batch norms: with an activation, and those that `fastops.swap` puts into models, which by themselves are torch's.
-
-The class is all that tells which are to be folded into the convolutions before them, so that it travels with a copy and
-comes off with `fastops.unswap`.
-"""
+"""Batch norms: with an activation, and those that `fastops.swap` puts into models, which by themselves are torch's."""
 
 from __future__ import annotations
 
@@ -38,36 +34,24 @@ def normalized(function: Callable[..., Tensor], layer: Any, input: Tensor, *othe
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+    """`torch.nn.BatchNorm1d`, which `fastops.swap` runs in one call with its neighbours."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+    """`torch.nn.BatchNorm2d`, which `fastops.swap` runs in one call with its neighbours."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`, which `fastops.swap` runs in one call with the ReLU behind it."""
+    """`torch.nn.BatchNorm3d`, which `fastops.swap` runs in one call with its neighbours."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
-
-
-class FoldedBatchNorm1d(BatchNorm1d):
-    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
-
-
-class FoldedBatchNorm2d(BatchNorm2d):
-    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
-
-
-class FoldedBatchNorm3d(BatchNorm3d):
-    """The same, folded where it can be: `fastops.swap` was called with ``fold_batchnorm=True``."""
 
 
 class BatchNormReLU1d(torch.nn.BatchNorm1d):

@@ -62,8 +62,8 @@ def test_an_audit_compiles_what_a_launch_would(target: str, monkeypatch: pytest.
 def test_a_batch_of_another_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of ResNet-18 with a batch of 31 after one of 32, and with smaller images.
 
-    But for batch norms, whose tiles follow the number of positions, and what brings NCHW to channels last, whose accesses
-    are as wide as 7 x 7 or 6 x 6 positions allow.
+    But for batch norms, whose tiles follow the number of positions, and for what brings NCHW to channels last, whose
+    accesses are as wide as 7 x 7 or 6 x 6 positions allow.
     """
 
     def way(op: Op, arguments: tuple[Any, ...], _: object) -> Explanation:

@@ -59,6 +59,7 @@ logits, classes = torch.ones(2048, 1024, 1), torch.zeros(2048, 1, dtype=torch.in
 row, one = torch.ones(2048, 1), torch.ones(())
 window, pooled = ((2, 2), (2, 2), (0, 0), (1, 1), False), torch.ones(2, 8, 4, 4)
 contiguous, last = torch.contiguous_format, torch.channels_last
+backward_last = *(tensor.to(memory_format=last) for tensor in backward[:4]), *backward[4:]
 LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "linear": (lambda: linear.linear(x, w, b, RELU), 4),
     "linear, activation": (lambda: linear.linear(x, w, b, ("gelu",), y), 5),
@@ -67,8 +68,8 @@ LIMITS: dict[str, tuple[Callable[[], object], int]] = {
     "conv": (lambda: conv.conv(image, kernel, b, *options, RELU, contiguous), 8),
     "conv, channels last": (lambda: conv.conv(image, kernel, b, *options, RELU, last), 8),
     "conv_backward": (lambda: conv.conv_backward(*backward, contiguous), 13),
-    "conv_backward, channels last": (lambda: conv.conv_backward(*backward, last), 13),
-    "conv_backward, vendor": (lambda: conv.conv_backward(*backward, last, vendor=True), 10),
+    "conv_backward, channels last": (lambda: conv.conv_backward(*backward_last, last), 15),
+    "conv_backward, vendor": (lambda: conv.conv_backward(*backward_last, last, vendor=True), 11),
     "add_relu": (lambda: add_relu.add_relu(x, x), 4),
     "add_relu_backward": (lambda: add_relu.add_relu_backward(x, x), 4),
     "batch_norm_act": (lambda: batch_norm.batch_norm_act(image, *(None,) * 7, 0.1, 1e-5, "relu", [], False), 10),

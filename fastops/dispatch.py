@@ -117,6 +117,12 @@ def selected_backend() -> str:
     return _thread.selection.backend
 
 
+def on_plain_cpu(input: Tensor) -> bool:
+    """Whether no call with ``input`` runs in a kernel, and any may take the torch expression."""
+    selection = _thread.selection
+    return input.is_cpu and not selection.strict and not (_INTERPRETER and selection.backend in ("auto", "triton"))
+
+
 def refuse_fallback(op: str, reason: str) -> None:
     """Raise a `FallbackError` if a strict backend is selected."""
     selection = _thread.selection

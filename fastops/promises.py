@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as FF
-from .dispatch import explain
+from .dispatch import explain, on_plain_cpu
 from .fold import folded_weights
 from .fusions import (
     LAYER_FUNCTIONS,
@@ -30,7 +30,7 @@ from .fusions import (
     options_of,
 )
 from .kernels import private
-from .kernels.activation import Activation
+from .kernels.activation import RELU, Activation
 from .kernels.geometry import memory_format_of
 from .nn.norm import normalized
 from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
@@ -162,7 +162,34 @@ class SumPromise:
         return pair
 
 
-_PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise)
+class ReLUPromise:
+    """A ReLU behind ``promise`` that was put off as well, for a pooling that may come before it."""
+
+    __slots__ = ("function", "promise")
+
+    def __init__(self, function: Callable[[Any], Any], promise: LayerPromise) -> None:
+        self.function, self.promise = function, promise
+
+    def value(self) -> Any:
+        return self.promise.activated(RELU, self.function)
+
+    def activated(self, activation: Activation, apply: _Apply) -> Any:
+        return apply(self.value())
+
+    def with_norm(self, norm: Any) -> None:
+        return None
+
+    def to_normalize(self) -> None:
+        return None
+
+    def pooled(self, pool: nn.MaxPool2d) -> Any:
+        input = self.promise.value()
+        if not _is_plain(input):
+            return pool(self.function(input))
+        return FF.relu_max_pool2d(input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+
+
+_PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise, ReLUPromise)
 
 
 # What a callable is ---------------------------------------------------------------------------------------------------
@@ -209,6 +236,16 @@ def activation_of(
 
 F_RELU: Final = nn.functional.relu
 _MODULES: Final = {**{name: kind for kind, name in MODULES.items()}, "gelu_tanh": nn.GELU}
+
+
+def is_pool(function: Any) -> bool:
+    """Whether ``function`` is a maximum pooling, before which or behind which a ReLU gives the same."""
+    return (
+        type(function) is nn.MaxPool2d
+        and not function.return_indices
+        and untouched(function)
+        and not replaced(nn.MaxPool2d)
+    )
 
 
 def forward_that_holds(module: Any) -> Callable[[Any, Any], Any] | None:
@@ -435,11 +472,22 @@ def chain(functions: Iterable[Any], value: Any) -> Any:
     kind = type(functions)
     if kind in (list, tuple) or getattr(kind, "__iter__", None) in (nn.ModuleList.__iter__, nn.Sequential.__iter__):
         for function in functions:
-            value = link(function, value)
+            value = _link_in_row(function, value)
         return value
     for function in functions:  # whatever makes them may have effects, for which no call can wait
         value = function(now(value))
     return value
+
+
+def _link_in_row(function: Any, value: Any) -> Any:
+    """As `link`. A ReLU waits for a pooling where it would be a pass over memory of its own: that leaves it less."""
+    if type(value) is ReLUPromise and is_pool(function):
+        return value.pooled(function)
+    waits = type(value) is LayerPromise and value.kind.op in _PLANES and on_plain_cpu(value.input)
+    return ReLUPromise(function, value) if waits and activation_of(function) == RELU else link(function, value)
+
+
+_PLANES: Final = ("conv2d", "batch_norm")  # what gives images
 
 
 def user_class(found: Any) -> Any:

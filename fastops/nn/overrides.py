@@ -37,6 +37,7 @@ def _layer(kind: Any, function: str, *methods: str) -> tuple[_Part, ...]:
 _PARTS: Final[dict[object, tuple[_Part, ...]]] = {
     F.relu: (_part(torch, "relu"), _part(torch, "relu_")),
     nn.Module: (_part(nn.Module, "__call__"), _part(nn.Module, "_call_impl")),
+    nn.MaxPool2d: _layer(nn.MaxPool2d, "max_pool2d"),
     nn.BatchNorm1d: _layer(nn.BatchNorm1d, "batch_norm"),
     nn.BatchNorm2d: _layer(nn.BatchNorm2d, "batch_norm"),
     nn.BatchNorm3d: _layer(nn.BatchNorm3d, "batch_norm"),

@@ -110,6 +110,28 @@ def _normalized_sum(norm: fx.Node, sum: fx.Node) -> tuple[fx.Node, _Call] | None
     return last, _Call(op, (norm.args[0], other, *norm.args[1:]), {**norm.kwargs, **options_of(activation)})
 
 
+def _pooled(relu: fx.Node) -> tuple[fx.Node, _Call] | None:
+    """The maximum pooling behind a ReLU that runs with nothing before it, and the one call that both are.
+
+    That saves its input for the backward pass: it has to be a new tensor of which nobody else knows.
+    """
+    input, (pool, *others) = _first_argument(relu), [*relu.users, None]
+    if others != [None] or pool is None or _activation(relu) != RELU or pool.target not in _POOLS:
+        return None
+    is_new = isinstance(input, fx.Node) and (_op(input) in (*OPS, "batch_norm") or input.target in _GIVE_NEW)
+    if not is_new or _first_argument(pool) is not relu or _obstacle(input, relu) or _obstacle(relu, pool):
+        return None
+    keywords = {name: value for name, value in pool.kwargs.items() if name not in ("input", "return_indices")}
+    if pool.kwargs.get("return_indices") or len(pool.args) > len(_POOL_OPTIONS):
+        return None
+    return pool, _Call("relu_max_pool2d", (input, *pool.args[1:]), keywords)
+
+
+_POOLS: Final = (F.max_pool2d, torch.max_pool2d)
+_POOL_OPTIONS: Final = tuple(inspect.signature(functional.relu_max_pool2d).parameters)
+_GIVE_NEW: Final = (F.group_norm, F.instance_norm, F.conv_transpose2d)
+
+
 def _adds_two_values(node: fx.Node) -> bool:
     """Whether it adds two tensors; where in place, to a new one of which nobody else knows."""
     if node.kwargs or len(node.args) != 2 or not all(isinstance(summand, fx.Node) for summand in node.args):
@@ -174,6 +196,11 @@ def _rewrite(module: fx.GraphModule) -> None:
         if node in replaced or not op:
             continue
         if op == "activation":
+            pooled = _pooled(node)
+            if pooled is not None and _way(*pooled[1]).backend != "torch":
+                _note(node, f"fused with {_name(pooled[0])}", done=True)
+                _replace([node, pooled[0]], pooled[1], node)
+                continue
             reason = reasons.get(node) or f"its input is {_first_argument(node)}, not a layer"
             _note(node, f"not fused: {reason}", done=False)
             continue
@@ -194,13 +221,8 @@ def _rewrite(module: fx.GraphModule) -> None:
             # takes the place of that, where the other summand is for certain, and the loss of a head that of the last,
             # where its target is.
             place = last if call.op == "linear_cross_entropy" else nodes[len(nodes) - 2]
-            with graph.inserting_before(place):
-                new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
-            new.meta = dict(last.meta)
-            last.replace_all_uses_with(new)
-            for old in reversed(nodes):
-                graph.erase_node(old)
-                replaced.add(old)
+            _replace(nodes, call, place)
+            replaced.update(nodes)
             break
         else:
             if way is not None and op in OPS:
@@ -208,6 +230,17 @@ def _rewrite(module: fx.GraphModule) -> None:
                 _note(node, f"left to the compiler: {way.reason}", done=False)
     graph.lint()
     module.recompile()
+
+
+def _replace(nodes: list[fx.Node], call: _Call, place: fx.Node) -> None:
+    """Put ``call`` before ``place``, for ``nodes``, of which others see only the last one's value."""
+    graph, last = place.graph, nodes[-1]
+    with graph.inserting_before(place):
+        new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    for old in reversed(nodes):
+        graph.erase_node(old)
 
 
 def _op(node: object) -> str:

@@ -475,3 +475,58 @@ def test_batch_norm_with_a_sum_and_relu(variant: str, training: bool) -> None:
     rows = [row.outcome for row in fastops.compile.report().rows if row.layer == "relu"]
     norm = {"two batch norms": "other"}.get(variant, "norm")
     assert (rows == [f"fused with {norm} and the sum"]) == bool(BLOCK_ENDS[variant])
+
+
+class Pooled(nn.Module):
+    """``after`` is what follows the group norm."""
+
+    def __init__(self, after: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.after = nn.GroupNorm(2, 4), after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.norm(x))
+
+
+def pooled_view(x: Tensor) -> Tensor:
+    """Nothing says that a view is not changed in place before the backward pass."""
+    y = x.flatten(0, 1)
+    result = F.max_pool2d(F.relu(y), 2)
+    x.add_(1)
+    return result
+
+
+POOLED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "modules": (nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True)), 1),
+    "functions": (lambda x: F.max_pool2d(x.relu(), kernel_size=2, stride=1), 1),
+    "function of torch": (lambda x: torch.max_pool2d(torch.relu(x), 2), 1),
+    "indices": (lambda x: F.max_pool2d(F.relu(x), 2, return_indices=True), 0),
+    "ReLU seen elsewhere": (lambda x: [r := F.relu(x), F.max_pool2d(r, 2)], 0),
+    "norm seen elsewhere": (lambda x: [x.sum(), F.max_pool2d(F.relu(x), 2)], 0),
+    "a view": (pooled_view, 0),
+    "another activation": (lambda x: F.max_pool2d(F.gelu(x), 2), 0),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling_behind_a_relu_that_has_no_layer(name: str) -> None:
+    after, fused = POOLED[name]
+    model, recorder = Pooled(after), Recorder()
+    x = torch.randn(2, 4, 7, 9)
+    found = []
+    with fastops.backend("triton"):
+        for each in (compiled(model, recorder, fullgraph=True), model):
+            leaf = x.clone().requires_grad_()
+            outputs = leaves(each(leaf))
+            sum(output.sum() for output in outputs if output.is_floating_point()).backward()
+            found.append([*outputs, leaf.grad])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert recorder.calls.count("relu_max_pool2d") == fused == fastops.compile.report().fused
+
+
+def test_a_layer_keeps_its_relu_before_a_pooling() -> None:
+    recorder = Recorder()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+    with fastops.backend("triton"):
+        compiled(model, recorder, fullgraph=True)(torch.randn(2, 3, 7, 9))
+    assert "conv_relu2d" in recorder.calls and "relu_max_pool2d" not in recorder.calls

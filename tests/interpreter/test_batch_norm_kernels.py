@@ -232,7 +232,9 @@ def test_bits_do_not_depend_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (16, 132):
         monkeypatch.setattr(configs, "multiprocessors", lambda _, count=count: count)
         configs.forget_plans()
-        call = kernels.Call(torch.device("meta"), torch.Size((32, 64, 56, 56)), False, True, True, True, 1e-5)
+        call = kernels.Call(
+            torch.device("meta"), torch.float32, torch.Size((32, 64, 56, 56)), False, True, True, True, 1e-5
+        )
         monkeypatch.setattr(kernels, "register_limit", lambda *_, **__: {})
         plans.append(kernels.tiling(call))
     assert plans[0] == plans[1] and plans[0].strips()[0] > 1

@@ -150,7 +150,7 @@ class _Rewriter(Method, ast.NodeTransformer):
     def goes_on(self, statement: ast.stmt, name: str, following: list[ast.stmt]) -> bool:
         """Whether a call may still wait when ``statement`` begins, before ``following``."""
         if isinstance(statement, ast.If):
-            return self.inert(statement.test) and not names_in(statement.test, name)
+            return self.decides(statement.test) and not names_in(statement.test, name)
         if self.consumer(statement, name, following) or self.loop(statement) == name:
             return True
         return self.inert(statement) and not names_in(statement, name)
@@ -298,7 +298,9 @@ class _Rewriter(Method, ast.NodeTransformer):
         for branch, end, bound in ends:
             for name in list(merged):
                 waits = any(waiting.name == name for waiting in end)
-                if not self.wanted(name, rest) or not (waits or name in bound or self._jumps(branch)):
+                # In a loop the other branch would read what another turn has made, which a consumer may have dropped.
+                known = waits or (name in bound and not self.depth) or self._jumps(branch)
+                if not self.wanted(name, rest) or not known:
                     del merged[name]
         for branch, end, _ in ends:
             for waiting in end:

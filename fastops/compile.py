@@ -94,7 +94,9 @@ def _normalized_sum(norm: fx.Node, sum: fx.Node) -> tuple[fx.Node, _Call] | None
 
     The other value is there before the batch norm, behind which the sum is the next call: so nothing changes places.
     """
-    if _op(sum) != "add" or not _adds_two_values(sum) or not norm.args or _obstacle(norm, sum):
+    if _op(sum) != "add" or not _adds_two_values(sum) or sum.args[0] is sum.args[1]:
+        return None
+    if not norm.args or _obstacle(norm, sum):
         return None
     node = sum.prev
     while node is not norm:

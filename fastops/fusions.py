@@ -71,6 +71,7 @@ def _signatures() -> dict[Callable[..., Any], tuple[str, tuple[str, ...]]]:
 
 # Functions that may be activations, by what they compute, and what they take behind the input, in that order.
 SIGNATURES: Final = _signatures()
+_IN_PLACE: Final = {function: None for function in SIGNATURES if function.__name__.endswith("_")}
 _FUNCTION_TYPES: Final = tuple({type(function) for function in SIGNATURES})
 
 
@@ -103,7 +104,9 @@ def activation_of_function(
     values = dict(zip(accepted, options, strict=False))
     if len(options) > len(accepted) or (keywords and not values.keys().isdisjoint(keywords)):
         return None
-    return _activation(name, {**values, **(keywords or {})})
+    bounds = {"min_val": -1, "max_val": 1} if function is F.hardtanh else {}
+    in_place = {"inplace": True} if function in _IN_PLACE else {}
+    return _activation(name, {**bounds, **in_place, **values, **(keywords or {})})
 
 
 def activation_of_module(module: nn.Module) -> Activation | None:

@@ -77,7 +77,10 @@ class Report:
 
     @property
     def folded(self) -> int:
-        """The number of batch norms that run as part of the convolution before them in evaluation."""
+        """The number of batch norms that may run as part of the convolution before them in evaluation.
+
+        In a call they do where the weight is much smaller than the output, and backend "torch" is not selected.
+        """
         return sum(row.done for row in self.rows if row.group == _NORMS)
 
     def __str__(self) -> str:
@@ -451,6 +454,8 @@ def _is_norm(module: nn.Module) -> bool:
 def _fold_reason(norm: nn.Module, input: _Result) -> str:
     """Why the batch norm does not run as part of what its input comes from, or nothing."""
     module = input.module
+    if norm.running_mean is None:
+        return "it keeps no running statistics"
     if module is None or not isinstance(module, nn.modules.conv._ConvNd):
         return f"its input is {input.name}, not a convolution"
     for each, name in ((module, input.name), (norm, "it")):

@@ -151,12 +151,25 @@ class Method:
         if isinstance(node, ast.Expr):
             return self.inert(node.value)
         if isinstance(node, ast.If):
-            return all(map(self.inert, [node.test, *node.body, *node.orelse]))
+            return self.decides(node.test) and all(map(self.inert, [*node.body, *node.orelse]))
+        if any(isinstance(n, (ast.UnaryOp, ast.BoolOp, ast.Compare)) and self._reads_deep(n) for n in ast.walk(node)):
+            return False
         return isinstance(node, ast.Pass) or all(
             (isinstance(n, _INERT) and not (isinstance(n, ast.Attribute) and self._is_unsteady(n.value, n.attr)))
             or self._is_getattr(n)
             for n in ast.walk(node)
         )
+
+    def decides(self, test: ast.expr) -> bool:
+        """Whether the test of an ``if`` is inert: it asks a value whether it is true."""
+        return self.inert(test) and not self._reads_deep(test)
+
+    def _reads_deep(self, node: ast.AST) -> bool:
+        """Whether it computes with an attribute of an attribute, as a statistic that a layer changes while it runs."""
+        if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            return False
+        deep = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Attribute))
+        return any(self.resolve(n) is UNKNOWN for n in deep)
 
     def _is_unsteady(self, owner: ast.expr, attribute: str) -> bool:
         of_self = isinstance(owner, ast.Name) and owner.id == self.self_name
@@ -325,7 +338,7 @@ class Method:
                 return True
             mentioned = bool(names_in(statement, name))
             if isinstance(statement, ast.If) and (mentioned or not self.inert(statement)):
-                if names_in(statement.test, name) or not self.inert(statement.test):
+                if names_in(statement.test, name) or not self.decides(statement.test):
                     return False
                 return any(self.wanted(name, branch + rest) for branch in (statement.body, statement.orelse))
             if mentioned or not (self.inert(statement) or self.is_passed(statement)):

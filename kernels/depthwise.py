@@ -29,6 +29,7 @@ import triton.language as tl
 from .activation import Activation
 from .configs import Kind, architecture, register_limit
 from .epilogue import activated
+from .geometry import is_large
 from .launch import Plan, accumulator_dtype
 
 if TYPE_CHECKING:
@@ -424,7 +425,6 @@ _COLUMNS = 16  # the most taps of a row that are not looped over
 _LEAST_LANES = 1 << 13  # patches are made smaller to have as many
 _TAPS = 10  # that have their sums in one thread
 _PROGRAMS = 512  # at most, that share the sum for the gradient of the weight
-_LARGE = 2**31 - 2**12  # so many positions, and those of a last program behind them, need 64 bits
 
 
 def patch_of(kernel: int, stride: int, width: int, lanes: int, back: bool) -> int:
@@ -456,7 +456,7 @@ def _lanes(kind: Kind) -> dict[str, int]:
 
 def _constants(sizes: Sizes, channels: int, *counts: int) -> dict[str, Any]:
     """Those that all kernels take; positions, or other ``counts``, may need 64 bits."""
-    large = max(sizes.positions(sizes.input), sizes.positions(sizes.output), *counts) >= _LARGE
+    large = is_large(sizes.positions(sizes.input), sizes.positions(sizes.output), *counts)
     return {"CHANNELS": channels, "MULTIPLIER": sizes.outputs, **sizes.geometry._asdict(), "LARGE": large}
 
 

@@ -15,8 +15,10 @@ from ..ops.activations import activation_of
 class Activated:
     """Comes before a layer of torch among the bases: the layer is constructed with an activation and its parameters."""
 
-    def __init__(self, *arguments: Any, activation: str, **options: Any) -> None:
+    def __init__(self, *arguments: Any, activation: str, device: Any = None, **options: Any) -> None:
         following = super().__init__
+        if device is not None:  # named here too, since `torch.nn.utils.skip_init` looks for it
+            options["device"] = device
         own = inspect.signature(following).parameters
         parameters = {name: options.pop(name) for name in [*options] if name not in own}
         activation_of(activation, parameters)

@@ -162,7 +162,7 @@ def test_positions_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """What only a GPU's memory can hold runs with 64-bit positions: here they must change nothing."""
     tensors = tensors_of(CASES[name], torch.randn)
     narrow = ours(call_plainly, CASES[name], tensors, True)
-    monkeypatch.setattr(depthwise, "_LARGE", 1)
+    monkeypatch.setattr(depthwise, "is_large", lambda *_: True)
     configs.forget_plans()
     assert same_bits(ours(run_guarded, CASES[name], tensors, True), narrow)
 

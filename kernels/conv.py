@@ -549,7 +549,7 @@ def conv_plan(
         return ConvPlan(depthwise.forward_plan(kind, sizes, epilogue), 1, 1, shape, last)
     groups, channels, outputs = sizes.groups, sizes.padded_channels, sizes.outputs
     positions = sizes.positions(sizes.output)
-    weight_channels, weight_strides = sizes.weight(layouts[0], channels)
+    weight_channels, weight_strides = sizes.weight(kind, layouts[0], channels)
     aligned = channels * kind[1].itemsize % 16 == 0 and weight_strides[1] == 1
     config = conv_config(kind, positions, outputs, groups, channels, aligned)
     if epilogue[1] not in (NONE, RELU):
@@ -610,7 +610,7 @@ class Sizes(NamedTuple):
         """Of the whole batch."""
         return self.batch * math.prod(size)
 
-    def weight(self, contiguous: bool, channels: int) -> tuple[int | None, tuple[int, int, int]]:
+    def weight(self, kind: Kind, contiguous: bool, channels: int) -> tuple[int | None, tuple[int, int, int]]:
         """How many ``channels`` the weight gets that is brought to channels last, None if it is not; its strides in
         elements, from output channel to output channel, channel to channel, and tap to tap.
 
@@ -618,7 +618,8 @@ class Sizes(NamedTuple):
         programs read it that to load single elements costs less than a pass over it.
         """
         taps = math.prod(self.geometry.KERNEL)
-        if contiguous and self.positions(self.output) <= _FEW_POSITIONS:
+        few = self.positions(self.output) <= _FEW_POSITIONS
+        if contiguous and few and not architecture(kind[0]).startswith("gfx"):  # where the input is loaded narrowly too
             return None, (self.channels * taps, taps, 1)
         return channels, (channels * taps, 1, channels)
 
@@ -765,7 +766,7 @@ def conv_backward_plan(
         taps = math.prod(sizes.geometry.KERNEL)
         strides = (1, sizes.channels) if layouts[1] else (taps, 1)
         for_weight = grad_weight_plan(kind, sizes, (sizes.channels * taps, *strides))
-    weight_channels, _ = sizes.weight(layouts[0], sizes.channels)
+    weight_channels, _ = sizes.weight(kind, layouts[0], sizes.channels)
     return ConvBackwardPlan(mask, transposes, rows, (batch, *size, channels), weight_channels, for_input, for_weight)
 
 
@@ -774,7 +775,7 @@ def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> Pla
     geometry, groups, channels, outputs = sizes.geometry, sizes.groups, sizes.channels, sizes.outputs
     classes = math.prod(geometry.STRIDE)
     largest = sizes.positions(tuple(-(-n // s) for n, s in zip(sizes.input, geometry.STRIDE, strict=True)))
-    _, weight_strides = sizes.weight(layouts[0], channels)
+    _, weight_strides = sizes.weight(kind, layouts[0], channels)
     aligned = all(count * kind[1].itemsize % 16 == 0 for count in (channels, outputs)) and weight_strides[1] == 1
     config = conv_config(kind, largest, channels, groups * classes, outputs, aligned)
     if not layouts[1] and config.BLOCK_N > 128 and architecture(kind[0]) == "sm80":  # as above; sm90 spills nothing

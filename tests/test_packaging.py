@@ -228,7 +228,10 @@ def test_launchers_are_typed(path: Path) -> None:
     for function in ast.walk(ast.parse(path.read_text())):
         if not isinstance(function, ast.FunctionDef):
             continue
-        if not any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list):
+        if not any(
+            ast.unparse(decorator).startswith(("triton.jit", "triton.constexpr_function"))
+            for decorator in function.decorator_list
+        ):
             arguments = function.args
             every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
             typed = all(one is None or one.annotation or one.arg in ("self", "cls") for one in every)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastops.functional as FF
 from fastops.fusions import Layer
 
 
@@ -353,3 +355,18 @@ def count_fused(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     patch.setattr(Layer, "run", counted)
     return calls
+
+
+@contextmanager
+def inputs_of(op: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """What a function of `fastops.functional` is called with first, inside."""
+    seen: list[Tensor] = []
+    original = getattr(FF, op)
+
+    def function(input: Tensor, *arguments: Any) -> Tensor:
+        seen.append(input)
+        return original(input, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FF, op, function)
+        yield seen

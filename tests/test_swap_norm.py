@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import no_fallback
+from swap_models import inputs_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import fastops
-import fastops.functional as FF
 
 pytestmark = no_fallback
 
@@ -39,21 +38,6 @@ class Block(nn.Module):
         return F.relu(self.rows(x.mean((2, 3))))
 
 
-@contextmanager
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The inputs of `batch_norm_relu` inside."""
-    seen: list[Tensor] = []
-    original = FF.batch_norm_relu
-
-    def counted(input: Tensor, *arguments: Any) -> Tensor:
-        seen.append(input)
-        return original(input, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FF, "batch_norm_relu", counted)
-        yield seen
-
-
 def steps(model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], dtype: torch.dtype) -> list[Any]:
     """Two steps of training and one of evaluation: outputs, gradients and buffers."""
     torch.manual_seed(1)
@@ -73,7 +57,7 @@ def test_training_and_evaluation(backend: str, inplace: bool, monkeypatch: pytes
     swapped = fastops.swap(copy.deepcopy(eager))
     assert fastops.report(swapped).fused == 3
     expected = steps(eager, lambda model, x: model(x), torch.float64)
-    with fused_calls(monkeypatch) as seen:
+    with inputs_of("batch_norm_relu", monkeypatch) as seen:
         found = steps(swapped, lambda model, x: model(x), torch.float64)
     assert len(seen) == 9
     torch.testing.assert_close(found, expected)

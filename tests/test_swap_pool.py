@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from swap_models import inputs_of
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fastops
-import fastops.functional as FF
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -68,21 +67,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@contextlib.contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The inputs of `relu_max_pool2d` inside."""
-    seen: list[Tensor] = []
-    original = FF.relu_max_pool2d
-
-    def function(input: Tensor, *arguments: Any) -> Tensor:
-        seen.append(input)
-        return original(input, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FF, "relu_max_pool2d", function)
-        yield seen
-
-
 def steps(model: nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
     """A step of training and one of evaluation: outputs, gradients and buffers."""
     torch.manual_seed(1)
@@ -106,7 +90,7 @@ def test_same_to_the_last_bit(name: str, memory_format: torch.memory_format, mon
     make, pairs = MODELS[name]
     eager = make()
     swapped = fastops.swap(copy.deepcopy(eager))
-    with fastops.backend("torch"), counted(monkeypatch) as seen:
+    with fastops.backend("torch"), inputs_of("relu_max_pool2d", monkeypatch) as seen:
         assert_identical(steps(swapped, memory_format), steps(eager, memory_format))
     assert len(seen) == 2 * pairs
 
@@ -114,7 +98,7 @@ def test_same_to_the_last_bit(name: str, memory_format: torch.memory_format, mon
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
 def test_on_other_backends_of_a_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = fastops.swap(row(nn.ReLU(), nn.MaxPool2d(2)))
-    with fastops.backend(backend), counted(monkeypatch) as seen:
+    with fastops.backend(backend), inputs_of("relu_max_pool2d", monkeypatch) as seen:
         swapped(torch.randn(2, 3, 17, 16))
     assert len(seen) == 1
 
@@ -123,14 +107,14 @@ def test_on_other_backends_of_a_cpu(backend: str, monkeypatch: pytest.MonkeyPatc
 def test_a_kernel_keeps_its_relu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastops.dispatch, "_INTERPRETER", True)
     swapped, x = fastops.swap(row(nn.ReLU(), nn.MaxPool2d(2))), torch.randn(2, 3, 17, 16)
-    with fastops.backend(backend), counted(monkeypatch) as seen:
+    with fastops.backend(backend), inputs_of("relu_max_pool2d", monkeypatch) as seen:
         torch.testing.assert_close(swapped(x), fastops.unswap(swapped)(x))
     assert not seen
 
 
 def test_a_strict_backend_has_no_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = fastops.swap(row(nn.ReLU(), nn.MaxPool2d(2)))
-    with fastops.backend("onednn", strict=True), counted(monkeypatch) as seen:
+    with fastops.backend("onednn", strict=True), inputs_of("relu_max_pool2d", monkeypatch) as seen:
         swapped(torch.randn(2, 3, 17, 16))
     assert not seen
 
@@ -154,6 +138,6 @@ def test_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch norm in the convolution, then the pooling, then ReLU."""
     eager = row(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)).eval()
     swapped, x = fastops.swap(copy.deepcopy(eager)), torch.randn(2, 3, 17, 16)
-    with fastops.backend("onednn"), torch.no_grad(), counted(monkeypatch) as seen:
+    with fastops.backend("onednn"), torch.no_grad(), inputs_of("relu_max_pool2d", monkeypatch) as seen:
         torch.testing.assert_close(swapped(x), eager(x))
     assert len(seen) == 1

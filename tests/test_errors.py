@@ -500,7 +500,11 @@ def test_outcome_is_torchs(call: tuple[str, tuple[Any, ...], dict[str, Any]], se
         expected.requires_grad,
     )
     if found.device.type != "meta":
-        torch.testing.assert_close(dense(found), dense(expected), equal_nan=True)
+        # Differences near zero have the rounding of their terms: torch rounds a batch norm's statistics to 16 bits.
+        half = found.dtype.itemsize == 2 and found.numel() > 0
+        scale = torch.finfo(found.dtype).eps * float(dense(expected).abs().max()) if half else 0.0
+        closeness: dict[str, float] = {"rtol": 1e-3, "atol": scale} if half else {}
+        torch.testing.assert_close(dense(found), dense(expected), equal_nan=True, **closeness)
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_relu", "mse_loss", "cross_entropy"])

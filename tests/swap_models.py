@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import fastops.functional as FF
@@ -370,3 +371,21 @@ def inputs_of(op: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]
     with monkeypatch.context() as patch:
         patch.setattr(FF, op, function)
         yield seen
+
+
+def resnet() -> nn.Module:
+    """Torchvision's, with statistics and affine parameters that matter."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+def image(rows: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 3, 64, 64, generator=generator), torch.randn(rows, 1000, generator=generator)

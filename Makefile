@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= auto
 MINUTES ?= 8
+COUNT ?= 300
+SEED ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-versions gpu bench lint docs clean
+.PHONY: demo test test-oldest test-versions soak mutants gpu bench lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -35,6 +37,12 @@ test-versions:
 # With the torch that $(PYTHON) has, and nothing installed: a machine with a GPU comes with its own, and may have no network.
 gpu:
 	$(PYTHON) -m fastops qualify --minutes $(MINUTES) --json qualify.json --html qualify.html --table kernels/measured
+
+soak: $(VENV)/.dev-installed
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+mutants: $(VENV)/.dev-installed
+	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED)
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest bench

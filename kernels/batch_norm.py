@@ -110,7 +110,7 @@ def tiling(call: Call, activation: Activation = NONE) -> Tiling:
     other = min(triton.next_power_of_2(inner if last else columns), max(1, elements // wide))
     if call.device.type == "cpu":  # the interpreter pays per operation, not per element
         wide, other = (triton.next_power_of_2(size) for size in ((columns, inner) if last else (inner, columns)))
-        other = min(other, 32)
+        wide, other = min(wide, 2**15), min(other, 32)  # 2**20 elements are Triton's limit
     block_p, block_c = (other, wide) if last else (wide, other)
     constants: dict[str, Any] = {
         "LAST": last,

@@ -105,7 +105,7 @@ def channels_last_plan(
     block_c = min(max(16, triton.next_power_of_2(padded)), 2048 // block_p)
     if device.type == "cpu":  # the interpreter: few large tiles
         block_p = min(max(16, triton.next_power_of_2(positions)), 1024)
-        block_c = max(16, triton.next_power_of_2(padded))
+        block_c = min(max(16, triton.next_power_of_2(padded)), 2**20 // block_p)  # Triton's limit
     tiles = triton.cdiv(positions, block_p)
     steps = min(tiles, 8)
     strips = samples * triton.cdiv(tiles, steps)

@@ -210,3 +210,16 @@ def test_a_loss_that_is_nan_is_eagers(backend: str) -> None:
     assert expected[2].isnan()
     for ours, torchs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+# For a long time ------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_soak() -> None:
+    """What `make soak` runs for half an hour."""
+    command = [sys.executable, str(Path(__file__).parent / "soak.py"), "--minutes", "0.02"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("ResNet-18: ", "FashionMLP: ", "serve ", "tune ", "new_model ", "memory: ", "plans: "):
+        assert words in done.stdout

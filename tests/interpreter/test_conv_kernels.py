@@ -496,7 +496,7 @@ def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("name", ["3 to 8 channels", "24 to 13 channels", "groups", "1d", "3d"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_as_they_lie_and_channels_last(
     name: str, dtype: torch.dtype, last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,10 +505,10 @@ def test_weights_as_they_lie_and_channels_last(
     as_it_lies = forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last)
     monkeypatch.setattr(conv, "_FEW_POSITIONS", 0)
     configs.forget_plans()
-    assert same_bits(forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last), as_it_lies)
+    assert same_bits(forward_and_backward(call_plainly, tensors, GUARDED[name][2], True, last), as_it_lies)
     input, weight, *others = tensors
     weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
-    found = forward_and_backward(run_guarded, (input, weight, *others), GUARDED[name][2], True, last)
+    found = forward_and_backward(call_plainly, (input, weight, *others), GUARDED[name][2], True, last)
     assert same_bits(found, as_it_lies)
 
 

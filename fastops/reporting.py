@@ -112,7 +112,7 @@ def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mappi
     check("report", model)
     modules = {path: m for path, m in model.named_modules() if not _is_scripted(m)}
     containers, calls = dict[str, list[Row]](), dict[str, list[Row]]()
-    fused_layers = set[nn.Module]()
+    fused = dict[nn.Module, dict[str, None]]()  # layers, with the activations that run in one call with them
     for path, module in modules.items():
         for finding in _findings(module):
             if not finding.group:
@@ -123,13 +123,13 @@ def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mappi
             place = path if finding.place is None else _join(path, finding.place)
             row = Row(_join(path, finding.name), finding.kind, finding.outcome, finding.done, finding.group)
             calls.setdefault(place, []).append(row)
-            fused_layers |= finding.layers
+            for layer in finding.layers:
+                fused.setdefault(layer, {})[finding.kind] = None
     rows: list[Row] = []
     for path, module in modules.items():
         rows += containers.get(path, [])
-        layer = _layer_row(path, module, module in fused_layers)
-        if layer is not None:
-            rows.append(layer)
+        if (row_of_layer := _layer_row(path, module, list(fused.get(module, ())))) is not None:
+            rows.append(row_of_layer)
         if type(module) in MODULES and path not in calls:
             kind, group = type(module).__name__, _group(MODULES[type(module)])
             rows.append(Row(path or "(model)", kind, "not fused: no call of it was found in the source", False, group))
@@ -175,13 +175,14 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _layer_row(path: str, module: nn.Module, fused: bool) -> Row | None:
+def _layer_row(path: str, module: nn.Module, fused: list[str]) -> Row | None:
     group = next((name for name, kind in _GROUPS.items() if isinstance(module, kind)), None)
     if group is None or layer_class(type(module)) is None:
         return None
     found = type(module)
     done = found.forward.__module__.startswith(fnn.__name__)
-    outcome = f"fastops.nn.{found.forward.__qualname__.partition('.')[0]}" + (" fused with its ReLU" if fused else "")
+    outcome = f"fastops.nn.{found.forward.__qualname__.partition('.')[0]}"
+    outcome += f" fused with its {' and its '.join(fused)}" if fused else ""
     if not done:
         try:
             swapped_class(module)

@@ -68,6 +68,24 @@ relu(fc2)  ReLU    fused with fc2
 fc3        Linear  fastops.nn.Linear
 3 of 3 linear layers swapped, 2 of 2 ReLUs fused"""
 
+
+class Activations(Functional):
+    """Has GELU behind one layer, and another activation in each mode behind the next."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.fc1(x))
+        return self.fc3(torch.relu(self.fc2(y)) if self.training else torch.tanh(self.fc2(y)))
+
+
+ACTIVATIONS = """\
+fc1        Linear  fastops.nn.Linear fused with its GELU
+gelu(fc1)  GELU    fused with fc1
+fc2        Linear  fastops.nn.Linear fused with its ReLU and its Tanh
+relu(fc2)  ReLU    fused with fc2
+tanh(fc2)  Tanh    fused with fc2
+fc3        Linear  fastops.nn.Linear
+3 of 3 linear layers swapped, 1 of 1 ReLUs fused, 2 of 2 other activations fused"""
+
 LEVEL_0 = """\
 fc1   Linear  fastops.nn.Linear
 fc2   Linear  fastops.nn.Linear
@@ -126,6 +144,7 @@ fc       Linear  fastops.nn.Linear
         (ControlFlow, lambda model: copy.deepcopy(fastops.swap(model)), CONTROL_FLOW),
         (SharedReLU, fastops.swap, SHARED),
         (Modes, fastops.swap, MODES),
+        (Activations, fastops.swap, ACTIVATIONS),
         (Residual, level_0, LEVEL_0),
         (sequential, with_hook, HOOKED),
         (sequential, with_another_layer, CHANGED),

@@ -211,12 +211,6 @@ def _step(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Pair:
     return run(fastops.unswap), run(functools.partial(fastops.swap, **options))
 
 
-def _resnet(**options: Any) -> Pair:
-    from torchvision.models import resnet18
-
-    return _step(resnet18(num_classes=10), (2, 3, 32, 32), **options)
-
-
 CASES: dict[str, Callable[[], Pair]] = {
     "Cross-entropy, 256 x 4096": lambda: _call("cross_entropy", *_variables((256, 4096)), torch.randint(4096, (256,))),
     "MSE, 512 x 2048": lambda: _call("mse_loss", *_variables((512, 2048)), torch.randn(512, 2048)),
@@ -226,16 +220,28 @@ CASES: dict[str, Callable[[], Pair]] = {
     "FashionMLP, a training step at batch 64": lambda: _step(FashionMLP(), (64, 1, 28, 28)),
     "LeNet, a training step at batch 8": lambda: _step(LeNet(), (8, 1, 32, 32)),
 }
-RESNET: dict[str, Callable[[], Pair]] = {
-    "ResNet-18, a training step at 2 x 3 x 32 x 32": _resnet,
-    "The same, swapped with memory_format=torch.channels_last": lambda: _resnet(memory_format=torch.channels_last),
-}
+MODELS = {"resnet18": "ResNet-18", "mobilenet_v3_small": "MobileNetV3-small", "densenet121": "DenseNet-121"}
+
+
+def _model_cases(model: str, shape: tuple[int, ...]) -> dict[str, Callable[[], Pair]]:
+    from torchvision.models import get_model
+
+    def case(**options: Any) -> Pair:
+        return _step(get_model(model, num_classes=10), shape, **options)
+
+    return {
+        f"{MODELS[model]}, a training step at {' x '.join(map(str, shape))}": case,
+        "The same, swapped with memory_format=torch.channels_last": lambda: case(memory_format=torch.channels_last),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resnet", action="store_true", help="only ResNet-18, which takes minutes")
-    cases = RESNET if parser.parse_args().resnet else CASES
+    parser.add_argument("--model", choices=MODELS, help="only this one of torchvision, which takes minutes")
+    parser.add_argument("--resnet", action="store_const", dest="model", const="resnet18", help="--model resnet18")
+    parser.add_argument("--shape", type=int, nargs=4, default=(2, 3, 32, 32), help="of the images: %(default)s")
+    arguments = parser.parse_args()
+    cases = _model_cases(arguments.model, tuple(arguments.shape)) if arguments.model else CASES
     numbers = ("eager MB", "fastops MB", "requested MB", "eager launches", "fastops launches")
     table = MarkdownTable({"forward and backward, float32": 87} | dict.fromkeys(numbers, 0))
     for name, case in cases.items():

@@ -1,4 +1,4 @@
-"""Batch norm with an activation f, or with a sum and f: three launches forward and three backward in training.
+"""Batch norm with an activation f, or with a sum and f: one or three launches each way in training.
 
 With x the input, n values of it in each channel, their mean m and (biased) variance v, or the running ones in
 evaluation, weight w, bias b, residual r, output y and its gradient g::
@@ -15,6 +15,10 @@ One kernel for each pass serves both layouts: tiles are [positions, channels] wh
 tensor (`covering_tile`), so that no access has a mask. A *unit* is one tile of positions; a program has a tile of
 channels and a *strip* of several units. How many strips there are depends on the sizes alone: sums have the same bits
 on every GPU.
+
+Where channels have few positions, one strip has them all, ``WHOLE``: the kernel that writes the output first finds the
+statistics itself, and the one that writes the input's gradient first sums. A tile then goes on from one sample to the
+next. No thread reads what another one wrote.
 
 The variance never comes from a difference of large numbers: each lane of a tile sums x - k and (x - k)^2 with k its own
 first element. Lanes, then strips, are merged as (count, mean, sum of squares around the mean), the mean in two steps.
@@ -59,22 +63,29 @@ def tile_of(
     unit,
     channel,
     inner,
+    outer,
     channels,
     LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """Offsets of the rows of a unit, those of the lanes in a row, and which positions are met for the first time."""
+    UNIT_P: tl.constexpr = ALIGN_P if ALIGN_P > 0 else -ALIGN_P
+    UNIT_C: tl.constexpr = ALIGN_C if ALIGN_C > 0 else -ALIGN_C
     tiles = (inner + BLOCK_P - 1) // BLOCK_P
-    position, fresh = covering_tile(unit % tiles, inner, BLOCK_P, ALIGN_P)
+    even = inner // UNIT_P * UNIT_P  # equals inner, but the compiler sees that UNIT_P divides it
     if LAST:
-        UNIT: tl.constexpr = ALIGN_C if ALIGN_C > 0 else -ALIGN_C
-        return position * (channels // UNIT * UNIT), channel, fresh  # the compiler sees that UNIT divides it
+        position, fresh = covering_tile(unit, inner, BLOCK_P, ALIGN_P)
+        return position * (channels // UNIT_C * UNIT_C), channel, fresh
+    elif WHOLE:
+        position, fresh = covering_tile(unit, outer * inner, BLOCK_P, ALIGN_P)
+        position = position.to(tl.int32)
+        return channel * even, (position // even).to(tl.int64) * channels * even + position % even, fresh
     else:
-        UNIT_P: tl.constexpr = ALIGN_P if ALIGN_P > 0 else -ALIGN_P
-        row = ((unit // tiles).to(tl.int64) * channels + channel) * (inner // UNIT_P * UNIT_P)
-        return row, position, fresh
+        position, fresh = covering_tile(unit % tiles, inner, BLOCK_P, ALIGN_P)
+        return ((unit // tiles).to(tl.int64) * channels + channel) * even, position, fresh
 
 
 @triton.jit
@@ -83,6 +94,56 @@ def positions_before(unit, inner, outer, BLOCK_P: tl.constexpr):
     tiles = (inner + BLOCK_P - 1) // BLOCK_P
     unit = tl.minimum(unit, outer * tiles)
     return (unit // tiles).to(tl.int64) * inner + tl.minimum(unit % tiles * BLOCK_P, inner)
+
+
+@triton.jit
+def strip_of(steps, inner, outer, BLOCK_P: tl.constexpr):
+    """The first unit of this program's strip of ``steps`` units, and the one behind the last."""
+    begin = tl.program_id(1) * steps
+    return begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))
+
+
+@triton.jit
+def statistics_of(
+    begin,
+    end,
+    channel,
+    x_ptr,
+    inner,
+    outer,
+    channels,
+    EXACT: tl.constexpr,
+    LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The mean of a strip, and its sum of squares around that, for each channel."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    AXIS: tl.constexpr = 0 if LAST else 1
+    row, lane, fresh = tile_of(begin, channel, inner, outer, channels, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P)
+    k = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
+    first = tl.zeros_like(k)
+    second = tl.zeros_like(k)
+    count = tl.zeros((BLOCK_P,), ACC)
+    for unit in range(begin, end):
+        row, lane, fresh = tile_of(unit, channel, inner, outer, channels, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P)
+        x = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
+        d = tl.where(over_positions(fresh, LAST), x - k, 0.0)
+        first += d
+        second += d * d
+        count += fresh.to(ACC)
+    n = over_positions(count, LAST)
+    total = tl.sum(count, 0)
+    off = first / tl.maximum(n, 1.0)
+    local = k + off
+    near = tl.sum(n * local, AXIS) / total  # about the mean
+    e = k - over_channels(near, LAST) + off  # not from the rounded local mean
+    squares = tl.sum(second - first * off + n * e * e, AXIS)
+    d = k.to(EXACT) - over_channels(near.to(EXACT), LAST) + off
+    correction = tl.sum(n * d, AXIS) / total
+    return near + correction, squares - (total * correction * correction).to(ACC)
 
 
 @triton.jit
@@ -100,37 +161,13 @@ def statistics_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program per BLOCK_C channels and strip of ``steps`` units."""
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = partial_ptr.dtype.element_ty
-    AXIS: tl.constexpr = 0 if LAST else 1
-    strip = tl.program_id(1)
     channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
-    begin = strip * steps
-    end = tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))
-    row, lane, fresh = tile_of(begin, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
-    k = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
-    first = tl.zeros_like(k)
-    second = tl.zeros_like(k)
-    count = tl.zeros((BLOCK_P,), ACC)
-    for unit in range(begin, end):
-        row, lane, fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
-        x = tl.load(x_ptr + (row[:, None] + lane[None, :])).to(ACC)
-        d = tl.where(over_positions(fresh, LAST), x - k, 0.0)
-        first += d
-        second += d * d
-        count += fresh.to(ACC)
-    n = over_positions(count, LAST)
-    total = tl.sum(count, 0)
-    off = first / tl.maximum(n, 1.0)
-    local = k + off
-    near = tl.sum(n * local, AXIS) / total  # about the mean
-    e = k - over_channels(near, LAST) + off  # not from the rounded local mean
-    squares = tl.sum(second - first * off + n * e * e, AXIS)
-    d = k.to(EXACT) - over_channels(near.to(EXACT), LAST) + off
-    correction = tl.sum(n * d, AXIS) / total
-    mean = near + correction
-    squares -= (total * correction * correction).to(ACC)
-    partial_ptrs = partial_ptr + strip * channels + channel
+    begin, end = strip_of(steps, inner, outer, BLOCK_P)
+    mean, squares = statistics_of(
+        begin, end, channel, x_ptr, inner, outer, channels, EXACT, LAST, False, ALIGN_P, ALIGN_C, BLOCK_P
+    )
+    partial_ptrs = partial_ptr + tl.program_id(1) * channels + channel
     tl.store(partial_ptrs, mean, mask=own)
     tl.store(partial_ptrs + tl.num_programs(1) * channels, squares, mask=own)
 
@@ -160,6 +197,12 @@ def inverse_deviation(variance, EPS: tl.constexpr):
         return 1.0 / tl.sqrt(variance + EPS)
     else:
         return tl.div_rn(tl.full((), 1.0, tl.float32), tl.sqrt_rn(variance + EPS))
+
+
+@triton.jit
+def of_a_sample(variance, total):
+    """The variance of all, estimated from that of ``total`` values."""
+    return variance * (total / (total - 1))
 
 
 @triton.jit
@@ -206,14 +249,14 @@ def merge_statistics_kernel(
             tl.store(mean_ptr + channel, mean, mask=inside)
             tl.store(inverse_ptr + channel, inverse_deviation(variance, EPS), mask=inside)
             if TRACK:
-                tl.store(unbiased_ptr + channel, variance * (total / (total - 1)), mask=inside)
+                tl.store(unbiased_ptr + channel, of_a_sample(variance, total), mask=inside)
 
 
 @triton.jit
 def coefficients(
     channel,
-    mean_ptr,
-    spread_ptr,
+    mean,
+    spread,
     weight_ptr,
     bias_ptr,
     ACC: tl.constexpr,
@@ -222,12 +265,9 @@ def coefficients(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     LAST: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
     """Mean, scale and bias of a tile's channels, as parts of the tile."""
-    channel = channel // FOLD
-    mean = tl.load(mean_ptr + channel).to(ACC)
-    scale = tl.load(spread_ptr + channel)
+    mean, scale = mean.to(ACC), spread
     if not TRAINING:
         scale = inverse_deviation(scale.to(ACC), EPS)
     if WEIGHT:
@@ -269,13 +309,13 @@ def byte_offsets(row, lane, COLUMNS: tl.constexpr):
 def apply_kernel(
     x_ptr,  # [outer, channels, inner], or [inner, channels] if LAST, like all large tensors
     residual_ptr,  # the same, not read unless RESIDUAL
-    mean_ptr,  # [channels / FOLD], like the next three
-    spread_ptr,  # 1 / standard deviation, or the variance unless TRAINING
+    mean_ptr,  # [channels / FOLD], like the next three; written if WHOLE, else read
+    spread_ptr,  # 1 / standard deviation, or the variance unless TRAINING; written if WHOLE, else read
     weight_ptr,  # not read unless WEIGHT
     bias_ptr,  # not read unless BIAS
     y_ptr,
     bits_ptr,  # a byte for each 8 elements, not written unless BITS
-    unbiased_ptr,  # [channels / FOLD], like the next two, which are changed if TRACK
+    unbiased_ptr,  # [channels / FOLD], not read if WHOLE, like the next two, which are changed if TRACK
     running_mean_ptr,
     running_var_ptr,
     inner,
@@ -293,6 +333,7 @@ def apply_kernel(
     TRACK: tl.constexpr,
     FOLD: tl.constexpr,
     LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -304,17 +345,30 @@ def apply_kernel(
     """
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    begin, end = strip_of(steps, inner, outer, BLOCK_P)
+    vector = channel // FOLD
+    if WHOLE:
+        EXACT: tl.constexpr = mean_ptr.dtype.element_ty
+        mean, squares = statistics_of(
+            begin, end, channel, x_ptr, inner, outer, channels, EXACT, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P
+        )
+        total = (tl.full((), 1, tl.int64) * outer * inner).to(EXACT)
+        variance = squares.to(EXACT) / total
+        spread = inverse_deviation(variance, EPS)
+        tl.store(mean_ptr + vector, mean, mask=own)
+        tl.store(spread_ptr + vector, spread, mask=own)
+    else:
+        mean = tl.load(mean_ptr + vector)
+        spread = tl.load(spread_ptr + vector)
     if TRACK and tl.program_id(1) == 0:
         momentum = tl.full((1,), momentum_bits, tl.int64).to(tl.float64, bitcast=True)
         first = own & (channel % FOLD == 0)
-        moved(running_mean_ptr + channel // FOLD, tl.load(mean_ptr + channel // FOLD), momentum, first)
-        moved(running_var_ptr + channel // FOLD, tl.load(unbiased_ptr + channel // FOLD), momentum, first)
-    mean, scale, bias = coefficients(
-        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
-    )
-    begin = tl.program_id(1) * steps
-    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
-        row, lane, _fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
+        unbiased = of_a_sample(variance, total) if WHOLE else tl.load(unbiased_ptr + vector)
+        moved(running_mean_ptr + vector, mean, momentum, first)
+        moved(running_var_ptr + vector, unbiased, momentum, first)
+    mean, scale, bias = coefficients(vector, mean, spread, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST)
+    for unit in range(begin, end):
+        row, lane, _fresh = tile_of(unit, channel, inner, outer, channels, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P)
         offsets = row[:, None] + lane[None, :]
         z = affine(tl.load(x_ptr + offsets).to(ACC) - mean, scale, bias)
         if RESIDUAL:
@@ -368,6 +422,51 @@ def gradient_of_tile(
 
 
 @triton.jit
+def grad_sums_of(
+    begin,
+    end,
+    channel,
+    grad_ptr,
+    x_ptr,
+    aside_ptr,
+    gz_ptr,
+    mean,
+    scale,
+    bias,
+    inner,
+    outer,
+    channels,
+    EXACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEEDS_INPUT: tl.constexpr,
+    SLOPE_FROM: tl.constexpr,
+    WRITE: tl.constexpr,
+    LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums over a strip of gz, which is stored if WRITE, and of gz (x - mean), for each channel."""
+    AXIS: tl.constexpr = 0 if LAST else 1
+    first = tl.zeros((BLOCK_P if LAST else BLOCK_C, BLOCK_C if LAST else BLOCK_P), mean.dtype)
+    second = tl.zeros_like(first)
+    for unit in range(begin, end):
+        row, lane, fresh = tile_of(unit, channel, inner, outer, channels, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P)
+        offsets = row[:, None] + lane[None, :]
+        x = tl.load(x_ptr + offsets).to(mean.dtype) - mean
+        gz = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
+                              LAST, BLOCK_P, BLOCK_C)  # fmt: skip
+        if WRITE:
+            tl.store(gz_ptr + offsets, gz.to(gz_ptr.dtype.element_ty))
+        gz = tl.where(over_positions(fresh, LAST), gz, 0.0)
+        first += gz
+        second += gz * x
+    return tl.sum(first.to(EXACT), AXIS), tl.sum(second.to(EXACT), AXIS)
+
+
+@triton.jit
 def grad_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -400,29 +499,42 @@ def grad_sums_kernel(
     """One program per BLOCK_C channels and strip of ``steps`` units."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = partial_ptr.dtype.element_ty
-    AXIS: tl.constexpr = 0 if LAST else 1
-    strip = tl.program_id(1)
     channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    vector = channel // FOLD
     mean, scale, bias = coefficients(
-        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
-    )
-    first = tl.zeros((BLOCK_P if LAST else BLOCK_C, BLOCK_C if LAST else BLOCK_P), ACC)
-    second = tl.zeros_like(first)
-    begin = strip * steps
-    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
-        row, lane, fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
-        offsets = row[:, None] + lane[None, :]
-        x = tl.load(x_ptr + offsets).to(ACC) - mean
-        gz = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
-                              LAST, BLOCK_P, BLOCK_C)  # fmt: skip
-        if WRITE:
-            tl.store(gz_ptr + offsets, gz.to(gz_ptr.dtype.element_ty))
-        gz = tl.where(over_positions(fresh, LAST), gz, 0.0)
-        first += gz
-        second += gz * x
-    partial_ptrs = partial_ptr + strip * channels + channel
-    tl.store(partial_ptrs, tl.sum(first.to(EXACT), AXIS), mask=own)
-    tl.store(partial_ptrs + tl.num_programs(1) * channels, tl.sum(second.to(EXACT), AXIS), mask=own)
+        vector, tl.load(mean_ptr + vector), tl.load(spread_ptr + vector), weight_ptr, bias_ptr, ACC, TRAINING, EPS,
+        WEIGHT, BIAS, LAST,
+    )  # fmt: skip
+    begin, end = strip_of(steps, inner, outer, BLOCK_P)
+    first, second = grad_sums_of(
+        begin, end, channel, grad_ptr, x_ptr, aside_ptr, gz_ptr, mean, scale, bias, inner, outer, channels, EXACT,
+        ACTIVATION, NEEDS_INPUT, SLOPE_FROM, WRITE, LAST, False, ALIGN_P, ALIGN_C, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    partial_ptrs = partial_ptr + tl.program_id(1) * channels + channel
+    tl.store(partial_ptrs, first, mask=own)
+    tl.store(partial_ptrs + tl.num_programs(1) * channels, second, mask=own)
+
+
+@triton.jit
+def factors_of(
+    first,
+    second,
+    inverse,
+    size,
+    channel,
+    inside,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """gb / n and s gw / n from sums of gz and gz (x - mean); gb and gw are stored."""
+    grad_weight = second * inverse
+    if BIAS:
+        tl.store(grad_bias_ptr + channel, first.to(grad_bias_ptr.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(grad_weight_ptr + channel, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=inside)
+    return first / size, grad_weight * inverse / size
 
 
 @triton.jit
@@ -457,15 +569,21 @@ def merge_grad_sums_kernel(
     inverse = tl.load(spread_ptr + channel).to(ACC)
     if not TRAINING:
         inverse = inverse_deviation(inverse, EPS)
-    grad_bias = tl.sum(first, 0)
-    grad_weight = tl.sum(second, 0) * inverse
-    if BIAS:
-        tl.store(grad_bias_ptr + channel, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=inside)
-    if WEIGHT:
-        tl.store(grad_weight_ptr + channel, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=inside)
+    center, slope = factors_of(
+        tl.sum(first, 0),
+        tl.sum(second, 0),
+        inverse,
+        size,
+        channel,
+        inside,
+        grad_weight_ptr,
+        grad_bias_ptr,
+        WEIGHT,
+        BIAS,
+    )
     if TRAINING:
-        tl.store(factors_ptr + channel, grad_bias / size, mask=inside)
-        tl.store(factors_ptr + (channels + channel), grad_weight * inverse / size, mask=inside)
+        tl.store(factors_ptr + channel, center, mask=inside)
+        tl.store(factors_ptr + (channels + channel), slope, mask=inside)
 
 
 @triton.jit
@@ -477,8 +595,11 @@ def grad_input_kernel(
     spread_ptr,
     weight_ptr,
     bias_ptr,
-    factors_ptr,  # [2, channels / FOLD], not read unless TRAINING
-    grad_input_ptr,
+    factors_ptr,  # [2, channels / FOLD], read if TRAINING and not WHOLE
+    grad_input_ptr,  # written if INPUT
+    gz_ptr,  # written if WHOLE and WRITE
+    grad_weight_ptr,  # [channels], written if WHOLE and WEIGHT
+    grad_bias_ptr,  # [channels], written if WHOLE and BIAS
     inner,
     outer,
     channels,
@@ -490,8 +611,11 @@ def grad_input_kernel(
     ACTIVATION: tl.constexpr,
     NEEDS_INPUT: tl.constexpr,
     SLOPE_FROM: tl.constexpr,
+    INPUT: tl.constexpr,
+    WRITE: tl.constexpr,
     FOLD: tl.constexpr,
     LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -499,20 +623,34 @@ def grad_input_kernel(
 ):
     """One program per BLOCK_C channels and strip of ``steps`` units."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    channel, _own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    channel, own = covering_tile(tl.program_id(0), channels, BLOCK_C, ALIGN_C)
+    vector = channel // FOLD
+    spread = tl.load(spread_ptr + vector)
     mean, scale, bias = coefficients(
-        channel, mean_ptr, spread_ptr, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST, FOLD
+        vector, tl.load(mean_ptr + vector), spread, weight_ptr, bias_ptr, ACC, TRAINING, EPS, WEIGHT, BIAS, LAST
     )
+    begin, end = strip_of(steps, inner, outer, BLOCK_P)
+    if WHOLE:
+        first, second = grad_sums_of(
+            begin, end, channel, grad_ptr, x_ptr, aside_ptr, gz_ptr, mean, scale, bias, inner, outer, channels,
+            spread.dtype, ACTIVATION, NEEDS_INPUT, SLOPE_FROM, WRITE, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        center, slope = factors_of(
+            first, second, spread, outer * inner, channel, own, grad_weight_ptr, grad_bias_ptr, WEIGHT, BIAS
+        )
+    elif TRAINING:
+        center = tl.load(factors_ptr + vector)
+        slope = tl.load(factors_ptr + (channels // FOLD + vector))
     if TRAINING:
-        center = over_channels(tl.load(factors_ptr + channel // FOLD).to(ACC), LAST)
-        slope = over_channels(tl.load(factors_ptr + (channels + channel) // FOLD).to(ACC), LAST)
-    begin = tl.program_id(1) * steps
-    for unit in range(begin, tl.minimum(begin + steps, outer * ((inner + BLOCK_P - 1) // BLOCK_P))):
-        row, lane, _fresh = tile_of(unit, channel, inner, channels, LAST, ALIGN_P, ALIGN_C, BLOCK_P)
-        offsets = row[:, None] + lane[None, :]
-        x = tl.load(x_ptr + offsets).to(ACC) - mean
-        gx = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
-                              LAST, BLOCK_P, BLOCK_C)  # fmt: skip
-        if TRAINING:
-            gx = gx - center - x * slope
-        tl.store(grad_input_ptr + offsets, (scale * gx).to(grad_input_ptr.dtype.element_ty))
+        center = over_channels(center.to(ACC), LAST)
+        slope = over_channels(slope.to(ACC), LAST)
+    if INPUT:
+        for unit in range(begin, end):
+            row, lane, _fresh = tile_of(unit, channel, inner, outer, channels, LAST, WHOLE, ALIGN_P, ALIGN_C, BLOCK_P)
+            offsets = row[:, None] + lane[None, :]
+            x = tl.load(x_ptr + offsets).to(ACC) - mean
+            gx = gradient_of_tile(row, lane, grad_ptr, x, aside_ptr, scale, bias, ACTIVATION, NEEDS_INPUT, SLOPE_FROM,
+                                  LAST, BLOCK_P, BLOCK_C)  # fmt: skip
+            if TRAINING:
+                gx = gx - center - x * slope
+            tl.store(grad_input_ptr + offsets, (scale * gx).to(grad_input_ptr.dtype.element_ty))

@@ -79,10 +79,15 @@ def is_large(*positions: int) -> bool:
     return max(positions) >= 2**31 - 2**12
 
 
+# In training one launch does all up to so many positions of a channel: at most 8 tiles, one after the other, and that
+# twice. Programs that share them would need two launches more, which take longer than the tiles on any GPU.
+WHOLE: Final = 2048
+
+
 class Columns(NamedTuple):
     """[N, C, ...] as a batch norm's kernels see it: [outer, columns, inner], or [inner, columns] if ``last``.
 
-    A channel has ``fold`` columns beside each other.
+    A channel has ``fold`` columns beside each other. ``whole``: a program has all positions of its channels.
     """
 
     outer: int
@@ -90,17 +95,19 @@ class Columns(NamedTuple):
     inner: int
     fold: int
     last: bool
+    whole: bool
 
     @classmethod
-    def of(cls, shape: Sequence[int], channels_last: bool) -> Columns:
+    def of(cls, shape: Sequence[int], channels_last: bool, training: bool) -> Columns:
         """Of a dense tensor in this order in memory. Few positions beside each other would waste most of a tile."""
         samples, channels, *rest = shape
         positions = math.prod(rest)
+        whole = training and samples * positions <= WHOLE
         if channels_last or positions == 1:
-            return cls(1, channels, samples * positions, 1, True)
-        if positions < 512 and samples >= 16:
-            return cls(1, channels * positions, samples, positions, True)
-        return cls(samples, channels, positions, 1, False)
+            return cls(1, channels, samples * positions, 1, True, whole)
+        if positions < 512 and samples >= 16 and not whole:
+            return cls(1, channels * positions, samples, positions, True, False)
+        return cls(samples, channels, positions, 1, False, whole)
 
     def row(self) -> int:
         """How many elements of a row follow each other in memory."""

@@ -42,8 +42,11 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
     return positions, fresh
 
 
-def tile_alignment(size: int, block: int) -> int:
-    """The greatest divisor, up to 16, of ``size`` and the start of every tile; negated if one tile exceeds the size."""
+def tile_alignment(size: int, block: int, row: int = 0) -> int:
+    """The greatest divisor, up to 16, of ``size`` and the start of every tile; negated if one tile exceeds the size.
+
+    It divides a ``row`` too, if the size is that of several.
+    """
     assert block < 2 * size
-    alignment = math.gcd(size, block, 16)
+    alignment = math.gcd(size, row, block, 16)
     return alignment if size >= block else -alignment

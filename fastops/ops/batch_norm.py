@@ -118,7 +118,7 @@ def _raw_arguments(
     save_bits = other is not None and _is_grad_enabled() and activation == RELU
     if save_bits:
         last = memory_format_of(input) is not torch.contiguous_format
-        save_bits = Columns.of(input.shape, last).row() % 8 == 0
+        save_bits = Columns.of(input.shape, last, training).row() % 8 == 0
     if save_bits:
         save_bits = any(each is not None and each.requires_grad for each in (input, other, weight, bias))
     statistics = (None, None, running_mean, running_var) if training else (running_mean, running_var, None, None)
@@ -291,15 +291,18 @@ def _timed(residual: bool, batch: int, channels: int, size: int, channels_last: 
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """Both layouts, in training and evaluation, and Mish; of one 16-bit dtype also residuals, few positions and odd
-    sizes."""
+    """Both layouts, in training and evaluation, and Mish; of one 16-bit dtype also residuals, odd sizes and few
+    positions, so few that one launch does all in float64 too."""
     forward, backward = _load()
     half = audit.half_dtypes[0]
-    body, few, odd = (32, 256, 28, 28), (32, 64, 7, 7), (5, 67, 13, 13)
+    body, few, odd, least = (32, 256, 28, 28), (64, 64, 7, 7), (13, 67, 13, 13), (8, 64, 16, 16)
     kinds = [(dtype, body, last, False, "relu") for dtype in audit.dtypes for last in (False, True)]
     kinds += [(dtype, body, last, True, "mish") for dtype in audit.dtypes for last in (False, True)]
     kinds += [(half, body, last, True, "relu") for last in (False, True)]
     kinds += [(half, few, False, True, "relu"), (half, odd, False, True, "relu"), (half, odd, True, True, "relu")]
+    alone = [(half, "relu"), (half, "mish"), (torch.float64, "mish")]
+    kinds += [(dtype, least, last, True, name) for dtype, name in alone for last in (False, True)]
+    kinds += [(half, (5, 67, 13, 13), False, True, "relu")]
     for dtype, shape, last, residual, activation in kinds:
         x = audit.empty(*shape, dtype=dtype)
         x = x.to(memory_format=torch.channels_last) if last else x
@@ -312,7 +315,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
             if shape is body and not residual:
                 streams = partial(audit.streams, name, True, 1 if training else 2)
             statistics = (None, None, parameters, parameters) if training else (parameters, parameters, None, None)
-            bits = residual and activation == "relu" and Columns.of(shape, last).row() % 8 == 0
+            bits = residual and activation == "relu" and Columns.of(shape, last, training).row() % 8 == 0
             call = x, x if residual else None, parameters, parameters, *statistics, 0.1, 1e-5, activation, [], bits
             (output, _, _, mask), found = streams(forward, *call)
             yield from found

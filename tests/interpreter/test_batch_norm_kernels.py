@@ -13,7 +13,7 @@ from interpreter.guard import run_guarded, same_bits
 from torch import Tensor
 
 from fastops.kernels import batch_norm as kernels
-from fastops.kernels import configs
+from fastops.kernels import configs, geometry
 from fastops.kernels.activation import Activation, needs_input
 from fastops.kernels.geometry import Columns
 from fastops.ops import activations
@@ -26,6 +26,7 @@ SHAPES = {
     "few positions, few samples": (3, 5, 7, 7),
     "positions of several tiles": (2, 3, 13, 70),
     "channels of several tiles": (3, 200, 2, 4),
+    "bytes of several tiles": (3, 24, 10, 12),
     "volume": (2, 8, 2, 3, 4),
 }
 
@@ -39,10 +40,19 @@ def layouts() -> list[Any]:
     ]
 
 
-@pytest.fixture(params=["the interpreter's tiles", "a GPU's"])
+@pytest.fixture(params=["one launch", "three launches"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way in training, whatever the size."""
+    if request.param == "three launches":
+        monkeypatch.setattr(geometry, "WHOLE", 0)
+
+
+@pytest.fixture(params=["the interpreter's tiles", "a GPU's", "a GPU's, three launches"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a GPU are smaller, and several strips share a sum."""
-    if request.param == "a GPU's":
+    """Those of a GPU are smaller: a program has several, or several strips share a sum."""
+    if "three" in request.param:
+        monkeypatch.setattr(geometry, "WHOLE", 0)
+    if "GPU" in request.param:
         original = kernels.tiling
 
         def tiling(call: kernels.Call, *activation: Activation) -> kernels.Tiling:
@@ -51,6 +61,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kernels, "tiling", tiling)
         monkeypatch.setattr(kernels, "register_limit", lambda *_, **__: {})
         monkeypatch.setattr(kernels, "ELEMENTS", 256)
+        monkeypatch.setattr(kernels, "WHOLE_ELEMENTS", 1024)
 
 
 def draw(shape: tuple[int, ...], last: bool, dtype: torch.dtype, parameters: torch.dtype) -> list[Tensor]:
@@ -76,7 +87,7 @@ def ours(
     weight, bias, *statistics = vectors
     known = (None, None) if training else statistics
     last = not x.is_contiguous()
-    bits = other is not None and activation == RELU and Columns.of(x.shape, last).row() % 8 == 0
+    bits = other is not None and activation == RELU and Columns.of(x.shape, last, training).row() % 8 == 0
     arguments = x, other, weight, bias, *known, None, None, 0.1, 1e-5, name, parameters, bits
     output, mean, spread, mask = run_guarded(kernels.batch_norm_act, *arguments)
     saved = (mean, spread) if training else statistics
@@ -113,6 +124,7 @@ def test_layouts(shape: tuple[int, ...], last: bool, training: bool, residual: b
     assert_as_accurate_as_torch(lambda *t: torchs(training, residual, *t), *runs)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("parameters", ["own", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -130,6 +142,7 @@ def test_dtypes(dtype: torch.dtype, training: bool, parameters: str) -> None:
     assert_as_accurate_as_torch(lambda *t: torchs(training, True, *t), *runs)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 8, 4, 4), (3, 5, 4, 4), (17, 8, 3, 3)], ids=str)
 def test_however_the_mask_is_found_gradients_are_the_same(shape: tuple[int, ...], last: bool) -> None:
@@ -138,7 +151,7 @@ def test_however_the_mask_is_found_gradients_are_the_same(shape: tuple[int, ...]
     weight, bias = vectors[:2]
     zero = torch.zeros_like(x)
     options = weight, bias, None, None, None, None, 0.1, 1e-5, "relu", []
-    full = Columns.of(shape, last).row() % 8 == 0
+    full = Columns.of(shape, last, True).row() % 8 == 0
     output, mean, spread, bits = kernels.batch_norm_act(x, zero, *options, full)
     assert bits.numel() == (x.numel() // 8 if full else 0)
     ways = [(False, bits), (True, bits[:0]), *([(True, bits)] if full else [])]
@@ -183,6 +196,7 @@ def test_running_statistics_of_every_layout(shape: tuple[int, ...], last: bool, 
     torch.testing.assert_close(list(running), expected)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 1 / 3, 1.0, 0.0])
 def test_running_statistics(momentum: float, dtype: torch.dtype) -> None:
@@ -213,6 +227,7 @@ def test_statistics_do_not_cancel(mean: float, last: bool) -> None:
     torch.testing.assert_close(spread, (variance + 1e-5).rsqrt(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("training", [True, False])
 def test_nan_and_infinity(training: bool, value: float) -> None:
@@ -240,6 +255,7 @@ def test_bits_do_not_depend_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plans[0] == plans[1] and plans[0].strips()[0] > 1
 
 
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize(("shape", "last"), itertools.product([(4, 6, 5, 5), (16, 6, 5, 5)], [False, True]))
 def test_repeated(shape: tuple[int, ...], last: bool) -> None:
     x, other, *vectors, grad = draw(shape, last, torch.float32, torch.float32)

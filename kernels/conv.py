@@ -277,7 +277,7 @@ def conv_backward(
     if input is not None:
         grad_weight = torch.empty(shapes[1], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         if plan.for_weight is None:
-            grad_weight.copy_(matmul(masked.t(), rows_of_channels(input)).view(shapes[1]))
+            matmul(masked.t(), rows_of_channels(input), out=grad_weight)  # [O, C] in either memory format
         else:
             parts = grad_weight
             if plan.for_weight.addition is not None:

@@ -460,6 +460,18 @@ def test_only_what_is_needed_is_computed(
     assert launched == mask + products[0] * needs_input + products[1] * needs_weight
 
 
+@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise"])
+def test_gradients_are_written_where_they_belong(name: str, launched: list[str]) -> None:
+    """No copy follows the kernels."""
+    whole = whole_tensors(name)
+    input, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in whole if t.dim() == 4)
+    shapes = tuple(input.shape), tuple(weight.shape)
+    of_all = numbers(weight.shape, GUARDED[name][2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        conv.conv_backward(grad, input, weight, grad, *shapes, *of_all, True, torch.channels_last)
+    assert launched and "aten::copy_" not in {event.key for event in seen.key_averages()}
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)

@@ -460,9 +460,8 @@ def grad_sums_of(
                               LAST, BLOCK_P, BLOCK_C)  # fmt: skip
         if WRITE:
             tl.store(gz_ptr + offsets, gz.to(gz_ptr.dtype.element_ty))
-        gz = tl.where(over_positions(fresh, LAST), gz, 0.0)
-        first += gz
-        second += gz * x
+        first += tl.where(over_positions(fresh, LAST), gz, 0.0)
+        second += tl.where(over_positions(fresh, LAST), gz * x, 0.0)  # x may be infinite
     return tl.sum(first.to(EXACT), AXIS), tl.sum(second.to(EXACT), AXIS)
 
 

@@ -83,24 +83,38 @@ class GuardedAllocations(TorchDispatchMode):
 
 
 @contextmanager
-def checked_addresses() -> Iterator[None]:
-    """Interpreted kernels may load and store nothing but elements of the tensors that they were launched with."""
+def checked_addresses(masked: bool = False) -> Iterator[None]:
+    """Interpreted kernels may load and store nothing but elements of the tensors that they were launched with.
+
+    With ``masked`` lanes whose mask is false may not even have an address before the first or past the last element.
+    """
     from triton.runtime import interpreter
 
-    allowed = np.empty(0, np.uint64)
+    memories: list[tuple[int, Any]] = []  # of each tensor: its address, and for each byte whether an element begins
     call, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def check(pointers: Any, mask: Any) -> None:
         addresses, active = np.broadcast_arrays(pointers.data, mask.data)
-        if not np.isin(addresses[active], allowed).all():
+        inside, elements = np.zeros((2, *addresses.shape), bool)
+        for begin, is_element in memories:
+            offsets = addresses - np.uint64(begin)  # huge before the first element: numbers without a sign
+            own = offsets < is_element.size
+            inside |= own
+            elements[own] |= is_element[offsets[own]]
+        if not elements[active].all():
             raise AssertionError("a kernel reached outside its tensors")
+        if masked and not inside.all():
+            raise AssertionError("a kernel has an address outside its tensors where its mask is false")
 
     def checked_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal allowed
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        elements = [tensor.data_ptr() + offsets_of(tensor) * tensor.element_size() for tensor in tensors]
-        allowed = np.unique(torch.cat(elements).numpy().view(np.uint64))
+        memories.clear()
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                offsets = offsets_of(tensor) * tensor.element_size()
+                is_element = np.zeros(int(offsets.max()) + 1, bool)
+                is_element[offsets.numpy()] = True
+                memories.append((tensor.data_ptr(), is_element))
         call(self, *args, **kwargs)
 
     def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
@@ -136,9 +150,19 @@ def run_guarded(launcher: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 def same_bits(first: Any, second: Any) -> bool:
-    """Equal values and strides of tensors, or of tuples of tensors and None; a NaN equals itself."""
+    """Equal bits and strides of tensors, or of tuples of tensors and None; any NaN equals any other."""
     if isinstance(first, tuple):
         return len(first) == len(second) and all(map(same_bits, first, second))
     if first is None:
         return second is None
-    return first.stride() == second.stride() and torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+    return _layout(first) == _layout(second) and torch.equal(_bits(first), _bits(second))
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Bytes of all elements, with one NaN for all."""
+    values = tensor.detach().nan_to_num(torch.nan, torch.inf, -torch.inf)
+    return values.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

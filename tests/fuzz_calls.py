@@ -1,0 +1,585 @@
+"""Random calls of every public op: arguments as code that can be pasted, strategies that draw them, and what must hold.
+
+A failure of `tests/test_fuzz.py` shrinks to code such as ::
+
+    check(Call("linear", {"input": Given((3, 2), "float32"), "weight": Given((1, 2), "float32")}))
+
+that runs as it stands: CONTRIBUTING.md says how.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from interpreter.accuracy import NUMBERS, near
+from torch import Tensor
+from triton.runtime import interpreter
+
+import fastops
+import fastops.functional as FF
+from fastops.accuracy import error_share
+from fastops.cli.examples import torch_function
+from fastops.guard import checked_addresses, same_bits
+from fastops.kernels import batch_norm, configs, conv, cross_entropy, depthwise, elementwise, linear, max_pool
+from fastops.kernels.activation import PARAMETERS
+from fastops.ops import OPS
+
+__all__ = ["Call", "Given", "calls", "check"]
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "channels_last", "offset")
+VALUES = ("normal", "large", "special", "subnormal", "equal")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor. ``seed`` draws its values; integers are drawn from ``low`` up to ``high``, which is left out."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = "contiguous"
+    values: str = "normal"
+    seed: int = 0
+    low: int = 0
+    high: int = 1
+
+    def tensor(self) -> Tensor:
+        return laid_out(self._values(), self.layout)
+
+    def _values(self) -> Tensor:
+        dtype = getattr(torch, self.dtype)
+        generator = torch.Generator().manual_seed(zlib.crc32(repr((self.shape, self.values, self.seed)).encode()))
+        if not dtype.is_floating_point:
+            return torch.randint(self.low, self.high, self.shape, generator=generator, dtype=dtype)
+        if self.values in ("probabilities", "positive"):
+            return torch.rand(self.shape, generator=generator, dtype=torch.float64).to(dtype)
+        drawn = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.values == "large":
+            drawn = drawn * 1e4
+        elif self.values == "subnormal":
+            drawn = drawn * torch.finfo(dtype).tiny / 4
+        elif self.values == "equal":  # ties, and zeros of both signs
+            drawn = drawn.round()
+        elif self.values in ("special", "finite or NaN") and drawn.numel():
+            odd = torch.tensor([torch.nan, -0.0, torch.finfo(dtype).tiny / 2, 1e4, torch.inf, -torch.inf])
+            odd = odd[: 6 if self.values == "special" else 4]
+            count = max(1, drawn.numel() // 16)
+            where = torch.randint(drawn.numel(), (count,), generator=generator)
+            drawn.flatten()[where] = odd[torch.randint(len(odd), (count,), generator=generator)].double()
+        return drawn.to(dtype)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """A tensor of these values whose memory is another; NaN, or the largest integer, lies between its elements."""
+    if layout == "channels_last" and values.dim() in (4, 5):
+        return values.to(memory_format=(torch.channels_last, torch.channels_last_3d)[values.dim() - 4])
+    if layout == "transposed" and values.dim() > 1:
+        return values.mT.contiguous().mT
+    if layout == "expanded" and values.dim() and values.shape[0] > 1:
+        return values[:1].clone().expand(values.shape)
+    if layout in ("sliced", "offset"):
+        sliced = layout == "sliced" and values.dim() > 0
+        shape = [*values.shape[:-1], 2 * values.shape[-1]] if sliced else [values.numel()]
+        poison = torch.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
+        memory = torch.full((1 + int(np.prod(shape)),), poison, dtype=values.dtype)
+        result = memory[1:].view(shape)
+        result = result[..., ::2] if sliced else result.view(values.shape)
+        return result.copy_(values)
+    return values.contiguous()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the public function ``op`` with tensors and options by keyword.
+
+    ``needs`` are the tensors whose gradients are asked for, ``grad`` says how that of the result lies and what it is,
+    ``backend`` which way it goes. With ``small_tiles`` few elements are several tiles. The call runs once more with the
+    programs of a launch in another ``order``, unless that is "forward".
+    """
+
+    op: str
+    tensors: dict[str, Given]
+    options: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    grad: tuple[str, str] = ("contiguous", "normal")
+    backend: str = "triton"
+    small_tiles: bool = False
+    order: str = "forward"
+
+
+# What must hold -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """The results of a call, or its error; ``changed`` is the first tensor that it wrote to, though torch does not."""
+
+    results: list[Tensor] = field(default_factory=list)
+    error: Exception | None = None
+    changed: str | None = None
+
+
+def _bits(tensor: Tensor) -> bytes:
+    """All memory of a tensor, what lies between its elements too."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage()).numpy().tobytes()
+
+
+def run(function: Callable[..., Tensor], call: Call, tensors: dict[str, Tensor], grad: Tensor | None) -> Outcome:
+    """Result, gradients and what a batch norm moves. Without ``grad`` one is drawn for the result."""
+    variables = [tensors[name].requires_grad_() for name in call.needs]
+    before = {name: _bits(tensor) for name, tensor in tensors.items()}
+    try:
+        output = function(**tensors, **call.options)
+        results = [output.detach()]
+        if output.requires_grad and variables:
+            grad = grad_output(call, output) if grad is None else grad
+            found = torch.autograd.grad(output, variables, grad, allow_unused=True)
+            results += [torch.zeros(0) if gradient is None else gradient for gradient in found]
+    except Exception as error:  # whatever torch raises is what is compared
+        return Outcome(error=error)
+    moved = [name for name in tensors if name.startswith("running_")] if call.options.get("training") else []
+    changed = next((n for n, tensor in tensors.items() if n not in moved and _bits(tensor) != before[n]), None)
+    return Outcome(results + [tensors[name].detach() for name in moved], changed=changed)
+
+
+def grad_output(call: Call, output: Tensor) -> Tensor:
+    layout, values = call.grad
+    return Given(tuple(output.shape), str(output.dtype)[6:], layout, values, seed=99).tensor()
+
+
+@contextmanager
+def ordered(order: str) -> Iterator[None]:
+    """Inside, the programs of a launch run in "reverse" or "shuffled"."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.set_grid_idx
+
+    def set_grid_idx(self: Any, *index: int) -> None:
+        count, number = int(np.prod(self.grid_dim)), int(np.ravel_multi_index(index, self.grid_dim))
+        another = count - 1 - number if order == "reverse" else np.random.RandomState(count).permutation(count)[number]
+        original(self, *(int(i) for i in np.unravel_index(another, self.grid_dim)))
+
+    with mock.patch.object(builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Inside, kernels take tiles of about 16 elements a side, and split sums that they never split for a CPU."""
+
+    def small(*sizes: int) -> list[int]:
+        return [min(16, power_of_2(size)) for size in sizes]
+
+    def norm(call: batch_norm.Call, *activation: Any) -> batch_norm.Tiling:
+        return gpus_norm(call._replace(device=torch.device("meta")), *activation)
+
+    def classes(width: int, inner: int, *_: Any) -> cross_entropy.CrossEntropyConfig:
+        return cross_entropy.CrossEntropyConfig(min(4, power_of_2(inner)), small(width)[0], 1)
+
+    def pool(_: Any, *sizes: Any) -> tuple[int, ...]:
+        return tuple(min(n, 16) for n in gpus_pool(torch.device("meta"), *sizes))
+
+    gpus_norm, gpus_pool, power_of_2 = batch_norm.tiling, max_pool.tile_shape, linear.triton.next_power_of_2
+    patches = [
+        (elementwise, "elementwise_config", lambda size, *_: (small(size)[0], 1)),
+        (configs, "_INTERPRETED", (configs.MatmulConfig(16, 16, 16, 1, 1),)),
+        (configs, "_INTERPRETED_POSITIONS", 16),
+        (linear, "inner_splits", lambda *_: 2),
+        (conv, "inner_splits", lambda *_: 2),
+        (batch_norm, "tiling", norm),
+        (batch_norm, "register_limit", lambda *_, **__: {}),
+        (batch_norm, "ELEMENTS", 256),
+        (cross_entropy, "cross_entropy_config", classes),
+        (depthwise, "_LEAST_LANES", 1),
+        (depthwise, "_lanes", lambda _: {"BLOCK": 64}),
+        (max_pool, "tile_shape", pool),
+    ]
+    configs.forget_plans()
+    with ExitStack() as stack:
+        for module, name, value in patches:
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+    configs.forget_plans()
+
+
+def check(call: Call) -> None:
+    """Hold a call to torch's: errors by type and words, results by shape, dtype, memory format and the accuracy rule.
+
+    Kernels may touch nothing but elements of their tensors, and the order of their programs may not matter.
+
+    Raises:
+        AssertionError: says what differs.
+    """
+    torchs, ours = torch_function(OPS[call.op]), getattr(FF, call.op)
+    made = {name: given.tensor() for name, given in call.tensors.items()}
+    expected = run(torchs, call, {name: given.tensor() for name, given in call.tensors.items()}, None)
+    with fastops.backend(call.backend), checked_addresses(), small_tiles() if call.small_tiles else nullcontext():
+        found = run(ours, call, made, None)
+        if call.order != "forward" and not found.error:
+            with ordered(call.order):
+                again = run(ours, call, {name: given.tensor() for name, given in call.tensors.items()}, None)
+            assert same_bits(tuple(found.results), tuple(again.results)), "results depend on the order of programs"
+    if expected.error or found.error:
+        assert _words(found.error) == _words(expected.error), f"{found.error!r} is not torch's {expected.error!r}"
+        return
+    assert found.changed is None, f"{found.changed} was modified"
+    assert len(found.results) == len(expected.results)
+    for number, (result, torchs_own) in enumerate(zip(found.results, expected.results, strict=True)):
+        kinds = [(t.dtype, t.shape, t.layout, t.device) for t in (result, torchs_own)]
+        assert kinds[0] == kinds[1], f"result {number}: {kinds[0]} is not torch's {kinds[1]}"
+    # Without oneDNN, which has float32 alone on every processor, torch's conv3d is always contiguous. Its conv1d takes
+    # a transposed weight for channels last, from which it keeps inputs.
+    by_chance = (call.op.endswith("3d") and expected.results[0].dtype is not torch.float32) or (
+        call.op.endswith("1d") and call.tensors["weight"].layout == "transposed"
+    )
+    if not by_chance:
+        strides = [_strides(outcome.results[0]) for outcome in (found, expected)]
+        assert strides[0] == strides[1], f"strides {strides[0]} are not torch's {strides[1]}"
+    if not same_bits(tuple(found.results), tuple(expected.results)):  # as the torch expression always is
+        judge(call, torchs, found.results, expected.results)
+
+
+def _words(error: Exception | None) -> tuple[type, str]:
+    """Type and words, without the list of types where torch tells what it was called with, by name or by position."""
+    return type(error), str(error).split(" - got (")[0]
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Those that say where an element is."""
+    if not tensor.numel():
+        return []
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def judge(call: Call, torchs: Callable[..., Tensor], ours: list[Tensor], expected: list[Tensor]) -> None:
+    """The accuracy rule. torch's error in a few numbers may be nothing by luck: so it computes others near to them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: given.tensor() for name, given in call.tensors.items()}
+    grad = grad_output(call, expected[0]) if len(ours) > 1 and call.needs else None
+
+    def computed(dtype: torch.dtype | None, given: dict[str, Tensor], grad: Tensor | None) -> list[Tensor]:
+        def cast(tensor: Tensor) -> Tensor:
+            floating = tensor.is_floating_point() and dtype is not None
+            return tensor.detach().to(dtype if floating else tensor.dtype).clone()
+
+        outcome = run(torchs, call, {n: cast(t) for n, t in given.items()}, None if grad is None else cast(grad))
+        return outcome.results
+
+    doubles = ours[0].dtype is torch.float64
+    exact = [computed(torch.float64, tensors, grad)]
+    own = [computed(torch.float32, tensors, grad) if doubles else expected]
+    for numbers in (NUMBERS, 32 * NUMBERS):
+        while len(exact) * max(1, min(result.numel() for result in ours)) < numbers:
+            drawn = {name: _near(tensor, generator) for name, tensor in tensors.items()}
+            another = None if grad is None else _near(grad, generator)
+            both = (computed(dtype, drawn, another) for dtype in (torch.float64, torch.float32 if doubles else None))
+            for results, kept in zip(both, (exact, own), strict=True):
+                kept.append(results)
+            if not own[-1]:  # torch takes two dtypes together in some layouts alone: no other numbers are had
+                del exact[-1], own[-1]
+                break
+        shares = [
+            _share(result, [each[number] for each in own], [each[number] for each in exact])
+            for number, result in enumerate(ours)
+        ]
+        if max(shares) <= 1:
+            return
+    raise AssertionError(f"shares of the allowed error: {', '.join(f'{share:.3g}' for share in shares)}")
+
+
+def _near(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = near(tensor, generator)
+    assert drawn is not None
+    return drawn
+
+
+def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of the error that is allowed, where torch's own result stands for ours but for the first one.
+
+    Where torch's own is no number though the exact one is, or the other way round, ours may be either of the two.
+    """
+    if not result.numel():
+        return 0.0
+    if not result.is_floating_point():
+        return 0.0 if torch.equal(result, own[0]) else float("inf")
+    rest = exact if result.dtype is torch.float64 else own
+    results = torch.stack([result, *(tensor.to(result.dtype) for tensor in rest[1:])]).detach()
+    owns, exacts = torch.stack(list(own)).detach(), torch.stack(list(exact)).detach()
+    rounded = exacts.to(results.dtype)
+    if result.dtype is torch.float64:  # float32's error alone counts, not where it overflows
+        owns = torch.where(owns.isfinite() & exacts.isfinite(), owns.double(), exacts)
+    if result.element_size() == 2:  # torch rounds between its steps, and overflows there: nobody has to
+        owns = torch.where(results.isfinite() & ~owns.isfinite(), rounded, owns)
+    odd = ~owns.isfinite() | ~rounded.isfinite()
+    exempt = odd & ((results == rounded) | (results.isnan() & rounded.isnan()))
+    return error_share(*(tensor.masked_fill(exempt, 0) for tensor in (results, owns, exacts)))
+
+
+# Strategies -----------------------------------------------------------------------------------------------------------
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+Named = dict[str, tuple[int, ...]]
+# 0, 1, primes, multiples of 8 that are none of 16, sizes around the interpreter's tiles of 16 to 64, several tiles.
+SIZES = st.sampled_from([3, 1, 2, 0, 5, 7, 8, 13, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65])
+FEW = st.sampled_from([3, 1, 2, 0, 5, 7, 8])
+ELEMENTS = 5000  # of a tensor, or an example would take seconds
+REDUCTIONS = st.sampled_from(["mean", "sum", "none"])
+
+
+def _bounded(*sizes: int) -> tuple[int, ...]:
+    """The sizes, the later ones cut where ``ELEMENTS`` are reached."""
+    room, bounded = ELEMENTS, []
+    for size in sizes:
+        bounded.append(min(size, room))
+        room //= max(1, bounded[-1])
+    return tuple(bounded)
+
+
+def _product(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    features, outputs = draw(SIZES), draw(SIZES)
+    lead = [draw(SIZES)] if draw(st.booleans()) else draw(st.lists(FEW, max_size=3))
+    features, *lead = _bounded(features, *lead)
+    shapes = {"input": (*lead, features), "weight": (outputs, features)}
+    return shapes | _bias(draw, outputs), _activation(draw, op)
+
+
+def _bias(draw: Draw, outputs: int) -> Named:
+    return {"bias": (outputs,)} if draw(st.booleans()) else {}
+
+
+def _activation(draw: Draw, op: str) -> dict[str, Any]:
+    if "act" not in op.split("_")[-1]:
+        return {}
+    name = draw(st.sampled_from(sorted(PARAMETERS)))
+    given = {p: draw(st.sampled_from([0.5, 1.0, 2.0])) for p in PARAMETERS[name] if draw(st.booleans())}
+    return {"activation": name, **given}
+
+
+def _conv(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    dimensions = int(re.findall(r"\d", op)[0])
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, outputs = draw(st.sampled_from([1, 2, 3, 8, 0])), draw(st.sampled_from([1, 2, 5, 8]))
+
+    def each(values: Sequence[Any]) -> Any:
+        if draw(st.booleans()):
+            return draw(st.sampled_from(values))
+        return tuple(draw(st.sampled_from(values)) for _ in range(dimensions))
+
+    kernel = tuple(draw(st.integers(1, 4)) for _ in range(dimensions))
+    size = tuple(draw(st.integers(1, 12 if dimensions < 3 else 6)) for _ in range(dimensions))
+    options = {"stride": each([1, 2, 3]), "padding": each([0, 1, 2]), "dilation": each([1, 2]), "groups": groups}
+    if draw(st.integers(0, 7)) == 0:
+        options["padding"] = draw(st.sampled_from(["same", "valid"]))
+    options = {name: value for name, value in options.items() if draw(st.booleans())} | {"groups": groups}
+    lead = (draw(st.sampled_from([2, 1, 3, 0])),) if draw(st.integers(0, 5)) else ()
+    shapes = {"input": (*lead, channels * groups, *size), "weight": (outputs * groups, channels, *kernel)}
+    return shapes | _bias(draw, outputs * groups), options | _activation(draw, op)
+
+
+def _shape(draw: Draw) -> tuple[int, ...]:
+    """Up to four dimensions, the last one of any size, a thousand elements and more if there are fewer dimensions."""
+    sizes = [draw(FEW) for _ in range(draw(st.integers(0, 3)))]
+    if draw(st.booleans()):
+        sizes.append(draw(SIZES))
+    return (draw(st.sampled_from([1024, 1025, 2500])),) if not sizes and draw(st.booleans()) else _bounded(*sizes)
+
+
+def _pair(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    shape = _shape(draw)
+    if op == "add_relu":
+        return {"input": shape, "other": shape}, {}
+    options = {"reduction": draw(REDUCTIONS)}
+    bound = {"smooth_l1_loss": "beta", "huber_loss": "delta"}.get(op)
+    if bound and draw(st.booleans()):
+        options[bound] = draw(st.sampled_from([0.5, 1.0, 2.0] + ([0.0] if bound == "beta" else [])))
+    weights = {"weight": shape} if op != "smooth_l1_loss" and draw(st.integers(0, 3)) == 0 else {}
+    return {"input": shape, "target": shape} | weights, options
+
+
+def _bce(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    shape = _shape(draw)
+
+    def weight() -> tuple[int, ...]:
+        kept = shape[draw(st.integers(0, len(shape))) :]
+        return tuple(draw(st.sampled_from([size, 1])) for size in kept)
+
+    weights = {name: weight() for name in ("weight", "pos_weight") if draw(st.booleans())}
+    return {"input": shape, "target": shape} | weights, {"reduction": draw(REDUCTIONS)}
+
+
+def _entropy_options(draw: Draw, probabilities: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"reduction": draw(REDUCTIONS)}
+    if draw(st.booleans()):
+        options["label_smoothing"] = draw(st.sampled_from([0.1, 1.0, 0.0]))
+    if not probabilities and draw(st.booleans()):
+        options["ignore_index"] = draw(st.sampled_from([0, 1, -1, 7]))
+    return options
+
+
+def _cross_entropy(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    classes = draw(st.sampled_from([3, 1, 2, 5, 17, 65, 130, 1100]))
+    lead = [draw(SIZES)] if draw(st.integers(0, 7)) else []
+    _, *sizes = _bounded(classes, *lead, *(draw(st.lists(FEW, max_size=2)) if lead else []))
+    lead, positions = tuple(sizes[: len(lead)]), tuple(sizes[len(lead) :])
+    probabilities = draw(st.integers(0, 2)) == 0
+    shape = (*lead, classes, *positions)
+    shapes: Named = {"input": shape, "target": shape if probabilities else (*lead, *positions)}
+    weights = {"weight": (classes,)} if draw(st.booleans()) else {}
+    return shapes | weights, _entropy_options(draw, probabilities)
+
+
+def _linear_cross_entropy(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    classes, features = draw(st.sampled_from([3, 1, 2, 17, 65, 130])), draw(SIZES)
+    lead = (draw(SIZES),) if draw(st.integers(0, 7)) else ()
+    positions = tuple(draw(st.lists(st.sampled_from([2, 1, 3]), max_size=2))) if lead else ()
+    probabilities = draw(st.integers(0, 2)) == 0
+    logits = (*lead, classes, *positions)
+    shapes: Named = {
+        "input": (*lead, features),
+        "linear_weight": (classes, *positions, features),
+        "target": logits if probabilities else (*lead, *positions),
+    }
+    biases = {"linear_bias": (classes, *positions)} if draw(st.booleans()) else {}
+    weights = {"weight": (classes,)} if draw(st.booleans()) else {}
+    return shapes | biases | weights, _entropy_options(draw, probabilities)
+
+
+def _batch_norm(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    channels, training = draw(SIZES), draw(st.booleans())
+    channels, samples, *positions = _bounded(
+        channels, draw(SIZES), *draw(st.lists(st.sampled_from([3, 1, 2, 7, 8, 17]), max_size=3))
+    )
+    shape = (samples, channels, *positions)
+    shapes: Named = {"input": shape} | ({"other": shape} if "add" in op else {})
+    options: dict[str, Any] = {"training": training}
+    if not training or draw(st.booleans()):
+        shapes |= {"running_mean": (channels,), "running_var": (channels,)}
+    else:
+        options |= {"running_mean": None, "running_var": None}
+    shapes |= {name: (channels,) for name in ("weight", "bias") if draw(st.booleans())}
+    if draw(st.booleans()):
+        options["eps"] = draw(st.sampled_from([0.1, 1e-3]))
+    if draw(st.booleans()):
+        options["momentum"] = draw(st.sampled_from([0.5, 1.0, 0.0]))
+    return shapes, options | _activation(draw, op)
+
+
+def _max_pool(draw: Draw, op: str) -> tuple[Named, dict[str, Any]]:
+    """Windows that lie wholly in the padding are torch's: its own second derivative fails there."""
+    size = tuple(draw(st.integers(3, 12)) for _ in range(2))
+    lead = (draw(st.sampled_from([2, 1, 3])),) if draw(st.integers(0, 5)) else ()
+    options = {
+        "kernel_size": draw(st.sampled_from([2, 3, (2, 3), 1])),
+        "stride": draw(st.sampled_from([None, 1, 2, (1, 2), 3])),
+        "ceil_mode": draw(st.booleans()),
+    }
+    if options["kernel_size"] != 1 and draw(st.booleans()):
+        options["padding"] = 1
+    return {"input": (*lead, draw(st.sampled_from([3, 1, 8, 16, 17])), *size)}, options
+
+
+FAMILIES: dict[str, Callable[[Draw, str], tuple[Named, dict[str, Any]]]] = {
+    r"linear(_relu|_act)?": _product,
+    r"conv(_relu|_act)?[123]d": _conv,
+    r"add_relu|(mse|l1|smooth_l1|huber)_loss": _pair,
+    r"binary_cross_entropy_with_logits": _bce,
+    r"cross_entropy": _cross_entropy,
+    r"linear_cross_entropy": _linear_cross_entropy,
+    r"batch_norm(_add)?_(relu|act)": _batch_norm,
+    r"relu_max_pool2d": _max_pool,
+}
+
+
+@st.composite
+def calls(draw: Draw, op: str) -> Call:
+    """Calls of a public op, one in six of them with something wrong about it."""
+    family = next(family for pattern, family in FAMILIES.items() if re.fullmatch(pattern, op))
+    shapes, options = family(draw, op)
+    dtype, values = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(VALUES))
+    if "batch_norm" in op and (dtype, values) == ("float64", "equal"):
+        values = "normal"  # torch adds float32 up in float64: without rounded inputs it has no error to compare with
+    if values == "special" and (options.get("activation") in ("hardswish", "elu") or "conv_act" in op):
+        values = "normal"  # torch's slope at NaN depends on where that lies; in convolutions it meets the padding
+    parameters_in_float32 = "batch_norm" in op and dtype in ("bfloat16", "float16") and draw(st.booleans())
+    tensors: dict[str, Given] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        layout = draw(st.sampled_from(LAYOUTS))
+        own_dtype, own_values = dtype, values
+        if "batch_norm" in op and name not in ("input", "other"):
+            layout = "contiguous"  # torch reads beyond a parameter that is expanded
+            own_dtype = "float32" if parameters_in_float32 else dtype
+        if name == "target" and "cross_entropy" in op:
+            own_values = "probabilities"
+        elif name == "running_var" or (name in ("weight", "pos_weight") and not _is_factor(op)):
+            own_values = "positive"
+        elif values == "special" and "batch_norm" in op and name not in ("input", "other"):
+            own_values = "normal"  # where a factor is infinite torch's result depends on the layout
+        elif values == "special" and "batch_norm" in op and "running_mean" in shapes and options["training"]:
+            own_values = "finite or NaN"  # README: the running mean of infinite values is NaN
+        elif values == "special" and "conv" in op and name == "weight":
+            own_values = "normal"  # README: NaN and infinity meet the zeros of the padding
+        tensors[name] = Given(shape, own_dtype, layout, own_values, seed=number)
+    if re.fullmatch("(linear_)?cross_entropy", op) and (target := tensors["target"]).shape != _logits(tensors):
+        classes = max(1, _logits(tensors)[_class_dimension(tensors)])
+        low = draw(st.sampled_from([0, 0, 0, -1]))
+        tensors["target"] = replace(target, dtype="int64", values="normal", low=low, high=classes)
+    variables = [n for n in tensors if tensors[n].dtype != "int64" and not n.startswith("running")]
+    call = Call(
+        op,
+        tensors,
+        options,
+        tuple(name for name in variables if draw(st.integers(0, 3))),
+        (draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(VALUES[:2]))),
+        draw(st.sampled_from(("triton", "triton", "triton", "triton", "onednn", "torch"))),
+        draw(st.booleans()),
+        draw(st.sampled_from(("forward", "forward", "reverse", "shuffled"))),
+    )
+    return _spoilt(draw, call) if draw(st.integers(0, 5)) == 5 else call
+
+
+def _is_factor(op: str) -> bool:
+    """Whether ``weight`` is a factor that may have any sign, and no weight of a loss."""
+    return re.match(r"linear(_relu|_act)?$|conv|batch_norm", op) is not None
+
+
+def _class_dimension(tensors: dict[str, Given]) -> int:
+    return min(1, len(_logits(tensors)) - 1)
+
+
+def _logits(tensors: dict[str, Given]) -> tuple[int, ...]:
+    if "linear_weight" not in tensors:
+        return tensors["input"].shape
+    return (*tensors["input"].shape[:-1], *tensors["linear_weight"].shape[:-1])
+
+
+def _spoilt(draw: Draw, call: Call) -> Call:
+    """The call with one thing changed that may be wrong."""
+    name = draw(st.sampled_from(sorted(call.tensors)))
+    given = call.tensors[name]
+    how = draw(st.sampled_from(("drop", "grow", "more", "dtype", "option", "int")))
+    if how == "option" and call.options:
+        option = draw(st.sampled_from(sorted(call.options)))
+        return replace(call, options=call.options | {option: draw(st.sampled_from((None, -1, 0, 2.5, "bad", (1, 2))))})
+    if how == "drop" and given.shape:
+        changed = replace(given, shape=given.shape[1:])
+    elif how == "grow" and given.shape:
+        axis = draw(st.integers(0, len(given.shape) - 1))
+        changed = replace(given, shape=tuple(size + (i == axis) for i, size in enumerate(given.shape)))
+    elif how == "more":
+        changed = replace(given, shape=(1, *given.shape))
+    elif how == "int":
+        changed = replace(given, dtype="int32", high=2)
+    else:
+        changed = replace(given, dtype=draw(st.sampled_from(DTYPES)))
+    needs = tuple(n for n in call.needs if n != name or "int" not in changed.dtype)
+    return replace(call, tensors=call.tensors | {name: changed}, needs=needs)

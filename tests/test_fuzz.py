@@ -1,0 +1,24 @@
+"""Every public op against torch, over random shapes, layouts, dtypes, values, options and mistakes.
+
+CONTRIBUTING.md says how to try a thousand calls of each, and how to run a failure again.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fuzz_calls import FAMILIES, calls, check
+from hypothesis import given
+
+from fastops.ops import OPS
+
+
+def test_every_op_has_a_strategy() -> None:
+    assert all(any(re.fullmatch(family, op) for family in FAMILIES) for op in OPS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("op", OPS)
+def test_calls(op: str) -> None:
+    given(call=calls(op))(check)()

@@ -23,16 +23,19 @@ def load_tile(pointer, start, size, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements from ``start`` in the dtype to compute in, and 0 from ``size`` on, where nothing is read.
 
     Triton vectorizes a masked access only if the mask is constant over each 16 bytes, as it is where ``size`` is a
-    multiple of 16 elements (``EVEN``). Else only the last tile is masked, in a branch of its own.
+    multiple of 16 elements (``EVEN``). Else only the last tile is masked, in a branch of its own. No address is
+    outside, even where the mask is false: it is that of one of the last elements.
     """
-    positions = start + tl.arange(0, BLOCK)
-    pointers, inside = pointer + positions, positions < size
+    lanes = tl.arange(0, BLOCK)
+    positions = start + lanes
+    inside = positions < size
     if EVEN:
-        values = tl.load(pointers, mask=inside, other=0.0)
+        within = tl.minimum(start + lanes // 16 * 16, size // 16 * 16 - 16) + lanes % 16
+        values = tl.load(pointer + within, mask=inside, other=0.0)
     elif start + BLOCK <= size:
-        values = tl.load(pointers)
+        values = tl.load(pointer + positions)
     else:
-        values = tl.load(pointers, mask=inside, other=0.0)
+        values = tl.load(pointer + tl.minimum(positions, size - 1), mask=inside, other=0.0)
     return values.to(tl.float64 if values.dtype == tl.float64 else tl.float32)
 
 

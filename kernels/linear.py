@@ -61,12 +61,14 @@ def product_tile(
     first_step,
     last_step,
     K,
+    DIVISOR: tl.constexpr,  # of K, a power of 2
     INPUT_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
     """Tile [BLOCK_M, BLOCK_N] of A B from some of its steps of BLOCK_K, in the accumulators' dtype."""
     ACCUMULATOR: tl.constexpr = tl.float64 if a_ptrs.dtype.element_ty == tl.float64 else tl.float32
     BLOCK_K: tl.constexpr = a_ptrs.shape[1]
+    UNIT: tl.constexpr = min(BLOCK_K, DIVISOR)
 
     accumulator = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[1]), ACCUMULATOR)
     full = last_step if EVEN_K else tl.minimum(last_step, K // BLOCK_K)
@@ -76,10 +78,12 @@ def product_tile(
         b = tl.load(b_ptrs + start * k_strides[1])
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     if not EVEN_K and full < last_step:  # not in the loop, where each mask takes four instructions
-        start = tl.cast(full * BLOCK_K, tl.int64)
-        inside = tl.arange(0, BLOCK_K) < K - full * BLOCK_K
-        a = tl.load(a_ptrs + start * k_strides[0], mask=inside[None, :], other=0.0)
-        b = tl.load(b_ptrs + start * k_strides[1], mask=inside[:, None], other=0.0)
+        lanes = tl.arange(0, BLOCK_K)
+        inside = lanes < K - full * BLOCK_K
+        # Past the end the last unit is repeated, as in `tile_positions`: a mask does not keep every prefetch away.
+        starts = tl.minimum(full * BLOCK_K, K - UNIT - lanes // UNIT * UNIT).to(tl.int64)
+        a = tl.load(a_ptrs + (starts * k_strides[0])[None, :], mask=inside[None, :], other=0.0)
+        b = tl.load(b_ptrs + (starts * k_strides[1])[:, None], mask=inside[:, None], other=0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
     return accumulator
 
@@ -141,7 +145,7 @@ def matmul_kernel(
         first_step, last_step = split * steps, tl.minimum((split + 1) * steps, last_step)
         c_ptr += split.to(tl.int64) * M * N
     strides = stride_ak, stride_bk
-    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, INPUT_PRECISION, EVEN_K)
+    accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, UNITS[2], INPUT_PRECISION, EVEN_K)
     z = with_bias(accumulator, bias_ptr, columns, None, HAS_BIAS)
     offsets, own = rows[:, None] * N + columns[None, :], own_rows[:, None] & own_columns[None, :]
     if SAVE_BEFORE:

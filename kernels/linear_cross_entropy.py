@@ -44,6 +44,7 @@ def logit_tile(
     columns,
     steps,
     K,
+    K_UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -54,7 +55,7 @@ def logit_tile(
     # As in `matmul_kernel`: offsets are added up first.
     x_ptrs = input[0] + (rows[:, None] * input[1] + inner[None, :] * input[2])
     w_ptrs = weight[0] + (inner[:, None] * weight[2] + columns[None, :] * weight[1])
-    z = product_tile(x_ptrs, w_ptrs, (input[2], weight[2]), 0, steps, K, INPUT_PRECISION, EVEN_K)
+    z = product_tile(x_ptrs, w_ptrs, (input[2], weight[2]), 0, steps, K, K_UNIT, INPUT_PRECISION, EVEN_K)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns).to(z.dtype)[None, :]
     return z
@@ -156,7 +157,8 @@ def linear_cross_entropy_kernel(
         target_logit = tl.where(valid, target_logit, float("nan"))  # where assertions are not compiled
     for tile in range(first, last):
         columns, own = tile_positions(tile, N, BLOCK_N, UNITS[0])
-        z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
+        z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, UNITS[1], HAS_BIAS, INPUT_PRECISION, EVEN_K,
+                       BLOCK_K)  # fmt: skip
         if not PROBABILITIES:
             is_target = at_target(target, tile * BLOCK_N, own, BLOCK_N)
             target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
@@ -246,7 +248,8 @@ def logit_gradient_kernel(
     if not PROBABILITIES:
         target = tl.load(target_ptr + rows * probabilities[1])
         steps = tl.where(tl.max((target != ignore_index).to(tl.int32), 0) > 0, steps, 0)  # no product where none counts
-    z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, HAS_BIAS, INPUT_PRECISION, EVEN_K, BLOCK_K)
+    z = logit_tile(input, weight, bias_ptr, rows, columns, steps, K, UNITS[1], HAS_BIAS, INPUT_PRECISION, EVEN_K,
+                   BLOCK_K)  # fmt: skip
     z -= tl.load(maximum_ptr + rows)[:, None]
     exponentials = tl.load(exponentials_ptr + rows)
     scale = tl.load(scale_ptr + rows)[:, None]

@@ -508,6 +508,8 @@ def calls(draw: Draw, op: str) -> Call:
         values = "normal"  # torch adds float32 up in float64: without rounded inputs it has no error to compare with
     if values == "special" and (options.get("activation") in ("hardswish", "elu") or "conv_act" in op):
         values = "normal"  # torch's slope at NaN depends on where that lies; in convolutions it meets the padding
+    if op == "linear_cross_entropy" and values == "subnormal":
+        values = "normal"  # README: in chunks, what is subnormal loses digits before it is scaled
     parameters_in_float32 = "batch_norm" in op and dtype in ("bfloat16", "float16") and draw(st.booleans())
     tensors: dict[str, Given] = {}
     for number, (name, shape) in enumerate(shapes.items()):

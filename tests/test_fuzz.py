@@ -18,7 +18,6 @@ def test_every_op_has_a_strategy() -> None:
     assert all(any(re.fullmatch(family, op) for family in FAMILIES) for op in OPS)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("op", OPS)
 def test_calls(op: str) -> None:
     given(call=calls(op))(check)()

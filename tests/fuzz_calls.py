@@ -543,9 +543,9 @@ def calls(draw: Draw, op: str) -> Call:
             own_values = "normal"  # README: NaN and infinity meet the zeros of the padding
         tensors[name] = Given(shape, own_dtype, layout, own_values, seed=number)
     if re.fullmatch("(linear_)?cross_entropy", op) and (target := tensors["target"]).shape != _logits(tensors):
-        classes = max(1, _logits(tensors)[_class_dimension(tensors)])
-        low = draw(st.sampled_from([0, 0, 0, -1]))
-        tensors["target"] = replace(target, dtype="int64", values="normal", low=low, high=classes)
+        classes = max(1, _logits(tensors)[min(1, len(_logits(tensors)) - 1)])
+        low, high = draw(st.sampled_from([(0, classes), (0, classes), (-1, classes), (0, classes + 1)]))
+        tensors["target"] = replace(target, dtype="int64", values="normal", low=low, high=high)
     variables = [n for n in tensors if tensors[n].dtype != "int64" and not n.startswith("running")]
     call = Call(
         op,
@@ -563,10 +563,6 @@ def calls(draw: Draw, op: str) -> Call:
 def _is_factor(op: str) -> bool:
     """Whether ``weight`` is a factor that may have any sign, and no weight of a loss."""
     return re.match(r"linear(_relu|_act)?$|conv|batch_norm", op) is not None
-
-
-def _class_dimension(tensors: dict[str, Given]) -> int:
-    return min(1, len(_logits(tensors)) - 1)
 
 
 def _logits(tensors: dict[str, Given]) -> tuple[int, ...]:

@@ -164,7 +164,10 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 # Running --------------------------------------------------------------------------------------------------------------
 
-GENERAL = ("functional", "autograd", "semantics", "func", "memory", "errors")
+GENERAL = {
+    "kernels": ("functional", "autograd"),
+    "ops": ("functional", "autograd", "semantics", "func", "errors", "flops"),
+}
 # Files of one family of ops: only tests with such words in their names are asked, beside the file's own.
 FAMILIES = {
     ("pair_loss", "pair", "mse", "l1", "smooth_l1", "huber"): "mse or l1 or huber",
@@ -188,7 +191,7 @@ def groups_of(file: str) -> tuple[tuple[str, ...], ...]:
     chosen = ("-k", words) if words else ()
     own = tuple(name for name in names if stem.removesuffix("_device") in name)
     kernels = tuple(name for name in names if name.startswith("tests/interpreter") and name not in own)
-    general = tuple(f"tests/test_{name}.py" for name in GENERAL)
+    general = tuple(f"tests/test_{name}.py" for name in GENERAL[Path(file).parent.name])
     groups = [("tests/test_fuzz.py", *chosen), own, () if words else kernels, (*general, *chosen)]
     return tuple(group for group in groups if group)
 
@@ -267,13 +270,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--files", nargs="*", default=[], help="only of these files")
-    parser.add_argument("--json", type=Path, help="write results there")
+    parser.add_argument("--json", type=Path, help="write results there, and go on where that file ends")
     arguments = parser.parse_args()
 
     paths = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastops" / "ops").glob("*.py")]
     files = sorted({str(path.relative_to(ROOT)) for path in paths} - LEFT_OUT)
     known = [mutant for file in arguments.files or files for mutant in mutants_of(file)]
     drawn = random.Random(arguments.seed).sample(known, min(arguments.count, len(known)))
+
+    for mutant in drawn:
+        compile(mutant.applied((ROOT / mutant.file).read_text()), mutant.file, "exec")
+
+    found: list[tuple[Mutant, str | None]] = []
+    if arguments.json and arguments.json.exists():
+        killers = {
+            tuple(r[name] for name in Mutant._fields): r["killer"] for r in json.loads(arguments.json.read_text())
+        }
+        found = [(mutant, killers[mutant]) for mutant in drawn if mutant in killers]
+        drawn = [mutant for mutant in drawn if mutant not in killers]
+    wanted = len(found) + len(drawn)
 
     context = multiprocessing.get_context("fork")
     jobs, results = context.Queue(), context.Queue()
@@ -282,8 +297,7 @@ def main() -> None:
     workers = [context.Process(target=_work, args=(jobs, results)) for _ in range(arguments.jobs)]
     for worker in workers:
         worker.start()
-    found: list[tuple[Mutant, str | None]] = []
-    while len(found) < len(drawn):
+    while len(found) < wanted:
         mutant, killer = results.get()
         found.append((mutant, killer))
         if killer is None or killer.endswith("without any mutant"):
@@ -296,7 +310,7 @@ def main() -> None:
                 worker.terminate()
             raise SystemExit(1)
         survivors = sum(by is None for _, by in found)
-        print(f"{len(found)} of {len(drawn)} (there are {len(known)}), {survivors} survived", flush=True)
+        print(f"{len(found)} of {wanted} (there are {len(known)}), {survivors} survived", flush=True)
     print(f"killed {len(found) - survivors} of {len(found)}: {1 - survivors / len(found):.1%}")
 
 

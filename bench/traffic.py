@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 
 import fastops
@@ -105,11 +105,26 @@ class _Operations(TorchDispatchMode):
         return result
 
 
+def _alike(arguments: Any) -> str:
+    """The same for arguments of equal launches: tensors of equal layout that lie beside sectors in one way."""
+    first: dict[int, int] = {}
+
+    def described(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        address = value.data_ptr()
+        number = first.setdefault(address, len(first))
+        return value.dtype, tuple(value.shape), value.stride(), address % SECTOR, number
+
+    return repr(tree_map(described, arguments))
+
+
 @contextmanager
 def _kernels(launches: list[Launch]) -> Iterator[None]:
     """Counts what interpreted kernels do."""
     builder = interpreter.InterpreterBuilder
     load, store, call = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+    known: dict[Any, Launch] = {}
     sectors: tuple[list[Any], list[Any]] = ([], [])  # that the running kernel read, and that it wrote
 
     def seen(which: int, pointers: Any, mask: Any) -> None:
@@ -127,7 +142,14 @@ def _kernels(launches: list[Launch]) -> Iterator[None]:
         return store(self, pointers, value, mask, *rest)
 
     def counted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launches.append(Launch(self.fn.__name__))
+        name = self.fn.__name__
+        key = name, self.fn.__module__, self.grid, _alike(args), _alike(sorted(kwargs.items()))
+        if key in known:  # the same sectors again: what it would compute decides nothing
+            launches.append(known[key])
+            return None
+        launches.append(Launch(name))
+        if not any(word in name for word in ("pool", "entropy")):  # whose addresses depend on values
+            known[key] = launches[-1]
         with _disable_current_modes():  # the interpreter copies arguments
             result = call(self, *args, **kwargs)
         launches[-1].read, launches[-1].written = (

@@ -32,7 +32,7 @@ from types import CodeType, FunctionType
 from typing import Any, Final
 
 from .source import LeftAlone, source_of
-from .syntax import UNKNOWN, Call, Method, Surroundings, names_in, same_place, stores, tail, target_of
+from .syntax import UNKNOWN, Call, Method, Surroundings, deletes, names_in, same_place, stores, tail, target_of
 
 __all__ = ["UNKNOWN", "Call", "LeftAlone", "Rewritten", "Site", "Surroundings", "rewrite", "tail"]
 
@@ -325,17 +325,23 @@ class _Rewriter(Method, ast.NodeTransformer):
             return statement
         self.guarded += catches
         self.depth += 1
-        before = set(self.bound)
+        before = self.bound - deletes(statement)
         for field, value in ast.iter_fields(statement):
             if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 self.bound = set(before)
                 body, pending = self.block(value, [], ())
                 setattr(statement, field, body + self.settle(pending, value[-1]))
             elif isinstance(value, list):
-                setattr(statement, field, [self.part(item) for item in value])
+                parts = []
+                for item in value:
+                    self.bound = set(before)
+                    parts.append(self.part(item))
+                setattr(statement, field, parts)
             elif isinstance(value, ast.AST):
                 setattr(statement, field, self.visit(value))
-        self.bound = before | (stores(statement) if isinstance(statement, ast.With) and not catches else set())
+        if isinstance(statement, ast.With) and not catches:
+            before |= stores(statement) - deletes(statement)
+        self.bound = before
         self.guarded -= catches
         self.depth -= 1
         return statement
@@ -461,6 +467,8 @@ class _Rewriter(Method, ast.NodeTransformer):
                 reason = f"the output of {tail(made)} is {where}"
             else:
                 reason = f"its input is {tail(argument)}, not a layer"
+        elif not inputs:
+            reason = "what the loop before it gives shows only when it runs"
         name = node.func.attr if function is None else ""  # type: ignore[attr-defined]
         self.sites.append(Site(self.method, node.lineno, function, argument, inputs or (), reason, name=name))
 

@@ -8,6 +8,7 @@ between. Of two summands only the one that was called last may be a promise.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, BuiltinMethodType, FunctionType
@@ -448,6 +449,19 @@ def now(value: Any) -> Any:
 def past(value: Any, function: Any) -> Any:
     """``value`` as it may go on before a call of ``function``: a promise only past what does nothing."""
     return value if type(function) is nn.Identity and untouched(function) else now(value)
+
+
+def run_what_waited(error: Exception) -> None:
+    """Run the calls that were put off over the statement that raised ``error``: Python would have run them before it.
+
+    A batch norm updates its statistics then, and an error of such a call is the one that is raised.
+    """
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for name, value in list(frame.f_locals.items()):
+            promise = value.promise if type(value) is ReLUPromise else value
+            waits = type(promise) in _PROMISES and any(hasattr(promise, own) for own in ("input", "arguments", "left"))
+            if waits and name.startswith("_fastops_held_"):
+                promise.value()
 
 
 def is_there(value: Any) -> bool:

@@ -32,7 +32,7 @@ from .callsites import Rewritten, Surroundings, rewrite
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
 from .ops.activations import METHODS
-from .promises import HELPERS, chain, sequential_forward, user_class
+from .promises import HELPERS, chain, run_what_waited, sequential_forward, user_class
 from .source import LeftAlone, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -204,7 +204,11 @@ def _method(
     @functools.wraps(twin)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(user, name, None) is original:
-            return twin(self, *args, **kwargs)
+            try:
+                return twin(self, *args, **kwargs)
+            except Exception as error:
+                run_what_waited(error)
+                raise
         ours = next(c for c in type(self).__mro__ if vars(c).get(name) is method)
         return getattr(super(ours, self), name)(*args, **kwargs)
 

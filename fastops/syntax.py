@@ -63,6 +63,12 @@ def stores(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
 
 
+def deletes(node: ast.AST) -> set[str]:
+    """The variables that may have no value any longer behind ``node``."""
+    deleted = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
+    return deleted | {n.name for n in ast.walk(node) if isinstance(n, ast.ExceptHandler) and n.name}
+
+
 def _reads(node: ast.AST) -> tuple[str, ...]:
     """The variable that ``node`` itself reads or deletes."""
     if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):

@@ -418,6 +418,57 @@ def test_an_error_between_finds_what_eager_has_done() -> None:
     assert identical(*values)
 
 
+class Misses(Block):
+    """Its statistics move before the statement that fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(x)
+        scale = self.missing
+        y = self.relu(y)
+        return y * scale
+
+
+class MissesInALoop(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in [self.bn2, self.relu, self.bn2]:
+            y = layer(y)
+        scale = self.missing
+        return F.relu(y) * scale
+
+
+class MissesOfFunction(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.bn2.running_mean, self.bn2.running_var
+        y = F.batch_norm(x, mean, var, training=True)
+        scale = self.missing
+        y = F.relu(y)
+        return y * scale
+
+
+class FailsBefore(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(x[:, :3])
+        scale = self.missing
+        y = self.relu(y)
+        return y * scale
+
+
+@pytest.mark.parametrize("kind", [Misses, MissesInALoop, MissesOfFunction, FailsBefore])
+def test_a_statement_that_fails_finds_what_eager_has_done(kind: type[Block]) -> None:
+    """What waited for the statement behind it has run, and if it fails by itself that is the error."""
+    eager = kind()
+    swapped, errors = fastops.swap(copy.deepcopy(eager)), []
+    for model in (eager, swapped):
+        torch.manual_seed(1)
+        with fastops.backend("torch"), pytest.raises((AttributeError, RuntimeError)) as caught:
+            model(torch.randn(2, 4, 5, 6))
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert identical(list(swapped.buffers()), list(eager.buffers()))
+    assert kind is FailsBefore or not torch.equal(swapped.bn2.running_mean, torch.zeros(4))
+
+
 class Aliased(Block):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out = self.bn2(self.conv2(x))

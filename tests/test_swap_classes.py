@@ -475,6 +475,41 @@ class Statements(Net):
                 z = y
         return z
 
+    def deleted_before(self, x: Tensor) -> Tensor:
+        y = x * 2
+        del y
+        y = self.fc(x)
+        y = self.relu(y)
+        return y
+
+    def deleted_in_each_turn(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(2):
+            y = self.fc(x)
+            y = self.relu(y)
+            x = y
+            del y
+        return x
+
+    def deleted_by_except(self, x: Tensor) -> Tensor:
+        y: Any = x
+        try:
+            raise ValueError
+        except ValueError as y:  # noqa: F811
+            x = x + len(y.args)
+        y = self.fc(x)
+        y = self.relu(y)
+        return y
+
+    def bound_in_another_case(self, x: Tensor) -> Tensor:
+        match x.dim():
+            case 1:
+                y = x * 2
+            case _:
+                y = self.fc(x)
+                y = self.relu(y)
+        return y
+
     def nonlocal_(self, x: Tensor) -> Tensor:
         def inner() -> Tensor:
             nonlocal x

@@ -1,109 +1,170 @@
-"""Random programs of layers, ReLUs and other operations, with random reuse: swapped they compute what they computed."""
+"""Random modules of a user's, swapped and not: the same values, gradients, buffers, errors and effects, step by step.
+
+What fails is printed as the whole source of a file: ``compare(source)`` fails again.
+"""
 
 from __future__ import annotations
 
 import copy
-import linecache
+import pickle
+import warnings
+from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cases import onednn_in_float64
+from hypothesis import given, note, settings
+from random_modules import load, sources, unload
+from swap_models import count_fused, words
 from torch import Tensor, nn
 
 import fastops
 
-WIDTH = 4
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
-# How a step makes a value out of one or two others; all three variables are overwritten again and again.
-STEPS = (
-    "{v} = self.layers[0]({a})",
-    "{v} = self.layers[1]({a})",
-    "{v} = self.last(input={a})",
-    "{v} = self.sequential({a})",
-    "{v} = self.identity({a})",
-    "{v} = self.relu(self.last({a}))",
-    "{v} = F.relu(self.layers[0]({a}) + {b})",
-    "{v} = F.relu({a})",
-    "{v} = F.relu({a}, True)",
-    "{v} = F.relu({a}, inplace=True)",
-    "{v} = {a}.relu()",
-    "{v} = {a}.relu_()",
-    "{v} = self.relu({a})",
-    "{v} = F.dropout({a}, 0.5, self.training)",
-    "{v} = {a} + {b}",
-    "{a} += {b}",
-    "{v} = {a}",
-    "{v} = {a}.mul_(0.5)",
-    "{v} = {a}.view(-1, WIDTH)",
-    "{v} = {a}.tanh() * 2",
-    "{v} = torch.cat([{a}, {b}])[: {a}.shape[0]]",
-    "if self.training:\n    {v} = self.last({a})",
-    "if self.training:\n    {v} = self.layers[1]({v})\nelse:\n    {v} = self.relu({v})",
-    "if self.absent is not None:\n    {v} = self.absent({v})",
-    "for layer in self.layers:\n    {v} = layer({v})",
-    "with torch.no_grad():\n    {v} = self.last({v})\n    {v} = self.relu({v})",
-    "try:\n    {v} = self.last({v})\n    {v} = self.relu({v})\nfinally:\n    pass",
-    "{v} = (lambda t: self.relu(self.last(t)))({a})",
-    "{v} = [self.relu(self.last({a})) for _ in range(2)][0]",
-)
+ROWS = 3
+seed = (
+    torch.default_generator.manual_seed
+)  # `torch.manual_seed` does it for devices too, which takes longer than a model
 
 
-class Program(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.last, self.relu, self.identity = nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Identity()
-        self.sequential = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
-        self.absent = None
+def flat(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
 
 
-def program(steps: list[tuple[str, int, int, int]]) -> type[Program]:
-    """A class whose ``forward`` has these steps as its source."""
-    lines = ["v0 = x * 1", "v1 = x * 2", "v2 = x - 1"]
-    for step, v, a, b in steps:
-        lines += step.format(v=f"v{v}", a=f"v{a}", b=f"v{b}").splitlines()
-    lines.append("return v0, v1, v2")
-    source = "class Random(Program):\n  def forward(self, x):\n" + "".join(f"    {line}\n" for line in lines)
-    filename = f"<program {hash(source)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = {**globals(), "F": F}
-    exec(compile(source, filename, "exec"), namespace)
-    return namespace["Random"]  # type: ignore[no-any-return]
-
-
-def outcome(model: nn.Module, x: Tensor) -> list[Tensor] | str:
-    """Outputs and gradients, or the error: in-place changes of what a gradient needs are one."""
-    torch.manual_seed(1)
-    x = x.clone().requires_grad_()
+def outcome(model: nn.Module, module: Any, step: str) -> dict[str, Any]:
+    """All that can be seen of one call, with its backward pass in "train" and "eval"; or the error."""
+    seed(1)
+    rows = int(step.split()[-1]) if step[-1].isdigit() else ROWS
+    x = torch.randn(rows, *module.SHAPE, dtype=module.DTYPE)
+    module.SEEN.clear()
     model.zero_grad()
+    x.requires_grad_(not step.startswith("infer"))
+    error, outputs = "", []
     try:
-        outputs = model(x)
-        sum(output.square().sum() for output in outputs).backward()
-    except RuntimeError as error:
-        return type(error).__name__
-    gradients = [torch.zeros(0) if tensor.grad is None else tensor.grad for tensor in (x, *model.parameters())]
-    return [*(output.detach() for output in outputs), *gradients]
+        with torch.set_grad_enabled(not step.startswith("infer")):
+            outputs = flat(model(x))
+        loss = sum(output.double().square().sum() for output in outputs)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+    except Exception as raised:
+        error = words(raised)
+    return {
+        "error": error,
+        "outputs": [output.detach() for output in outputs],
+        "requires_grad": [output.requires_grad for output in outputs],
+        "gradients": [x.grad, *(p.grad for p in model.parameters())],
+        "state": list(model.state_dict().items()),
+        "seen": list(module.SEEN),
+        "random state": torch.get_rng_state(),
+    }
 
 
-names = st.integers(0, 2)
-programs = st.lists(st.tuples(st.sampled_from(STEPS), names, names, names), min_size=2, max_size=9)
+def same(found: Any, expected: Any, exact: bool) -> bool:
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype is not expected.dtype:
+            return False
+        if exact or not expected.is_floating_point():
+            return torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+        scale = expected.nan_to_num().abs().max().item() if expected.numel() else 0.0
+        return torch.allclose(found, expected, rtol=1e-9, atol=1e-10 * (1 + scale), equal_nan=True)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key], exact) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected, [exact] * len(expected)))
+    return bool(found == expected)
 
 
-@settings(max_examples=150, deadline=None)
-@given(programs, st.booleans())
-def test_random_program(steps: list[tuple[str, int, int, int]], training: bool) -> None:
-    torch.manual_seed(0)
-    model = program(steps)().double().train(training)
-    reference = copy.deepcopy(model)
-    x = torch.randn(3, WIDTH, dtype=torch.float64)
-    fastops.swap(model)
-    with fastops.backend("torch"):
-        expected, found = outcome(reference, x), outcome(model, x)
-    assert not any("not looked into" in row.outcome for row in fastops.report(model).rows), (
-        "its source was not believed"
-    )
-    if isinstance(expected, str):
-        return  # eager refuses a change in place; fused, the value may not exist that would have been changed
-    assert not isinstance(found, str)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def assert_same(found: dict[str, Any], expected: dict[str, Any], exact: bool, where: str) -> None:
+    for key, value in expected.items():
+        assert same(found[key], value, exact), f"{where}: {key} differs\n{found[key]}\nbut eager\n{value}"
+
+
+def shape_of(model: nn.Module) -> list[Any]:
+    """What `swap` may not touch: names, attributes, hooks and modes."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        (path, list(vars(m)), m.training, [len(getattr(m, name)) for name in hooks], type(m).__name__)
+        for path, m in model.named_modules()
+    ]
+
+
+def classes_of(model: nn.Module) -> list[Any]:
+    return [[(c.__module__, c.__qualname__) for c in type(m).__mro__] for m in model.modules()]
+
+
+def both(action: Any, *models: nn.Module) -> tuple[list[Any], str]:
+    """What ``action`` makes of each, and the error, which is the same."""
+    results, errors = [], []
+    for model in models:
+        seed(2)
+        try:
+            results.append(action(model))
+            errors.append("")
+        except Exception as error:
+            results.append(None)
+            errors.append(words(error))
+    assert len(set(errors)) == 1, errors
+    return results, errors[0]
+
+
+COPIES = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+def compare(source: str) -> None:
+    """Make the model of this file twice, swap one of them, and do with both what the file says."""
+    module = load(source, "random_module")
+    try:
+        with fastops.backend(module.WAY), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _compare(module)
+    finally:
+        unload(module)
+
+
+def _compare(module: Any) -> None:
+    models = []
+    for _ in range(2):
+        seed(0)
+        models.append(module.make().to(module.DTYPE))
+        module.prepare(models[-1])
+    eager, swapped = models
+    assert fastops.swap(swapped) is swapped
+    believed = not any("its source" in row.outcome for row in fastops.report(swapped).rows)
+    assert believed, fastops.report(swapped)
+    for number, step in enumerate([*module.STEPS, "unswap", "train"]):
+        where = f"step {number}, {step if isinstance(step, str) else step.__name__}"
+        if not isinstance(step, str):
+            both(step, eager, swapped)
+        elif step in COPIES:
+            (one, other), error = both(COPIES[step], eager, swapped)
+            if not error:
+                eager, swapped = one, other
+        elif step == "swap":
+            fastops.swap(swapped)
+        elif step == "report":
+            str(fastops.report(swapped))
+        elif step == "unswap":
+            fastops.unswap(swapped)
+            assert classes_of(swapped) == classes_of(eager), where
+        else:
+            for model in (eager, swapped):
+                if not step.startswith("call"):
+                    model.train(step.startswith("train"))
+            found, expected = (outcome(model, module, step) for model in (swapped, eager))
+            assert_same(found, expected, module.WAY == "torch", where)
+        assert shape_of(swapped) == shape_of(eager), where
+
+
+@settings(max_examples=8 * settings.default.max_examples)  # type: ignore[union-attr]
+@given(sources())
+def check(source: str) -> None:
+    note(source)
+    compare(source)
+
+
+def test_random_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    fused = count_fused(monkeypatch)
+    check()
+    assert len(fused) > 100, "too little was fused for this to say anything"

@@ -231,6 +231,28 @@ class Unclear(Functional):
         return x * len(locals())
 
 
+class BehindALoop(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def activated(self, x: Tensor) -> Tensor:
+        for layer in [self.fc1, self.fc2, self.fc3]:
+            x = layer(x)
+        return F.relu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [self.fc1, self.fc2, self.fc3]:
+            x = layer(x)
+        return self.bn(x)
+
+
+def test_what_stands_behind_a_loop_shows_only_when_it_runs() -> None:
+    outcomes = {row.outcome for row in fastops.report(fastops.swap(BehindALoop())).rows}
+    why = "what the loop before it gives shows only when it runs"
+    assert {f"not folded: {why}", f"not fused: {why}"} <= outcomes
+
+
 def test_what_shows_only_when_it_runs_and_what_was_not_looked_into() -> None:
     model = fastops.swap(Unclear())
     outcomes = {row.name: row.outcome for row in fastops.report(model).rows}

@@ -8,10 +8,10 @@ that any value may go anywhere.
 Left out is what torch does not define or what `fastops.swap` does not promise:
 
 - ``v.is_contiguous()``, ``v.grad_fn`` and ``v._version``: how a value was made is no part of it;
-- ELU in place: torch computes its gradient from the output then, and fused it is the one from the input, which rounds
-  differently;
-- methods that a class gets after the swap and that ask for the class of the object: they are not rewritten, and see
-  ours.
+- ELU in place: torch computes its gradient from the output then, and fused it is the one from the input, which
+  rounds differently;
+- methods that ask for the class of the object and are decorated, called by their class (``Base.step(self, t)``) or
+  given to it after the swap: they are not rewritten, and see ours.
 """
 
 from __future__ import annotations
@@ -299,6 +299,7 @@ class Scope:
     level: int = 0  # of blocks
     loop: bool = False
     is_method: bool = True
+    asks_class: bool = True
 
 
 @dataclass
@@ -367,6 +368,7 @@ class Author:
 
     def test(self, scope: Scope) -> str:
         options = [t for t in self.of(scope, TESTS) if "i ==" not in t or scope.loop]
+        options = [t for t in options if "Net" not in t or scope.asks_class]
         return str(self.pick(options)).format(v=self.name(scope), w=self.name(scope))
 
     # Statements -------------------------------------------------------------------------------------------------------
@@ -419,7 +421,9 @@ class Author:
     def residual(self, scope: Scope) -> tuple[list[str], Scope]:
         """A layer, a sum and an activation."""
         target, other = self.target(scope), self.value(scope, 1)
-        callee = self.pick(("self.n", *scope.callees) if scope.is_method else scope.callees)
+        if scope.is_method and self.chance(2):
+            other = f"self.n({self.name(scope)})"
+        callee = self.pick(("self.n", "self.b", *scope.callees) if scope.is_method else scope.callees)
         lines = [f"{target} = {callee}({self.name(scope)})"]
         way = self.draw(st.integers(0, 4))
         if way < 2:
@@ -547,12 +551,12 @@ class Author:
             f"    v2 = y = {first} * 2" if self.chance(2) else f"    v2, y = {first} * 2, {first} * 3",
         ]
         self.budget = statements
-        scope = Scope(("v2", "v1", "v0", "y"), callees, is_method=is_method)
+        scope = Scope(("v2", "v1", "v0", "y"), callees, is_method=is_method, asks_class="step" not in head)
         for _ in range(self.draw(st.integers(1, statements))):
             new, scope = self.statement(scope)
             lines += ["    " + line for line in new]
         last = self.value(scope, 3)
-        if several and self.chance(3):
+        if several and self.chance(2):
             last = self.pick(("{0}, {1}", "[{0}, {1}]", "{{'a': {0}, 'b': {1}}}")).format(last, self.name(scope))
         return [head, *lines, f"    return {last}"]
 
@@ -652,8 +656,11 @@ class Author:
         model = module.make()
         unload(module)
         paths, hooks = [path for path, _ in model.named_modules()], list[str]()
-        if self.chance(3):
-            hooks = [self.done(self.pick(HOOKS), self.pick(paths)) for _ in range(self.draw(st.integers(1, 2)))]
+        for _ in range(self.draw(st.integers(0, 2))):
+            some = f" for m in [*model.modules()][{self.pick((1, 2, 3))}::3]"
+            alone = self.chance(2)
+            hook = self.done(self.pick(HOOKS), self.pick(paths)) if alone else self.pick(HOOKS).format(m="m")
+            hooks.append(hook if alone else f"[{hook}{some}]")
         parts = ["\n\n\ndef prepare(model):", *(f"    {line}" for line in hooks or ["pass"])]
         steps = ["'train'", "'eval'", "'infer'"]
         for number in range(self.draw(st.integers(0, 4))):

@@ -393,5 +393,7 @@ def image(rows: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def words(error: BaseException) -> str:
-    """Type and message. How often a value was changed in place, and by what function it was made, is no promise."""
-    return f"{type(error).__name__}: {re.sub(r'version [0-9]+|output [0-9]+ of [A-Za-z0-9]+', '...', str(error))}"
+    """Type and message. Of a value that was changed in place: not which one, what made it and how often, as others are
+    saved for the gradients."""
+    pattern = r"version [0-9]+|output [0-9]+ of [A-Za-z0-9]+|torch[.][A-Za-z]+Tensor \[[0-9, ]+]"
+    return f"{type(error).__name__}: {re.sub(pattern, '...', str(error))}"

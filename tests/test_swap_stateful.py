@@ -74,7 +74,7 @@ class Rows(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         y = self.entry(x)  # as long as that is an identity, the sum is written into x
-        y += self.norm(x)
+        y += self.norm(self.first(x))
         y = self.act(y)
         x = self.first(x)
         if self.training:

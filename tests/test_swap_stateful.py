@@ -74,7 +74,7 @@ class Rows(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         y = self.entry(x)  # as long as that is an identity, the sum is written into x
-        y += self.norm(self.first(x))
+        y += self.norm(self.first(x * 1))
         y = self.act(y)
         x = self.first(x)
         if self.training:
@@ -172,7 +172,7 @@ class Twins(RuleBasedStateMachine):
 
     def path(self, number: int) -> str:
         """One of the modules inside."""
-        paths = [path for path, _ in self.eager.named_modules() if path]
+        paths = [path for path, m in self.eager.named_modules() if path and not isinstance(m, nn.ModuleList)]
         return paths[number % len(paths)]
 
     def x(self, rows: int = 3) -> Tensor:

@@ -257,7 +257,7 @@ HOOKS = table(
     hook_once({m}) | {m}.register_full_backward_hook(halved) | {m}.register_full_backward_pre_hook(tripled)
     """
 )
-EDITS = {
+EDITS: dict[Any, tuple[str, ...]] = {
     nn.Module: table(
         """
         model.flag = not getattr(model, 'flag', True) | {m}.requires_grad_(False) | {m}.eval() | model.train() |

@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["FASTOPS_CACHE_DIR"] = "/nowhere/fastops"
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -51,6 +52,14 @@ def plans() -> None:
     """None is left that a test before has made with tables of its own, and no kernel of it has failed."""
     configs.forget_plans()
     failed.clear()
+
+
+@pytest.fixture
+def others_frozen() -> Iterator[None]:
+    """`gc.collect` looks at what the test itself made alone: at all objects of a session it takes half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import fastops.functional as FF
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
+@pytest.mark.usefixtures("others_frozen")
 @pytest.mark.parametrize("op", ["linear", "linear_relu"])
 @pytest.mark.parametrize("frozen", ["input", "weight"])
 def test_what_no_gradient_needs_is_not_kept(op: str, frozen: str, backend: str) -> None:
@@ -37,6 +38,7 @@ def test_what_no_gradient_needs_is_not_kept(op: str, frozen: str, backend: str) 
     assert watched() is None
 
 
+@pytest.mark.usefixtures("others_frozen")
 @every_case
 def test_saved_tensors_are_freed_by_backward(case: Case, backend: str) -> None:
     tensors = tuple(t * 1 for t in case.tensors())

@@ -127,39 +127,41 @@ def accumulated_gradients(
     input: Tensor,
     weight: Tensor,
     logit_gradients: Callable[[slice, slice], Tensor],
-    product: Callable[[Tensor, Tensor], Tensor],
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None],
     needs: tuple[bool, bool, bool],
     budget: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input [N, K], weight [C, K] and bias [C], if needed, from those of the logits, a tile at a time.
 
-    ``logit_gradients(rows, classes)`` computes the gradient of a tile of logits. ``product`` multiplies [M, K] x [K, N]
-    and returns the accumulators' dtype; sums are rounded once, at the end. Classes are the outer loop, so that only one
-    block of the weight's gradient has an accumulator at a time.
+    ``logit_gradients(rows, classes)`` computes the gradient of a tile of logits. ``multiply(a, b, out, add)`` writes
+    the product of [M, K] and [K, N] into ``out``, contiguous in the accumulators' dtype, or adds it to what is there.
+    Sums are rounded once, at the end. Classes are the outer loop, so that only one block of the weight's gradient has
+    an accumulator at a time.
     """
     rows, classes = input.shape[0], weight.shape[0]
     need_input, need_weight, need_bias = needs
     exact = accumulator_dtype(input.dtype)
-    grad_input = torch.zeros_like(input, dtype=exact, memory_format=torch.contiguous_format) if need_input else None
+    grad_input = input.new_empty(input.shape, dtype=exact) if need_input else None
     grad_weight = input.new_empty(weight.shape) if need_weight else None
     grad_bias = input.new_empty(classes) if need_bias else None
     block, width = tile_shape(rows, classes, input.element_size(), budget)
-    for_weight: Tensor | None
     for_bias: Tensor | None
     for own_classes in slices(classes, width):
-        for_weight = for_bias = None
+        own, for_bias = weight[own_classes], None
+        for_weight = None if grad_weight is None else grad_weight[own_classes]
+        if for_weight is not None and for_weight.dtype is not exact:
+            for_weight = torch.empty_like(for_weight, dtype=exact)
         for own_rows in slices(rows, block):
             grad = logit_gradients(own_rows, own_classes)
             if grad_input is not None:
-                grad_input[own_rows] += product(grad, weight[own_classes])
-            if need_weight:
-                part = product(grad.t(), input[own_rows])
-                for_weight = part if for_weight is None else for_weight.add_(part)
+                multiply(grad, own, grad_input[own_rows], own_classes.start > 0)
+            if for_weight is not None:
+                multiply(grad.t(), input[own_rows], for_weight, own_rows.start > 0)
             if need_bias:
                 part = grad.sum(0, dtype=exact)
                 for_bias = part if for_bias is None else for_bias.add_(part)
             del grad
-        if grad_weight is not None and for_weight is not None:
+        if grad_weight is not None and for_weight is not None and for_weight.dtype is not grad_weight.dtype:
             grad_weight[own_classes] = for_weight
         if grad_bias is not None and for_bias is not None:
             grad_bias[own_classes] = for_bias

@@ -118,6 +118,7 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_BEFORE: tl.constexpr,
+    ADD: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -125,7 +126,10 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program per tile of C = activation(A B + bias); with SPLIT one for each part of the inner dimension too."""
+    """One program per tile of C = activation(A B + bias), with what C was if ADD.
+
+    With SPLIT there is one for each part of the inner dimension too.
+    """
     M, N, K = M * UNITS[0], N * UNITS[1], K * UNITS[2]
     stride_am, stride_ak = stride_am * UNITS[3], stride_ak * UNITS[4]
     stride_bk, stride_bn = stride_bk * UNITS[5], stride_bn * UNITS[6]
@@ -148,6 +152,8 @@ def matmul_kernel(
     accumulator = product_tile(a_ptrs, b_ptrs, strides, first_step, last_step, K, UNITS[2], INPUT_PRECISION, EVEN_K)
     z = with_bias(accumulator, bias_ptr, columns, None, HAS_BIAS)
     offsets, own = rows[:, None] * N + columns[None, :], own_rows[:, None] & own_columns[None, :]
+    if ADD:
+        z += tl.load(c_ptr + offsets)
     if SAVE_BEFORE:
         tl.store(before_ptr + offsets, z.to(c_ptr.dtype.element_ty), mask=own)
     tl.store(c_ptr + offsets, activated(z, ACTIVATION).to(c_ptr.dtype.element_ty), mask=own)
@@ -185,10 +191,13 @@ def store_tile(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_BEFORE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """The epilogue of `persistent_matmul_kernel` for the columns from ``column``."""
     columns = column + tl.arange(0, accumulator.shape[1])
     z = with_bias(accumulator, bias_ptr, columns, columns < N, HAS_BIAS)
+    if ADD:
+        z += c_tiles.load([row, column])
     if SAVE_BEFORE:
         before_tiles.store([row, column], z.to(before_tiles.dtype))
     c_tiles.store([row, column], activated(z, ACTIVATION).to(c_tiles.dtype))
@@ -211,6 +220,7 @@ def persistent_matmul_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_BEFORE: tl.constexpr,
+    ADD: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -219,7 +229,7 @@ def persistent_matmul_kernel(
     HALVES: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """C = activation(A B + bias), one tile after the other, as many at a time as there are programs.
+    """C = activation(A B + bias), with what C was if ADD, tile after tile, as many at a time as there are programs.
 
     Its results equal those of `matmul_kernel` bit by bit.
     """
@@ -244,11 +254,13 @@ def persistent_matmul_kernel(
 
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, COLUMNS)), (0, 2, 1)))
-            store_tile(left, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
+            store_tile(left, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE, ADD)
             column += COLUMNS
-            store_tile(right, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
+            store_tile(right, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE, ADD)
         else:
-            store_tile(accumulator, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE)
+            store_tile(
+                accumulator, bias_ptr, c_tiles, before_tiles, row, column, N, HAS_BIAS, ACTIVATION, SAVE_BEFORE, ADD
+            )
 
 
 @triton.jit(do_not_specialize=["splits", "M", "N"])
@@ -264,9 +276,10 @@ def sum_of_splits_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_BEFORE: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per BLOCK elements of C: activation(the sum of its parts, one after the other, + bias)."""
+    """One program per BLOCK elements of C: activation(sum of its parts, in order, + bias), with what C was if ADD."""
     N = N * UNIT
     elements, own = tile_positions(tl.program_id(0), M * N, BLOCK, UNIT)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
@@ -274,6 +287,8 @@ def sum_of_splits_kernel(
         total += tl.load(partial_ptr + split * M * N + elements)
     if HAS_BIAS:
         total += tl.load(bias_ptr + elements % N).to(total.dtype)
+    if ADD:
+        total += tl.load(c_ptr + elements)
     if SAVE_BEFORE:
         tl.store(before_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
     tl.store(c_ptr + elements, activated(total, ACTIVATION).to(c_ptr.dtype.element_ty), mask=own)
@@ -298,11 +313,13 @@ def matmul(
     config: Tile | None = None,
     out: Tensor | None = None,
     before: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
     """``activation(a @ b + bias)``: [M, K] x [K, N] -> contiguous [M, N], all dimensions at least 1, any strides.
 
     Accumulates in float32 (float64 for float64) and rounds once. ``config`` overrides the table. The result is written
-    to ``out`` if given, and what it was before the activation to ``before``: contiguous, of M * N elements. Where there
+    to ``out`` if given, with ``add`` added to what is there, in the accumulators' dtype; and what it was before the
+    activation to ``before``: contiguous, of M * N elements. Where there
     are few tiles and a long sum, the inner dimension is split; a second kernel adds up the partial results in a fixed
     order.
     """
@@ -311,7 +328,7 @@ def matmul(
     aligned = (a.data_ptr() | b.data_ptr() | c.data_ptr()) % 16 == 0
     kind = a.device, a.dtype, input_precision(a)
     epilogue = bias is not None, activation, before is not None
-    plan = product_plan(kind, (M, N, K), (a.stride(), b.stride()), aligned, epilogue, config)
+    plan = product_plan(kind, (M, N, K), (a.stride(), b.stride()), aligned, epilogue, config, add)
     multiply(plan, a, b, bias, c, before)
     return c
 
@@ -361,6 +378,7 @@ def product_plan(
     aligned_addresses: bool,
     epilogue: Epilogue = (False, NONE, False),
     config: Tile | None = None,
+    add: bool = False,
 ) -> ProductPlan:
     """The product of two matrices of ``sizes`` M, N, K and these ``strides``, and what follows before it is stored."""
     device, dtype, precision = kind
@@ -390,6 +408,7 @@ def product_plan(
             max(b_strides),
             A_TRANSPOSED=a_strides[0] == 1,
             B_TRANSPOSED=b_strides[0] == 1,
+            ADD=add,
             INPUT_PRECISION=precision,
             GROUP_M=8,
             **constants,
@@ -408,6 +427,7 @@ def product_plan(
         *(number // unit for number, unit in zip((M, N, K, *a_strides, *b_strides), units, strict=True)),
         UNITS=units,
         SPLIT=not single,
+        ADD=add and single,
         INPUT_PRECISION=precision,
         EVEN_K=inner and K % config.BLOCK_K == 0,
         GROUP_M=8,
@@ -425,6 +445,7 @@ def product_plan(
         M,
         N // units[1],
         UNIT=units[1],
+        ADD=add,
         BLOCK=block,
         **constants,
         **register_limit(device),

@@ -426,10 +426,10 @@ def linear_cross_entropy_backward(
         )
         return grad
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return matmul(a, b, out=a.new_empty((a.shape[0], b.shape[1]), dtype=exact))
+    def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        matmul(a, b, out=out, add=add)
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, product, needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, multiply, needs[:3], budget)
     return (*gradients, grad_target)
 
 

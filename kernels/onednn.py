@@ -143,10 +143,11 @@ def linear_cross_entropy_backward(
         _differentiate(z.exp_(), scale[rows], exponentials[rows], mass[rows], target, rows, own)
         return z.to(input.dtype)
 
-    def into_accumulators(a: Tensor, b: Tensor) -> Tensor:
-        return product(a, b.t()).to(exact)
+    def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        result = product(a, b.t())
+        _ = out.add_(result) if add else out.copy_(result)
 
-    gradients = accumulated_gradients(input, weight, logit_gradients, into_accumulators, needs[:3], budget)
+    gradients = accumulated_gradients(input, weight, logit_gradients, multiply, needs[:3], budget)
     return (*gradients, grad_target)
 
 

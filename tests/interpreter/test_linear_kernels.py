@@ -149,6 +149,27 @@ def test_persistent_matmul_where_the_last_step_is_short(dtype: torch.dtype) -> N
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
+IN_DESCRIPTORS = [PersistentConfig(*SMALL, HALVES=halves, WARP_SPECIALIZE=False) for halves in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"), [(SMALL, 1), (SMALL, 3), *(pytest.param(each, 1, marks=described) for each in IN_DESCRIPTORS)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_is_added_to_what_is_there(
+    dtype: torch.dtype, config: configs.Tile, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, to every element, and to nothing else: sums of whole numbers are exact."""
+    monkeypatch.setattr(linear, "inner_splits", lambda *_: parts)
+    a, b, total = (torch.randint(-4, 5, shape).to(dtype) for shape in ((72, 48), (48, 40), (72, 40)))
+    total = total.float()
+
+    def added(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+        return linear.matmul(a, b, config=config, out=total.clone(), add=True)
+
+    assert torch.equal(run_guarded(added, a, b, total), total + a.float() @ b.float())
+
+
 HALF = {"dtype": torch.bfloat16}
 CHOICES = {
     "16 bits": ("sm90", torch.empty(512, 64, **HALF), torch.empty(64, 512, **HALF), True),

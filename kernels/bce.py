@@ -133,9 +133,10 @@ def bce_backward_kernel(
     z = tl.exp(-tl.abs(x))
     if NEED_INPUT:
         y = load_tile(target_ptr, start, size, EVEN, BLOCK)
-        # s(-|x|) has a small relative error, 1 - s(|x|) has not: where x > 0, s(x) is written as 1 - s(-x).
+        # s(-|x|) has a small relative error, 1 - s(|x|) has not: where x > 0, s(x) is written as 1 - s(-x). Around 0,
+        # where both are 1/2, 1 - y would be rounded for nothing.
         small = (1.0 + (v - 1.0) * y) * z / (1.0 + z)
-        grad = scale * tl.where(x < 0, small - v * y, (1.0 - y) - small) / divisor
+        grad = scale * tl.where((x < 0) | (z == 1.0), small - v * y, (1.0 - y) - small) / divisor
         store_tile(grad_input_ptr, grad, start, size, EVEN, BLOCK)
     if NEED_TARGET:
         slope = -x

@@ -192,7 +192,7 @@ def groups_of(file: str) -> tuple[tuple[str, ...], ...]:
     own = tuple(name for name in names if stem.removesuffix("_device") in name)
     kernels = tuple(name for name in names if name.startswith("tests/interpreter") and name not in own)
     general = tuple(f"tests/test_{name}.py" for name in GENERAL[Path(file).parent.name])
-    groups = [("tests/test_fuzz.py", *chosen), own, () if words else kernels, (*general, *chosen)]
+    groups = [("tests/test_fuzz.py", *chosen), own, () if words or own else kernels, (*general, *chosen)]
     return tuple(group for group in groups if group)
 
 

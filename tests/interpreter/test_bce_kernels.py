@@ -107,6 +107,14 @@ def test_large_logits(scale: float, dtype: torch.dtype) -> None:
         check(lambda s=sign, y=label: (scale * s.view(1), y.view(1), None, torch.full((1,), 3.0).to(s)), "none")
 
 
+@pytest.mark.parametrize("logit", [0.0, -0.0, 6e-39, -6e-39, 1e-9])
+def test_gradients_around_zero(logit: float) -> None:
+    """The sigmoid is 1/2 there, and what is subtracted from it near to that: torch's difference is exact."""
+    input, target = torch.full((50,), logit), torch.linspace(0.25, 0.99, 50)
+    found, _ = run_guarded(bce.bce_backward, torch.ones(50), input, target, None, None, "none", True, False)
+    assert torch.equal(found, 0.5 - target)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("label", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -8,7 +8,7 @@ SEED ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-versions soak mutants gpu bench lint docs clean
+.PHONY: demo test test-oldest test-versions fuzz soak mutants gpu bench lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo-installed
@@ -37,6 +37,10 @@ test-versions:
 # With the torch that $(PYTHON) has, and nothing installed: a machine with a GPU comes with its own, and may have no network.
 gpu:
 	$(PYTHON) -m fastops qualify --minutes $(MINUTES) --json qualify.json --html qualify.html --table kernels/measured
+
+fuzz: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --hypothesis-profile=deep \
+		tests/test_fuzz.py tests/test_swap_random.py tests/test_swap_stateful.py
 
 soak: $(VENV)/.dev-installed
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from fuzz_calls import FAMILIES, calls, check
+from fuzz_calls import FAMILIES, Call, Given, calls, check
 from hypothesis import given
 
 from fastops.ops import OPS
@@ -21,3 +21,8 @@ def test_every_op_has_a_strategy() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_calls(op: str) -> None:
     given(call=calls(op))(check)()
+
+
+def test_a_printed_call_runs_as_it_stands() -> None:
+    call = Call("linear", {"input": Given((3, 2), "float32"), "weight": Given((1, 2), "float32", "transposed")})
+    exec(f"from fuzz_calls import *\ncheck(call={call!r})", {})

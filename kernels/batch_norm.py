@@ -102,7 +102,7 @@ class Tiling(NamedTuple):
 
 def tiling(call: Call, activation: Activation = NONE) -> Tiling:
     """The tiles of a batch norm, and of a pass over it that computes an activation or its slope."""
-    columns = Columns.of(call.shape, call.channels_last, call.training)
+    columns = Columns.of(call.shape, call.channels_last, call.training, call.dtype)
     elements = WHOLE_ELEMENTS if columns.whole else ELEMENTS
     if call.dtype is torch.float64 and activation not in (NONE, RELU):  # whose exponentials take many registers
         elements //= 4

@@ -80,7 +80,8 @@ def is_large(*positions: int) -> bool:
 
 
 # In training one launch does all up to so many positions of a channel: at most 8 tiles, one after the other, and that
-# twice. Programs that share them would need two launches more, which take longer than the tiles on any GPU.
+# twice. Programs that share them would need two launches more, which take longer than the tiles on any GPU. In float64,
+# which is there for its digits, sums stay short: of strips, and then of these.
 WHOLE: Final = 2048
 
 
@@ -98,11 +99,11 @@ class Columns(NamedTuple):
     whole: bool
 
     @classmethod
-    def of(cls, shape: Sequence[int], channels_last: bool, training: bool) -> Columns:
+    def of(cls, shape: Sequence[int], channels_last: bool, training: bool, dtype: torch.dtype) -> Columns:
         """Of a dense tensor in this order in memory. Few positions beside each other would waste most of a tile."""
         samples, channels, *rest = shape
         positions = math.prod(rest)
-        whole = training and samples * positions <= WHOLE
+        whole = training and samples * positions <= WHOLE and dtype is not torch.float64
         if channels_last or positions == 1:
             return cls(1, channels, samples * positions, 1, True, whole)
         if positions < 512 and samples >= 16 and not whole:

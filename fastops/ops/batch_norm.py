@@ -118,7 +118,7 @@ def _raw_arguments(
     save_bits = other is not None and _is_grad_enabled() and activation == RELU
     if save_bits:
         last = memory_format_of(input) is not torch.contiguous_format
-        save_bits = Columns.of(input.shape, last, training).row() % 8 == 0
+        save_bits = Columns.of(input.shape, last, training, input.dtype).row() % 8 == 0
     if save_bits:
         save_bits = any(each is not None and each.requires_grad for each in (input, other, weight, bias))
     statistics = (None, None, running_mean, running_var) if training else (running_mean, running_var, None, None)
@@ -315,7 +315,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
             if shape is body and not residual:
                 streams = partial(audit.streams, name, True, 1 if training else 2)
             statistics = (None, None, parameters, parameters) if training else (parameters, parameters, None, None)
-            bits = residual and activation == "relu" and Columns.of(shape, last, training).row() % 8 == 0
+            bits = residual and activation == "relu" and Columns.of(shape, last, training, dtype).row() % 8 == 0
             call = x, x if residual else None, parameters, parameters, *statistics, 0.1, 1e-5, activation, [], bits
             (output, _, _, mask), found = streams(forward, *call)
             yield from found

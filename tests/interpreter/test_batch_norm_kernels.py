@@ -87,7 +87,7 @@ def ours(
     weight, bias, *statistics = vectors
     known = (None, None) if training else statistics
     last = not x.is_contiguous()
-    bits = other is not None and activation == RELU and Columns.of(x.shape, last, training).row() % 8 == 0
+    bits = other is not None and activation == RELU and Columns.of(x.shape, last, training, x.dtype).row() % 8 == 0
     arguments = x, other, weight, bias, *known, None, None, 0.1, 1e-5, name, parameters, bits
     output, mean, spread, mask = run_guarded(kernels.batch_norm_act, *arguments)
     saved = (mean, spread) if training else statistics
@@ -151,7 +151,7 @@ def test_however_the_mask_is_found_gradients_are_the_same(shape: tuple[int, ...]
     weight, bias = vectors[:2]
     zero = torch.zeros_like(x)
     options = weight, bias, None, None, None, None, 0.1, 1e-5, "relu", []
-    full = Columns.of(shape, last, True).row() % 8 == 0
+    full = Columns.of(shape, last, True, x.dtype).row() % 8 == 0
     output, mean, spread, bits = kernels.batch_norm_act(x, zero, *options, full)
     assert bits.numel() == (x.numel() // 8 if full else 0)
     ways = [(False, bits), (True, bits[:0]), *([(True, bits)] if full else [])]

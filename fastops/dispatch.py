@@ -33,6 +33,7 @@ triton_installed = importlib.util.find_spec("triton") is not None
 _is_any_autocast_enabled: Final = private.is_any_autocast_enabled
 _is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
 _transforms_active: Final = private.transforms_active
+_is_mode_active: Final = private.is_function_mode_active
 _levels: Final = private.forward_levels
 _tracing_state: Final = private.tracing_state
 _INTERPRETER = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -121,6 +122,21 @@ def on_plain_cpu(input: Tensor) -> bool:
     """Whether no call with ``input`` runs in a kernel, and any may take the torch expression."""
     selection = _thread.selection
     return input.is_cpu and not selection.strict and not (_INTERPRETER and selection.backend in ("auto", "triton"))
+
+
+def is_left_to_torch(input: Tensor) -> bool:
+    """Whether ops without a product for oneDNN take the torch expression for ``input``, and nobody looks on.
+
+    A short way for layers on a CPU, where the host's time for a small one shows beside the computation.
+    """
+    selection = _thread.selection
+    return (
+        input.is_cpu
+        and not _INTERPRETER
+        and selection.backend != "triton"
+        and not (selection.strict or selection.explaining or _is_mode_active() or _is_dynamo_compiling())
+        and selection.asked is None
+    )
 
 
 def refuse_fallback(op: str, reason: str) -> None:

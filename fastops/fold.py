@@ -20,8 +20,9 @@ from .dispatch import selected_backend
 from .kernels import private
 from .ops.accepts import PLAIN
 
-# Folding passes over the weight instead of the output. It must be so much smaller to make up for the smaller steps.
-SMALLER: Final = 4
+# Folding passes over the weight instead of the output. It must be so much smaller to make up for the smaller steps:
+# on an AMD EPYC with AVX-512 outputs 5 to 7 times as large cost 1 to 5 %, and 28 times saved 20 %.
+SMALLER: Final = 12
 _DIMENSIONS: Final = ((nn.BatchNorm1d, 3), (nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5))
 
 
@@ -38,11 +39,13 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
         return None
     try:
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if weight is None or weight.numel() * SMALLER > _positions(layer, input) * weight.shape[0]:
+            return None
         scale, shift = norm._parameters["weight"], norm._parameters["bias"]
         mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
     except KeyError:  # they are computed, by a parametrization say
         return None
-    if weight is None or mean is None or variance is None:
+    if mean is None or variance is None:
         return None
     statistics = [tensor for tensor in (scale, shift, mean, variance) if tensor is not None]
     present = [weight, *statistics] if bias is None else [weight, bias, *statistics]
@@ -57,11 +60,6 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
     fits = dimensions == weight.dim() and all(tensor.shape == weight.shape[:1] for tensor in statistics)
     if not (fits and (dimensions, True) in [(dim, isinstance(norm, kind)) for kind, dim in _DIMENSIONS]):
         return None
-    positions = input.shape[0]
-    for size, stride in zip(input.shape[2:], layer.stride, strict=True):
-        positions *= size // stride
-    if weight.numel() * SMALLER > positions * weight.shape[0]:
-        return None
     with torch.no_grad():  # in float32 at least, as torch's batch norm computes
         wide = torch.promote_types(weight.dtype, torch.float32)
         factor = torch.rsqrt(variance.to(wide) + norm.eps)
@@ -72,3 +70,11 @@ def folded_weights(layer: Any, norm: Any, input: Tensor) -> tuple[Tensor, Tensor
             moved = moved + shift
         scaled = weight * factor.view(-1, *[1] * (dimensions - 1))
         return scaled.to(weight.dtype), moved.to(weight.dtype)
+
+
+def _positions(layer: Any, input: Tensor) -> int:
+    """About how many the output of ``layer`` has, in all samples."""
+    positions = input.shape[0] if input.dim() else 0
+    for size, stride in zip(input.shape[2:], layer.stride, strict=False):  # wrong dimensions fail in the convolution
+        positions *= size // stride
+    return positions

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as FF
-from .dispatch import explain, on_plain_cpu
+from .dispatch import explain, is_left_to_torch, on_plain_cpu
 from .fold import folded_weights
 from .fusions import (
     LAYER_FUNCTIONS,
@@ -524,6 +524,9 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
 
 
 def _activated(activation: Activation, apply: _Apply, kind: Layer, layer: Any, input: Tensor) -> Any:
+    if kind.with_options is not None and is_left_to_torch(input):  # a convolution or a batch norm: new memory
+        output = kind.original.forward(layer, input)
+        return output.relu_() if activation == RELU else apply(output)
     own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed
     weight = own["weight"] if "weight" in own else layer.weight  # noqa: SIM401  (looked up only then)
     bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401

@@ -77,7 +77,7 @@ def count_of_norms(model: nn.Module, *inputs: Tensor) -> int:
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_folded_results(dimensions: int, bias: bool, affine: bool, backend: str) -> None:
     eager, swapped, _ = folded_pair(dimensions=dimensions, bias=bias, affine=affine)
-    x = torch.randn(16, 3, *(5,) * dimensions).double()
+    x = torch.randn(64, 3, *(5,) * dimensions).double()
     with torch.no_grad():
         torch.testing.assert_close(swapped(x), eager(x))
         assert torch.equal(swapped(x), eager(x)) or backend != "torch"
@@ -290,8 +290,8 @@ def test_folded_only_where_the_weight_is_much_smaller_than_the_output() -> None:
     torch.manual_seed(0)
     swapped = fastops.swap(nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16)).eval())
     with torch.no_grad():
-        assert count_of_norms(swapped, torch.randn(1, 8, 32, 32)) == 1  # 72 weights, 16 x 16 positions
-        assert count_of_norms(swapped, torch.randn(2, 8, 32, 32)) == 0
+        assert count_of_norms(swapped, torch.randn(3, 8, 32, 32)) == 1  # 72 weights, 16 x 16 positions
+        assert count_of_norms(swapped, torch.randn(4, 8, 32, 32)) == 0
 
 
 MISFITS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
@@ -345,7 +345,7 @@ class Shared(nn.Module):
 @folds
 def test_a_shared_convolution_and_subclasses_of_batch_norms() -> None:
     eager = Shared().double().eval()
-    swapped, x = fastops.swap(copy.deepcopy(eager)), torch.randn(2, 3, 9, 9).double()
+    swapped, x = fastops.swap(copy.deepcopy(eager)), torch.randn(8, 3, 9, 9).double()
     assert fastops.report(swapped).folded == 2
     with torch.no_grad():
         torch.testing.assert_close(swapped(x), eager(x))

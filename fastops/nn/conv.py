@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as FF
+from ..dispatch import is_left_to_torch
 from .activated import Activated
 from .overrides import overrides, replaced
 
@@ -37,7 +38,7 @@ def _is_changed(layer: Any, kind: type) -> bool:
 
 def _forward(function: Callable[..., Tensor], layer: Any, input: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    if overrides(input, weight, bias):
+    if overrides(input, weight, bias) or is_left_to_torch(input):
         return layer._conv_forward(input, weight, bias)
     return convolved(function, layer, input, weight, bias)
 

@@ -15,10 +15,15 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+import torch
+import triton
+import triton.language as tl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+
+from fastops.kernels.linear import tile_of_program
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "kernels").glob("*.md"))}
@@ -90,6 +95,23 @@ def test_no_word_is_cut_off_or_runs_into_another(figures: ModuleType) -> None:
                 middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
                 if cell.contains(*middle) and cell.width < edge.width and patch.get_fill():
                     assert cell.x0 <= box.x0 and box.x1 <= cell.x1, name
+
+
+@triton.jit
+def order_kernel(place_ptr, M, N, GROUP_M: tl.constexpr):
+    row, column = tile_of_program(tl.program_id(0), M, N, 1, 1, GROUP_M)
+    tl.store(place_ptr + row * N + column, tl.program_id(0))
+
+
+def test_order_of_tiles_on_the_page_is_the_kernels(figures: ModuleType) -> None:
+    (block,) = re.findall(r"^```python\n(def tile_of_program.*?)^```$", PAGES["linear"], re.MULTILINE | re.DOTALL)
+    exec(block, own := {})
+    for rows, columns, group in ((20, 32, 8), (6, 6, 3), (7, 3, 4), (1, 5, 8)):
+        place = torch.full((rows, columns), -1)
+        order_kernel[(rows * columns,)](place, rows, columns, GROUP_M=group)
+        for of_page in (own["tile_of_program"], figures.tile_of_program):
+            found = [of_page(program, rows, columns, group) for program in range(rows * columns)]
+            assert [place[each].item() for each in found] == list(range(rows * columns))
 
 
 def test_tables_are_what_is_counted() -> None:

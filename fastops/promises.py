@@ -8,6 +8,7 @@ between. Of two summands only the one that was called last may be a promise.
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from .fusions import (
     LAYER_FUNCTIONS,
     LAYERS,
     NORMS,
+    ORIGINALS,
     Layer,
     activation_of_function,
     activation_of_module,
@@ -196,14 +198,18 @@ _PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise, ReLUPromise)
 # What a callable is ---------------------------------------------------------------------------------------------------
 
 
+LEFT_ALONE: Final = "_fastops_left_alone"  # the attribute of a module that `fastops.swap` was to leave alone: why
+
+
 def untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does nothing but run the forward of its class."""
+    """Whether calling ``module`` does nothing but run the forward of its class, and fastops may do it instead."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or LEFT_ALONE in module.__dict__
         or module._compiled_call_impl is not None
         or type(module).__call__ is not MODULE_CALL
         or nn.Module._call_impl is not MODULE_CALL_IMPL
@@ -509,6 +515,12 @@ def user_class(found: Any) -> Any:
     return vars(found).get("_fastops_user_class", found) if isinstance(found, type) else found
 
 
+def plain_class(found: type) -> type:
+    """The class that the user wrote, or torch's, for a class that `fastops.swap` gave to a module."""
+    original: type = ORIGINALS.get(found) or user_class(found)
+    return original
+
+
 def sequential_forward(self: nn.Sequential, input: Any) -> Any:
     """`torch.nn.Sequential.forward`, which sees what comes next."""
     return now(chain(self, input))
@@ -520,6 +532,20 @@ HELPERS: Final[dict[str, Callable[..., Any]]] = {
         *(hold, hold_keyword, hold_function, hold_sum, hold_sum_by, hold_sum_method, hold_sum_in_place),
         *(link, link_layer, apply, join, method, now, past, is_there, shown, mark, chain, user_class),
     )
+}
+
+
+def _run(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    return function(*map(now, arguments), **keywords)
+
+
+# For methods of a module that `fastops.swap` was not to include: their own functions and sums wait for nothing.
+HELPERS_FOR_LAYERS: Final[dict[str, Callable[..., Any]]] = HELPERS | {
+    "_fastops_hold_function": _run,
+    "_fastops_hold_sum": partial(_run, operator.add),
+    "_fastops_hold_sum_by": _run,
+    "_fastops_hold_sum_method": lambda method, right: hold(method, now(right)),
+    "_fastops_hold_sum_in_place": lambda left, right, _: _run(operator.iadd, left, right),
 }
 
 

@@ -17,12 +17,13 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import UNKNOWN, Call, Site, tail
+from .choice import NOT_INCLUDED
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, LAYERS, NORMS, SIGNATURES, activation_of_module, fused_op
 from .kernels.activation import Activation
 from .ops.activations import METHODS, MODULES, activation_of
-from .promises import is_fresh, untouched
+from .promises import LEFT_ALONE, is_fresh, plain_class, untouched
 from .source import LeftAlone
-from .swap import hides_an_activation, is_users, layer_class, plain_class, rewritten_method, site_class, swapped_class
+from .swap import hides_an_activation, is_users, layer_class, rewritten_method, site_class, swapped_class
 
 RELUS, OTHERS, NORM_LAYERS = "ReLUs", "other activations", "batch norms"
 _AGAIN: Final = "the model was changed since it was swapped: swap again"
@@ -85,12 +86,24 @@ def findings(module: nn.Module) -> Iterator[Finding]:
             yield from reader.method(kind, name)
 
 
+def fused_layers(model: nn.Module) -> dict[int, str]:
+    """What is to be shown of the layers in ``model`` that are fused with what is behind them, by id."""
+    found = dict[int, dict[str, None]]()
+    for module in model.modules():
+        for finding in () if is_scripted(module) else findings(module):
+            for layer in finding.layers:
+                found.setdefault(id(layer), {})[finding.kind] = None
+    return {layer: f"fused with {' or '.join(kinds)}" for layer, kinds in found.items()}
+
+
 class _Reader:
     """Judges the calls in the methods of one module by what its attributes are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.paths = {id(m): path for path, m in reversed(list(module.named_modules())) if path}
+        made_of = vars(type(module)).get("_fastops_made_of", (True,))
+        self.functions_obstacle = "" if made_of[-1] else f"{type(module).__name__} is {NOT_INCLUDED}"
 
     def method(self, kind: type, name: str) -> Iterator[Finding]:
         try:
@@ -102,20 +115,20 @@ class _Reader:
         if found is None:
             return
         method = vars(kind)[name]
-        obstacle = self._obstacle(kind, name) if found.code is not None else ""
+        obstacle = self.obstacle(kind, name) if found.code is not None else ""
         for site in found.sites:
             yield from self.site(site, method, obstacle)
 
-    def _obstacle(self, kind: type, name: str) -> str:
+    def obstacle(self, kind: type, name: str) -> str:
         """Why the rewritten method is not what runs, or nothing."""
         ours = [c for c in type(self.module).__mro__ if vars(c).get("_fastops_user_class") is kind]
         if not ours:
-            return "fastops.swap would fuse it"
+            return self.module.__dict__.get(LEFT_ALONE, "fastops.swap would fuse it")
         return "" if vars(ours[0])["_fastops_made_of"][1].get(name) is vars(kind)[name] else _AGAIN
 
     def sequential(self) -> Iterator[Finding]:
         """The calls of `torch.nn.Sequential.forward`: each module is applied to the result of the one before."""
-        obstacle = self._obstacle(nn.Sequential, "forward")
+        obstacle = self.obstacle(nn.Sequential, "forward")
         result = _Result("the input")
         for name, module in self.module._modules.items():
             if module is not None:
@@ -152,7 +165,9 @@ class _Reader:
         if call.function is None:
             made = [self.result(maker, look) for maker in call.inputs]
             old = [result for result in made if result.module is None or not _is_fresh(result.module)]
+            left = old[0].module.__dict__.get(LEFT_ALONE) if old and old[0].module is not None else None
             why = f"the sum is written into what {old[0].name} gives, which may be seen elsewhere" if old else ""
+            why = why if left is None else f"{old[0].name} is {left}"
             return _Result("the sum", obstacle=why, op="add")
         function = look.up(call.function)
         name = self.name_of(function, call.function)
@@ -176,7 +191,8 @@ class _Reader:
     ) -> Iterator[Finding]:
         """What becomes of ``function`` applied to a call that gives one of ``inputs``."""
         if isinstance(function, nn.Module) and _is_norm(function):
-            reason = (_fold_reason(function, inputs[0]) if inputs else reason) or obstacle
+            reason = function.__dict__.get(LEFT_ALONE) or (_fold_reason(function, inputs[0]) if inputs else reason)
+            reason = reason or obstacle
             outcome = f"not folded: {reason}"
             if not reason:
                 outcome = f"folded into {inputs[0].name} in evaluation without gradients"
@@ -211,6 +227,8 @@ class _Reader:
     def fuse_reason(self, name: str, function: object, activation: Activation, input: _Result) -> str:
         if isinstance(function, nn.Module) and type(function) not in MODULES:
             return f"its class {type(function).__name__} may compute something else"
+        if isinstance(function, nn.Module) and LEFT_ALONE in function.__dict__:
+            return str(function.__dict__[LEFT_ALONE])
         if isinstance(function, nn.Module) and not untouched(function):
             return f"{name} has hooks or a replaced forward"
         if isinstance(function, nn.Module) and activation_of_module(function) is None:
@@ -225,11 +243,13 @@ class _Reader:
         if op and fused_op(activation, op) is None:
             return f"its input is {input.name}, and {_kind(activation)} has no kernel with {op}"
         if input.op:
-            return input.obstacle
+            return input.obstacle or self.functions_obstacle
         if module is None:
             return f"its input is {input.name}, not a layer"
         if not _is_layer(module):
             return f"its input is {input.name}, a {plain_class(type(module)).__name__}, which has no fused form"
+        if LEFT_ALONE in module.__dict__:
+            return f"{input.name} is {module.__dict__[LEFT_ALONE]}"
         if not untouched(module):
             return f"{input.name} has hooks or a replaced forward"
         if type(module).forward in LAYERS:
@@ -280,7 +300,7 @@ def _is_fresh(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, tuple(NORMS)) and type(module).forward in LAYERS
+    return isinstance(module, tuple(NORMS)) and (type(module).forward in LAYERS or LEFT_ALONE in module.__dict__)
 
 
 def _fold_reason(norm: nn.Module, input: _Result) -> str:
@@ -291,6 +311,8 @@ def _fold_reason(norm: nn.Module, input: _Result) -> str:
     if module is None or not isinstance(module, nn.modules.conv._ConvNd):
         return f"its input is {input.name}, not a convolution"
     for each, name in ((module, input.name), (norm, "it")):
+        if LEFT_ALONE in each.__dict__:
+            return f"{name} is {each.__dict__[LEFT_ALONE]}"
         if not untouched(each):
             return f"{name} has hooks or a replaced forward"
     return "" if type(module).forward in LAYERS else f"{input.name} is not swapped: swap again"

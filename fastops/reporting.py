@@ -13,9 +13,10 @@ from torch import nn
 from . import nn as fnn
 from .ops.activations import MODULES
 from .ops.conv import is_channels_last
+from .promises import LEFT_ALONE, plain_class
 from .reading import NORM_LAYERS, OTHERS, RELUS, findings, group_of, is_scripted
 from .source import LeftAlone
-from .swap import check, layer_class, plain_class, swapped_class
+from .swap import check, layer_class, swapped_class
 from .tuning import Example, calls_of
 
 _GROUPS: Final = {
@@ -111,7 +112,8 @@ def report(model: nn.Module, example_input: Any = None, *, example_kwargs: Mappi
             rows.append(row_of_layer)
         if type(module) in MODULES and path not in calls:
             kind, group = type(module).__name__, group_of(MODULES[type(module)])
-            rows.append(Row(path or "(model)", kind, "not fused: no call of it was found in the source", False, group))
+            reason = module.__dict__.get(LEFT_ALONE, "no call of it was found in the source")
+            rows.append(Row(path or "(model)", kind, f"not fused: {reason}", False, group))
         rows += calls.get(path, [])
     notes = [_CHANNELS_LAST] if any(map(_is_channels_last, modules.values())) else []
     unknown = sorted({plain_class(type(module)).__name__ for module in modules.values() if _is_unknown(module)})
@@ -152,12 +154,13 @@ def _layer_row(path: str, module: nn.Module, fused: list[str]) -> Row | None:
         return None
     found = type(module)
     done = found.forward.__module__.startswith(fnn.__name__)
+    left = module.__dict__.get(LEFT_ALONE)
     outcome = f"fastops.nn.{found.forward.__qualname__.partition('.')[0]}"
     outcome += f" fused with its {' and its '.join(fused)}" if fused else ""
     if not done:
         try:
             swapped_class(module)
-            outcome = "not swapped"
+            outcome = "not swapped" if left is None else f"not swapped: {left}"
         except LeftAlone as reason:
             outcome = f"not swapped: {reason}"
     return Row(path or "(model)", plain_class(found).__name__, outcome, done, group)

@@ -8,7 +8,8 @@
    such as ``relu(layer(x))`` rewritten (`fastops.callsites`): what the two callables are then decides, in each call,
    whether they run as one (`fastops.promises`).
 
-Nothing is stored on the modules or beside them: what was swapped is written in their classes alone.
+Nothing is stored on the modules or beside them: what was swapped is written in their classes alone. Only a module that
+was to be left alone keeps the reason, in an attribute (`fastops.promises.LEFT_ALONE`).
 """
 
 from __future__ import annotations
@@ -29,16 +30,34 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import Rewritten, Surroundings, rewrite
+from .choice import NOT_INCLUDED, Patterns, left_alone
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
+from .nn.shown import showing
 from .ops.activations import METHODS
-from .promises import HELPERS, chain, run_what_waited, sequential_forward, user_class
+from .promises import (
+    HELPERS,
+    HELPERS_FOR_LAYERS,
+    LEFT_ALONE,
+    chain,
+    plain_class,
+    run_what_waited,
+    sequential_forward,
+    user_class,
+)
 from .source import LeftAlone, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def swap(model: _Model, *, fuse: bool = True, memory_format: torch.memory_format | None = None) -> _Model:
+def swap(
+    model: _Model,
+    *,
+    fuse: bool = True,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> _Model:
     """Swap fastops layers into ``model``, in place, and fuse them with the ReLUs behind them.
 
     Parameters, their names, hooks and results stay as they are. In evaluation mode, where no gradient of the
@@ -51,6 +70,11 @@ def swap(model: _Model, *, fuse: bool = True, memory_format: torch.memory_format
     Args:
         model: any module, a loss too.
         fuse: whether layers may run in one call with what is behind them. If not, only classes of layers change.
+        include: what may be swapped and fused, everything if None: a name pattern as of `fnmatch`, for paths as in
+            ``model.named_modules()`` (``"layer4"``, ``"*.conv1"``), a module class, or a sequence of these. What
+            matches stands for all inside of it. An activation that is a function goes with the layer before it, sums
+            and layers that are functions with the module whose method has them.
+        exclude: the same for what stays exactly torch. It goes before ``include``. Another `swap` chooses anew.
         memory_format: `torch.channels_last`, say: what ``model.to(memory_format=...)`` does to the weights, and so to
             the outputs of their layers. It helps with large feature maps and costs with small ones. `unswap` leaves it.
 
@@ -58,19 +82,27 @@ def swap(model: _Model, *, fuse: bool = True, memory_format: torch.memory_format
         ``model`` itself.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module, or a pattern neither a string nor a module class.
+        ValueError: if a pattern or a class matches no module.
     """
     check("swap", model)
-    before = [(module, type(module)) for module in model.modules()]
-    known: dict[tuple[type, tuple[type, ...]], type] = {}  # looked up once for all modules of a class
+    reasons = left_alone(model, include, exclude)
+    before = [(module, type(module), module.__dict__.get(LEFT_ALONE)) for module in model.modules()]
+    known: dict[tuple[type, tuple[type, ...], bool], type] = {}  # looked up once for all modules of a class
     try:
-        for module, found in before:
-            if found not in COUNTERPARTS.values():
+        for module, found, _ in before:
+            reason = reasons.get(id(module))
+            if found not in COUNTERPARTS.values() or reason is not None:
                 set_class(module, original_class(found))
-            with suppress(LeftAlone):
-                set_class(module, swapped_class(module))
-            if fuse and "forward" not in module.__dict__:
-                key = type(module), _variant(module)
+            chosen = reason is None
+            if chosen:
+                with suppress(LeftAlone):
+                    set_class(module, swapped_class(module))
+            elif reason == NOT_INCLUDED and any(id(inner) not in reasons for inner in module.modules()):
+                reason = None  # its methods may apply an activation to a layer that is included
+            _set_reason(module, reason)
+            if reason is None and fuse and "forward" not in module.__dict__:
+                key = type(module), _variant(module), chosen
                 if key not in known:
                     known[key] = key[0]
                     with suppress(LeftAlone):
@@ -79,8 +111,9 @@ def swap(model: _Model, *, fuse: bool = True, memory_format: torch.memory_format
         if memory_format is not None:
             model.to(memory_format=memory_format)
     except BaseException:  # an interrupt too: half a swap must not stay; it is raised again
-        for module, found in before:
+        for module, found, reason in before:
             set_class(module, found)
+            _set_reason(module, reason)
         raise
     return model
 
@@ -97,6 +130,7 @@ def unswap(model: _Model) -> _Model:
     check("unswap", model)
     for module in model.modules():
         set_class(module, original_class(type(module)))
+        _set_reason(module, None)
     return model
 
 
@@ -108,12 +142,6 @@ def check(verb: str, model: object) -> None:
 def set_class(module: nn.Module, new: type) -> None:
     if new is not type(module):
         object.__setattr__(module, "__class__", new)
-
-
-def plain_class(found: type) -> type:
-    """The class that the user wrote, or torch's, for a class that `swap` gave to a module."""
-    original: type = ORIGINALS.get(found) or user_class(found)
-    return original
 
 
 def original_class(found: type) -> type:
@@ -135,6 +163,12 @@ def _with_bases(found: type, bases: tuple[type, ...], **more: object) -> type:
 
 _USER_CLASS: Final = "_fastops_user_class"
 _NOT_COPIED: Final = {"__dict__", "__weakref__", "__slotnames__", _USER_CLASS}
+
+
+def _set_reason(module: nn.Module, reason: str | None) -> None:
+    module.__dict__.pop(LEFT_ALONE, None)
+    if reason is not None and not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__[LEFT_ALONE] = reason
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -241,18 +275,18 @@ def _variant(module: nn.Module) -> tuple[type, ...]:
     return tuple(plain_class(type(child)) for child in module._modules.values())
 
 
-def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
+def site_class(user: type, variant: tuple[type, ...] = (), functions: bool = True) -> type:
     """A subclass of ``user`` under its name with rewritten methods, ``user`` itself if there is nothing to rewrite.
 
     Its bases are rewritten likewise and come after ``user``, so that ``super()`` finds them. There is one for each
-    ``variant``.
+    ``variant``. Without ``functions`` it fuses only what is behind a layer, and no function or sum of its methods.
 
     Raises:
         LeftAlone: with the reason, if there could be no such class.
     """
     if not is_users(user) and user is not nn.Sequential:
         return user
-    bases = tuple(new for base in user.__bases__ if (new := site_class(base, variant)) is not base)
+    bases = tuple(new for base in user.__bases__ if (new := site_class(base, variant, functions)) is not base)
     methods: dict[str, Any] = {}
     if user is nn.Sequential:
         if _is_torchs_sequential():
@@ -264,7 +298,7 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
                 rewritten = rewritten_method(user, name)
             if rewritten is not None and (rewritten.code or rewritten.holding) is not None:
                 twin, holding = (
-                    None if code is None else twin_of(value, code, HELPERS)
+                    None if code is None else twin_of(value, code, HELPERS if functions else HELPERS_FOR_LAYERS)
                     for code in (rewritten.code, rewritten.holding)
                 )
                 methods[name] = _method(user, name, twin or value, holding)
@@ -275,7 +309,7 @@ def site_class(user: type, variant: tuple[type, ...] = ()) -> type:
     for name, value in vars(user).items():
         if isinstance(value, classmethod) and name not in ("__init_subclass__", "__class_getitem__"):
             methods[name] = _class_method(name, value)
-    return _derived(user, bases, methods, variant)
+    return _derived(user, bases, methods, variant, functions)
 
 
 def is_users(found: type | FunctionType) -> bool:
@@ -357,13 +391,15 @@ def _finds_itself_by_its_class(value: object) -> bool:
     return "super" in names and bool(names & {"type", "__class__"})
 
 
-def _derived(user: type, bases: tuple[type, ...], methods: dict[str, Any], variant: tuple[type, ...] = ()) -> type:
+def _derived(
+    user: type, bases: tuple[type, ...], methods: dict[str, Any], variant: tuple[type, ...] = (), functions: bool = True
+) -> type:
     """A subclass of ``user`` under its name, with ``bases`` after it: the same one for the same methods.
 
     Raises:
         LeftAlone: if Python allows no such class.
     """
-    made_of = (bases, {name: vars(user)[name] for name in methods}, variant)
+    made_of = (bases, {name: vars(user)[name] for name in methods}, variant, functions)
     subclasses: list[type] = type.__subclasses__(user)
     for known in subclasses:
         if vars(known).get(_USER_CLASS) is user and vars(known)["_fastops_made_of"] == made_of:
@@ -376,7 +412,7 @@ def _derived(user: type, bases: tuple[type, ...], methods: dict[str, Any], varia
         "_fastops_made_of": made_of,
         _USER_CLASS: user,
         **methods,
-        **(_copying(user) if issubclass(user, nn.Module) else {}),
+        **(_copying(user) | {"__repr__": _repr(user)} if issubclass(user, nn.Module) else {}),
     }
     # `type.__new__` and not a call of the user's metaclass, so that nothing of the user's runs: no ``__new__``,
     # ``__init__`` or ``__init_subclass__``. Each class needs a base of its own that keeps the last one silent, to have
@@ -390,6 +426,18 @@ def _derived(user: type, bases: tuple[type, ...], methods: dict[str, Any], varia
     if isinstance(new, abc.ABCMeta):
         abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with ``user``
     return new
+
+
+def _repr(user: Any) -> Callable[[Any], str]:
+    """The user's own, in which layers say what they are fused with."""
+
+    def __repr__(self: Any) -> str:
+        from .reading import fused_layers  # which imports this file
+
+        with showing(lambda: fused_layers(self)):
+            return str(user.__repr__(self))
+
+    return __repr__
 
 
 # Copies and pickles ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from . import dispatch, functional
 from .accuracy import error_share
 from .ops.op import failures_raised
+from .promises import LEFT_ALONE
 from .swap import check, original_class, swap, unswap
 from .tuning import random_state_kept
 
@@ -101,7 +102,9 @@ def verify(
     given = [*model.parameters(), *model.buffers(), *tree_leaves(example)]
     own = next((t.dtype for t in given if isinstance(t, Tensor) and t.is_floating_point()), torch.float32)
     devices = {tensor.device for tensor in given if isinstance(tensor, Tensor)}
-    swapped = any(original_class(type(module)) is not type(module) for module in model.modules())
+    swapped = any(
+        original_class(type(module)) is not type(module) or LEFT_ALONE in module.__dict__ for module in model.modules()
+    )
     subject = _Subject(model, *example, own, devices, swapped)
     differences, compared, ways = list[Difference](), 0, Counter[str]()
     with torch.inference_mode(False), failures_raised(), torch.compiler.set_stance("force_eager"):

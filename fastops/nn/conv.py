@@ -13,6 +13,7 @@ from .. import functional as FF
 from ..dispatch import is_left_to_torch
 from .activated import Activated
 from .overrides import overrides, replaced
+from .shown import shown
 
 __all__ = [
     *("Conv1d", "Conv2d", "Conv3d", "ConvAct1d", "ConvAct2d", "ConvAct3d"),
@@ -46,6 +47,8 @@ def _forward(function: Callable[..., Tensor], layer: Any, input: Tensor) -> Tens
 class Conv1d(torch.nn.Conv1d):
     """`torch.nn.Conv1d` on `fastops.functional.conv1d`: [N, C, L] or [C, L] -> [N, O, L'] or [O, L']."""
 
+    extra_repr = shown(torch.nn.Conv1d)
+
     def forward(self, input: Tensor) -> Tensor:
         if _is_changed(self, torch.nn.Conv1d):
             return super().forward(input)
@@ -55,6 +58,8 @@ class Conv1d(torch.nn.Conv1d):
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` on `fastops.functional.conv2d`: [N, C, H, W] or [C, H, W] -> [N, O, H', W'] or [O, H', W']."""
 
+    extra_repr = shown(torch.nn.Conv2d)
+
     def forward(self, input: Tensor) -> Tensor:
         if _is_changed(self, torch.nn.Conv2d):
             return super().forward(input)
@@ -63,6 +68,8 @@ class Conv2d(torch.nn.Conv2d):
 
 class Conv3d(torch.nn.Conv3d):
     """`torch.nn.Conv3d` on `fastops.functional.conv3d`: [N, C, D, H, W] or [C, D, H, W] -> the same with O channels."""
+
+    extra_repr = shown(torch.nn.Conv3d)
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_changed(self, torch.nn.Conv3d):

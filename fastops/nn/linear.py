@@ -12,12 +12,15 @@ from ..dispatch import call
 from ..ops import OPS
 from .activated import Activated
 from .overrides import overrides, replaced
+from .shown import shown
 
 __all__ = ["Linear", "LinearAct", "LinearReLU"]
 
 
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` on `fastops.functional.linear`: [..., in_features] -> [..., out_features]."""
+
+    extra_repr = shown(torch.nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
         if replaced(torch.nn.Linear):

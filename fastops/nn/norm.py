@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import functional as FF
 from .activated import Activated
+from .shown import shown
 
 __all__ = [
     *("BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"),
@@ -36,6 +37,8 @@ def normalized(function: Callable[..., Tensor], layer: Any, input: Tensor, *othe
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, which `fastops.swap` runs in one call with its neighbours."""
 
+    extra_repr = shown(torch.nn.BatchNorm1d)
+
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
@@ -43,12 +46,16 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 class BatchNorm2d(torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, which `fastops.swap` runs in one call with its neighbours."""
 
+    extra_repr = shown(torch.nn.BatchNorm2d)
+
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, which `fastops.swap` runs in one call with its neighbours."""
+
+    extra_repr = shown(torch.nn.BatchNorm3d)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -46,7 +47,7 @@ class _Selection(NamedTuple):
 
     ``strict``: a call that would take the torch expression is an error. ``explaining``: a call returns its
     `Explanation` instead of computing. ``asked``: what was measured does not count, and what a call would have looked
-    for is noted in the list. ``outer``: what is selected again behind a ``with``.
+    for is noted in the list. ``outer``: what is selected again behind a ``with``. ``counters``: count what ran.
     """
 
     backend: str
@@ -54,6 +55,7 @@ class _Selection(NamedTuple):
     strict: bool = False
     explaining: bool = False
     asked: list[tuning_cache.Key] | None = None
+    counters: tuple[Counter[tuple[str, str]], ...] = ()
 
 
 def _checked(name: str) -> str:
@@ -105,12 +107,25 @@ class backend(contextlib.ContextDecorator):
             raise ValueError(f"backend {name!r} cannot be strict: only 'triton' and 'onednn' can")
 
     def __enter__(self) -> None:
-        _thread.selection = _Selection(self._name, _thread.selection, self._strict)
+        outer = _thread.selection
+        _thread.selection = _Selection(self._name, outer, self._strict, counters=outer.counters)
 
     def __exit__(self, *_: object) -> None:
-        outer = _thread.selection.outer
-        assert outer is not None
-        _thread.selection = outer
+        leave()
+
+
+def leave() -> None:
+    """Select again what was selected before the innermost `backend` or `count`."""
+    outer = _thread.selection.outer
+    assert outer is not None
+    _thread.selection = outer
+
+
+def count(counter: Counter[tuple[str, str]]) -> None:
+    """Count the calls of this thread by op and way, until `leave`."""
+    outer = _thread.selection
+    counters = tuple(known for known in outer.counters if known is not counter)
+    _thread.selection = outer._replace(outer=outer, counters=(*counters, counter))
 
 
 def selected_backend() -> str:
@@ -156,7 +171,7 @@ def call(op: Op, *arguments: Any) -> Any:
         selection.backend == "auto"
         and type(input) is Tensor
         and input.is_cpu
-        and not (tuned or _INTERPRETER or selection.explaining)
+        and not (tuned or _INTERPRETER or selection.explaining or selection.counters)
         and selection.asked is None
         and op.cpu(*arguments).backend == "torch"
     ):
@@ -176,9 +191,29 @@ def call(op: Op, *arguments: Any) -> Any:
             refuse_fallback(op.name, reason)
     if selection.explaining:
         return explanation
+    if selection.counters and not _is_dynamo_compiling():
+        return _counted(op, arguments, explanation, selection)
     if explanation.backend == "torch":
         return op.expression(*arguments)
     return op.run(explanation.way + STRICT if selection.strict else explanation.way, arguments)
+
+
+_counting: Final = threading.Lock()  # two threads may be in one block
+
+
+def _counted(op: Op, arguments: tuple[Any, ...], explanation: Explanation, selection: _Selection) -> Any:
+    """The result of a call, which is counted if there is one."""
+    way = explanation.way
+    if way == "torch":
+        result: Any = op.expression(*arguments)
+    else:
+        result = op.run(way + STRICT if selection.strict else way, arguments)
+        if explanation.backend == "triton" and failed and has_failed(op.name, arguments[0]):
+            way = "torch"  # its kernel failed in this very call
+    with _counting:
+        for counter in selection.counters:
+            counter[op.name, way] += 1
+    return result
 
 
 def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:

@@ -57,7 +57,8 @@ class _Result(NamedTuple):
 def findings(module: nn.Module) -> Iterator[Finding]:
     """Every call of an activation or of a swapped batch norm in the methods of ``module``; which were not read."""
     user: Any = plain_class(type(module))
-    relevant = any(isinstance(child, (*MODULES, *COUNTERPARTS)) for child in module.modules() if not is_scripted(child))
+    known = any(isinstance(child, (*MODULES, *COUNTERPARTS)) for child in module.modules() if not is_scripted(child))
+    relevant = known or module._parameters  # functions may be applied to these
     if not relevant or (not is_users(user) and user is not nn.Sequential and next(module.children(), None) is None):
         return
     if "forward" in module.__dict__:

@@ -320,7 +320,8 @@ def test_report() -> None:
     with fastops.backend("onednn"):
         compiled(swap_models.FlatLeNet())(torch.randn(2, 1, 18, 18))
         compiled(swap_models.UsedTwice())(torch.randn(2, 6))
-    assert [line.split(maxsplit=2) for line in str(fastops.compile.report()).splitlines()[:-1]] == [
+    report = fastops.compile.report()
+    assert [[row.name, row.layer, row.outcome] for row in report.rows] == [
         ["conv1", "conv2d", "fastops.functional.conv_relu2d (onednn)"],
         ["relu", "relu", "fused with conv1"],
         ["conv2", "conv2d", "fastops.functional.conv2d (onednn)"],
@@ -333,6 +334,13 @@ def test_report() -> None:
         ["fc", "linear", "fastops.functional.linear (onednn)"],
         ["relu", "relu", "not fused: the output of fc is used elsewhere too"],
     ]
+    lines = str(report).splitlines()
+    assert [line for line in lines if not line.startswith(" ")][:-1] == [
+        "swapped layers",
+        "fused activations",
+        "left alone",
+    ]
+    assert lines[3].split(maxsplit=2) == ["fc{1,2}", "linear", "fastops.functional.linear_relu (onednn) (2 alike)"]
     with fastops.backend("torch"):
         torch._dynamo.reset()
         compiled(swap_models.sequential())(torch.randn(2, 6))

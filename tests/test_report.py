@@ -9,6 +9,7 @@ import random
 import re
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,3 +321,10 @@ def test_calls_under_autocast_count_once() -> None:
     with fastops.report(sequential()) as report, torch.autocast("cpu", torch.bfloat16), fastops.backend("torch"):
         assert FF.linear(x, x).dtype is torch.bfloat16
     assert report.ran == {("linear", "torch"): 1}
+
+
+def test_the_page_shows_what_is_printed() -> None:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    page = (Path(__file__).parent.parent / "docs" / "swap.md").read_text()
+    (shown,) = re.findall("```text\n(.*?)\n```", page, re.DOTALL)
+    assert shown == str(fastops.report(fastops.swap(models.resnet18(), exclude="layer4.1")))

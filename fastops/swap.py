@@ -30,7 +30,7 @@ from torch import nn
 
 from . import nn as fnn
 from .callsites import Rewritten, Surroundings, rewrite
-from .choice import NOT_INCLUDED, Patterns, left_alone
+from .choice import Patterns, left_alone
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
 from .nn.shown import showing
@@ -98,7 +98,7 @@ def swap(
             if chosen:
                 with suppress(LeftAlone):
                     set_class(module, swapped_class(module))
-            elif reason == NOT_INCLUDED and any(id(inner) not in reasons for inner in module.modules()):
+            elif any(id(inner) not in reasons for inner in module.modules()):
                 reason = None  # its methods may apply an activation to a layer that is included
             _set_reason(module, reason)
             if reason is None and fuse and "forward" not in module.__dict__:

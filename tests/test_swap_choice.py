@@ -198,6 +198,17 @@ def test_parametrized_layers_and_own_layers_of_fastops() -> None:
     assert calls(model, torch.randn(2, 3)) == ["linear_relu"]  # what it is has no plain class
 
 
+def test_scripted_modules_and_wrapped_models() -> None:
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Linear(3, 3))
+    model = nn.DataParallel(nn.Sequential(scripted, nn.Linear(3, 3), nn.ReLU()))
+    fastops.swap(model, exclude=["module.0", "*.1"])
+    assert "_fastops_left_alone" not in vars(scripted) and type(model.module[1]) is nn.Linear
+    assert model(torch.randn(2, 3)).shape == (2, 3)
+    fastops.swap(model, include="module")
+    assert type(model.module[1]) is fastops.nn.Linear
+
+
 def test_losses() -> None:
     criterion = fastops.swap(nn.CrossEntropyLoss(), exclude=nn.CrossEntropyLoss)
     assert type(criterion) is nn.CrossEntropyLoss
@@ -267,6 +278,8 @@ def test_print_follows_hooks_and_the_outermost_module() -> None:
     assert "fused" not in plain  # alone it is behind nothing
     assert repr(model).count("fused with ReLU)") == 2 and repr(model).count("fused with SiLU)") == 1
     assert repr(model[0]).count("fused") == 2
+    inner = fastops.swap(nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.ReLU()))
+    assert repr(inner).count("fused") == 1 and "fused" not in repr(inner[0])  # which does not know what is behind it
     handle = model[0][0].register_forward_hook(lambda *_: None)
     assert repr(model).count("fused with ReLU)") == 1
     handle.remove()

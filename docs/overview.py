@@ -1,4 +1,4 @@
-"""Draws docs/overview.svg, the picture of the README: `python docs/overview.py`. Its figures are those of the table there."""
+"""Draws docs/overview.svg, the picture of the README: `python docs/overview.py`. The figures are those of its table."""
 
 from html import escape
 from pathlib import Path

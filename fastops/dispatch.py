@@ -149,8 +149,9 @@ def is_left_to_torch(input: Tensor) -> bool:
         input.is_cpu
         and not _INTERPRETER
         and selection.backend != "triton"
-        and not (selection.strict or selection.explaining or _is_mode_active() or _is_dynamo_compiling())
+        and not (selection.strict or selection.explaining or selection.counters)
         and selection.asked is None
+        and not (_is_mode_active() or _is_dynamo_compiling())
     )
 
 

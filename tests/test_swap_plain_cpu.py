@@ -84,7 +84,7 @@ def test_equal_to_the_bit(activation: str, way: str, around: str) -> None:
 
 
 def test_who_looks_on_sees_the_calls() -> None:
-    """A report with an input, `fastops.tune` and modes: they learn of every call from the function that it is."""
+    """A report with an input or around a call, `fastops.tune` and modes learn of every call."""
 
     names = []
 
@@ -101,6 +101,9 @@ def test_who_looks_on_sees_the_calls() -> None:
         model(x)
     assert {"conv_relu2d", "batch_norm_relu"} <= set(names)
     assert any("conv_relu2d" in note for note in fastops.report(model, x).notes)
+    with fastops.report(model) as report:
+        model(x)
+    assert report.ran["conv_relu2d", "torch"] == report.ran["batch_norm_relu", "torch"] == 1
     with by_the_rule():
         assert not is_left_to_torch(x)
     with fastops.backend("onednn", strict=True):

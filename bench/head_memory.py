@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 import fastops
 import fastops.functional as FF
 from fastops.nn import LinearCrossEntropyOptions
+from fastops.timing import ratio, wall_clock
 
 ROWS, FEATURES, CLASSES = 4096, 512, 32000
 PAGE = 4096
@@ -75,9 +75,7 @@ def run(loss: Loss) -> dict[str, float]:
     watcher.start()
     times = []
     for _ in range(2):
-        start = time.perf_counter()
-        torch.autograd.grad(loss(input, weight, target), (input, weight))
-        times.append(time.perf_counter() - start)
+        times.append(wall_clock(lambda: torch.autograd.grad(loss(input, weight, target), (input, weight)), 1))
     done.set()
     watcher.join()
     return {"seconds": times[1], "MiB": (peak - before) / 2**20}
@@ -99,10 +97,10 @@ def main() -> None:
             results.append(json.loads(output))
     print(f"{'':16}  peak MiB  seconds  of eager's")
     for name, results in found.items():
-        seconds = np.array([result["seconds"] for result in results])
-        ratios = seconds / [result["seconds"] for result in found["eager"]]
+        seconds = [result["seconds"] for result in results]
+        of_eager = ratio(seconds, [result["seconds"] for result in found["eager"]]).median
         memory = max(result["MiB"] for result in results)
-        print(f"{name:16} {memory:9.0f} {np.median(seconds):8.2f} {np.median(ratios):11.2f}")
+        print(f"{name:16} {memory:9.0f} {np.median(seconds):8.2f} {of_eager:11.2f}")
 
 
 if __name__ == "__main__":

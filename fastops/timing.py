@@ -1,4 +1,4 @@
-"""Times calls in turns, and what the times say: shared by ``fastops bench`` and ``fastops qualify``.
+"""Times calls in turns, and what the times say: the one stopwatch of ``bench``, ``qualify``, `fastops.tune` and bench/.
 
 A machine's speed drifts while it works. Calls that follow each other see the same machine, so ratios are taken within
 each turn, and every second turn runs in the other order.
@@ -6,18 +6,20 @@ each turn, and every second turn runs in the other order.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
+T = TypeVar("T")
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]  # the seconds of one call, of so many
 
 SAMPLE_SECONDS: Final = 1e-3  # A shorter call is repeated to fill this: clocks and synchronizations cost microseconds.
+LONGER_SAMPLE: Final = 1e-2  # Where nobody else takes turns with the call that a few samples decide about.
 FLUSHED: Final = 2**28  # bytes written between two calls on a GPU: more than any L2 cache has
 
 
@@ -31,6 +33,8 @@ class Ratio(NamedTuple):
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Of two calls that `interleave` has timed."""
+    import numpy as np  # here: `fastops.tune` does without it
+
     lower, median, upper = (float(value) for value in np.quantile(np.divide(ours, theirs), [0.25, 0.5, 0.75]))
     return Ratio(median, lower, upper)
 
@@ -92,20 +96,58 @@ def host_seconds(call: Call, device: torch.device, calls: int) -> float:
     return min(times)
 
 
-def interleave(contestants: Sequence[Call], turns: int, calls: int, clock: Clock = wall_clock) -> list[list[float]]:
+def throughput(devices: Collection[torch.device], call: Call, calls: int) -> float:
+    """Seconds of a call among so many in a row, whichever is slower, the host or the devices."""
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+
+    def wait() -> None:
+        for device in accelerators:
+            torch.accelerator.synchronize(device)
+
+    def many() -> None:
+        for _ in range(calls):
+            call()
+        wait()
+
+    wait()
+    return wall_clock(many, 1) / calls
+
+
+def alone(devices: Collection[torch.device], call: Call) -> float:
+    """`throughput` of as many calls as fill a longer sample."""
+    calls = 1
+    while (seconds := throughput(devices, call, calls)) * calls <= LONGER_SAMPLE:
+        calls *= 2
+    return seconds
+
+
+def in_turns(contestants: Iterable[T], turns: int, deadline: float = math.inf) -> Iterator[T]:
+    """Each of them once in each turn, in the other order in every second one, without those taken out meanwhile.
+
+    No turn but the first begins behind the ``deadline`` (of `time.monotonic`).
+    """
+    for turn in range(turns):
+        if turn and time.monotonic() >= deadline:
+            return
+        yield from list(contestants)[:: 1 if turn % 2 == 0 else -1]
+
+
+def interleave(
+    contestants: Sequence[Call], turns: int, calls: int, clock: Clock = wall_clock, deadline: float = math.inf
+) -> list[list[float]]:
     """Seconds per call of each, once in each turn: ``calls`` in a row of the one, then of the next."""
     times: list[list[float]] = [[] for _ in contestants]
-    for turn in range(turns):
-        order = range(len(contestants))
-        for which in order if turn % 2 == 0 else reversed(order):
-            times[which].append(clock(contestants[which], calls))
+    for which in in_turns(range(len(contestants)), turns, deadline):
+        times[which].append(clock(contestants[which], calls))
     return times
 
 
-def timed(contestants: Mapping[str, Call], turns: int, clock: Clock) -> dict[str, list[float]]:
+def timed(
+    contestants: Mapping[str, Call], turns: int, clock: Clock, deadline: float = math.inf
+) -> dict[str, list[float]]:
     """Warm up and time them, as `interleave` does, each so often that the fastest fills a sample."""
     calls = list(contestants.values())
-    interleave(calls, 2, 1, clock)
+    interleave(calls, 2, 1, clock, deadline)
     fastest = min(wall_clock(partial(clock, call, 1), 1) for call in calls)  # with all that the clock itself takes
     repeated = max(1, round(SAMPLE_SECONDS / fastest))
-    return dict(zip(contestants, interleave(calls, turns, repeated, clock), strict=True))
+    return dict(zip(contestants, interleave(calls, turns, repeated, clock, deadline), strict=True))

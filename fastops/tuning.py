@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from . import dispatch, functional, tuning_cache
 from .kernels import configs, private
 from .ops.op import Explanation, FallbackWarning, failures_raised
 from .progress import tracked
+from .timing import alone, in_turns
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -143,7 +143,7 @@ def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
     # Tiles are shared: the ways are timed with those that are there in the end.
     turns = [(tiling, *group) for tiling in (True, False) for group in groups]
     for tiling, gradients, device, key, usual, alike in tracked(turns, len(turns), lambda turn: turn[-1][0].name):
-        clock = timer or partial(_seconds, {device})
+        clock = timer or partial(alone, {device})
         with torch.set_grad_enabled(gradients):
             if tiling:
                 tiles |= _choose_tiles(alike, clock)
@@ -156,7 +156,7 @@ def _tune(model: nn.Module, example: Example, timer: Timer | None) -> Tuning:
         for device, ways in won.items()
     ]
     dispatch.tuned = dispatch.tuned or bool(won)
-    seconds = _time_formats(formats, example, timer or partial(_seconds, _devices(model)))
+    seconds = _time_formats(formats, example, timer or partial(alone, _devices(model)))
     fastest = next(iter(seconds), None)  # the model's own, unless another is clearly faster
     for memory_format, time_ in seconds.items():
         if time_ < (1 - LEAST_GAIN) * seconds[fastest or memory_format]:
@@ -337,13 +337,12 @@ def _choose_tiles(calls: list[Call], timer: Timer) -> tuning_cache.Tiles:
             usual = configs.measured.get(product)
             tiles = tuning_cache.candidates(device, dtype, precision)
             times: dict[configs.Tile | None, list[float]] = {tile: [] for tile in (usual, None, *tiles)}
-            for _ in range(TURNS):
-                for tile in list(times):  # None is the table's own choice
-                    configs.set_tiles({product: tile})
-                    try:
-                        times[tile].append(timer(run))
-                    except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
-                        del times[tile]
+            for tile in in_turns(times, TURNS):  # None is the table's own choice
+                configs.set_tiles({product: tile})
+                try:
+                    times[tile].append(timer(run))
+                except (FallbackWarning, torch.OutOfMemoryError):  # this tile does not compile or fit here
+                    del times[tile]
             best = min(times, key=lambda tile: min(times[tile]), default=None)
             if best is not None and None in times and not _faster(times[best], times[None])[0]:
                 best = None
@@ -372,13 +371,12 @@ def _choose(calls: list[Call], usual: str, timer: Timer) -> Choice:
 
     times = {way: list[float]() for way in tuning_cache.WAYS if calls[0].can_go(way)}
     with failures_raised():
-        for turn in range(TURNS):
-            for way in list(times)[:: 1 if turn % 2 == 0 else -1]:
-                try:
-                    with dispatch.backend(way):
-                        times[way].append(timer(run))
-                except (FallbackWarning, torch.OutOfMemoryError):  # no way for this call here
-                    del times[way]
+        for way in in_turns(times, TURNS):
+            try:
+                with dispatch.backend(way):
+                    times[way].append(timer(run))
+            except (FallbackWarning, torch.OutOfMemoryError):  # no way for this call here
+                del times[way]
     seconds = {way: min(own) for way, own in times.items()}  # other programs only add to it
     best, agreed = min(seconds, key=lambda way: seconds[way], default=usual), True
     if usual in seconds and best != usual:
@@ -424,28 +422,7 @@ def _time_formats(
                 torch.autograd.grad(outputs, leaves, list(map(torch.ones_like, outputs)), allow_unused=True)
 
     times = {memory_format: list[float]() for memory_format in formats}
-    for turn in range(TURNS):
-        for memory_format in list(formats)[:: 1 if turn % 2 == 0 else -1]:
-            with _kept(formats[memory_format]):
-                times[memory_format].append(timer(partial(step, formats[memory_format])))
+    for memory_format in in_turns(formats, TURNS):
+        with _kept(formats[memory_format]):
+            times[memory_format].append(timer(partial(step, formats[memory_format])))
     return {memory_format: min(own) for memory_format, own in times.items()}
-
-
-def _seconds(devices: set[torch.device], call: Callable[[], object]) -> float:
-    """Seconds of a call on these devices, over as many as take a hundredth of a second."""
-
-    def now() -> float:
-        for device in devices:
-            if device.type not in ("cpu", "meta"):
-                torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    calls = 1
-    while True:
-        start = now()
-        for _ in range(calls):
-            call()
-        took = now() - start
-        if took > 0.01:
-            return took / calls
-        calls *= 2

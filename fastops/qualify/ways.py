@@ -12,24 +12,12 @@ from torch import nn
 import fastops
 from fastops import measured
 from fastops.ops.op import Explanation, FallbackWarning, failures_raised
-from fastops.timing import ratio, timed, wall_clock
+from fastops.timing import ratio, throughput, timed
 from fastops.tuning import LEAST_GAIN, Call, Example, calls_of, grouped
 
 from .cases import on_a_gpu
 
 TURNS: Final = 9
-
-
-def _throughput(device: torch.device, call: Any, calls: int) -> float:
-    """Seconds of a call among many, whichever is slower, the host or the device."""
-
-    def many() -> None:
-        for _ in range(calls):
-            call()
-        if on_a_gpu(device):
-            torch.accelerator.synchronize(device)
-
-    return wall_clock(many, 1) / calls
 
 
 def ways_of(model: nn.Module, example_input: Any, timing: bool = True) -> list[dict[str, Any]]:
@@ -71,7 +59,7 @@ def _seconds(call: Call, rule: Explanation, device: torch.device, timing: bool) 
         able[way] = partial(through, backend)
     if rule.way not in able or len(able) == 1 or not timing:
         return {}
-    return timed(able, TURNS if on_a_gpu(device) else 1, partial(_throughput, device))
+    return timed(able, TURNS if on_a_gpu(device) else 1, partial(throughput, {device}))
 
 
 def _won(seconds: dict[str, list[float]], rule: str) -> str:

@@ -5,6 +5,7 @@ WORKERS ?= auto
 MINUTES ?= 8
 COUNT ?= 300
 SEED ?= 0
+K ?= fp32 and not compile
 
 BIN := $(VENV)/bin
 
@@ -49,7 +50,7 @@ mutants: $(VENV)/.dev-installed
 	$(BIN)/python tests/mutants.py --count $(COUNT) --seed $(SEED)
 
 bench: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench -k "$(K)"
 
 lint: $(VENV)/.dev-installed docs
 	$(BIN)/ruff check .

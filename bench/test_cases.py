@@ -1,13 +1,23 @@
-"""Every case of `fastops.cli.bench`: ops at the sizes of real models, whole training steps, and inference."""
+"""Every case of ``fastops bench`` by itself: in each dtype, forward, forward and backward, steps and inference."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
-from fastops.cli.bench import CASES, Case
+from fastops.bench.cases import CASES, DTYPES
+from fastops.benchmark import run_contestant
+from fastops.cli.environment import pick_device
+
+NAMED = {case.name: case for case in CASES}
+ROWS = [
+    (name, dtype, contestant) for name, case in NAMED.items() for dtype in DTYPES for contestant in case.contestants
+]
 
 
-@pytest.mark.parametrize("contestant", ["eager", "fastops"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(compare: Callable[[Case, str], None], case: Case, contestant: str) -> None:
-    compare(case, contestant)
+@pytest.mark.parametrize(("case", "dtype", "contestant"), ROWS, ids=["-".join(row) for row in ROWS])
+def test_case(benchmark: Any, case: str, dtype: str, contestant: str) -> None:
+    torch.manual_seed(0)
+    device = pick_device(None)
+    contest = NAMED[case].prepare(device, DTYPES[dtype])
+    run_contestant(benchmark, f"{case}-{dtype}", contest, contestant, device)

@@ -17,19 +17,19 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 from triton.runtime import interpreter
 
 import fastops
 import fastops.functional as FF
+from fastops.bench.counting import Launch, Operations, Traffic
 from fastops.cli.examples import torch_function
 from fastops.cli.table import MarkdownTable
 from fastops.kernels import cross_entropy as cross_entropy_kernels
@@ -37,72 +37,6 @@ from fastops.models import FashionMLP, LeNet
 from fastops.ops import OPS
 
 SECTOR = 32  # bytes
-IMPLEMENTATIONS = {op.raw: op.compute_raw for op in OPS.values()} | {
-    op.raw_backward: op.compute_raw_backward for op in OPS.values()
-}
-
-
-@dataclass
-class Launch:
-    """What one launch read and wrote: bytes in distinct sectors, and all bytes that its loads and stores asked for."""
-
-    name: str
-    read: int = 0
-    written: int = 0
-    requested: int = 0
-
-
-@dataclass
-class Traffic:
-    """All launches of a call."""
-
-    launches: list[Launch] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(launch.read + launch.written for launch in self.launches)
-
-    @property
-    def requested(self) -> int:
-        return sum(launch.requested for launch in self.launches)
-
-
-def _size(tensor: Tensor) -> int:
-    """Bytes of the elements that exist: an expanded dimension has one."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * int(np.prod([size if stride != 0 else min(size, 1) for size, stride in sizes]))
-
-
-def _read(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors among the arguments of which an operation reads the elements, not the shape alone."""
-    if name.startswith("new_") or name.endswith("_like") or name in ("copy_", "fill_", "zero_"):
-        args = args[1:]
-    kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-    return list({id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values())
-
-
-class _Operations(TorchDispatchMode):
-    """Counts operations of torch. Those of fastops are made of others, which count."""
-
-    def __init__(self, launches: list[Launch]) -> None:
-        super().__init__()
-        self.launches = launches
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastops":
-            with self:  # which would see the operation itself again
-                return IMPLEMENTATIONS[func](*args)
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        storages = {tensor.untyped_storage().data_ptr() for tensor in given}
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not func._schema.is_mutable:
-            written = [tensor for tensor in written if tensor.untyped_storage().data_ptr() not in storages]
-        if written and "empty" not in name:
-            sizes = sum(map(_size, _read(name, args, kwargs or {}))), sum(map(_size, written))
-            self.launches.append(Launch(name, *sizes, sum(sizes)))
-        return result
 
 
 def _alike(arguments: Any) -> str:
@@ -175,7 +109,7 @@ def count(call: Callable[[], object]) -> Traffic:
         pytest.MonkeyPatch.context() as patch,
         fastops.backend("triton"),
         _kernels(traffic.launches),
-        _Operations(traffic.launches),
+        Operations(traffic),
     ):
         patch.setattr(
             cross_entropy_kernels, "check_targets", lambda *_: None

@@ -1,86 +1,44 @@
 """``fastops bench`` and the suite in bench/: that they run, on equal work, in turns. No time is asserted."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from commands import fail
+from torch import Tensor, nn
 
 import fastops
 from fastops import timing
+from fastops.bench import cases, contestants, counting, measure
+from fastops.bench.cases import CASES, Case, Contest, model_call, model_contest
+from fastops.bench.contestants import EAGER, OURS, NotRun, tried
 from fastops.cli import EXTRAS, bench, main
 from fastops.ops import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 SMALLEST = "mse_loss/64x10/forward"
+ALONE = ("--contestant", "fastops", "--device", "cpu")
+NO_COMPILER = {
+    "CXX": "/nowhere/compiler",
+    "PATH": str(Path(sys.executable).parent),
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+}
+NAMED = {case.name: case for case in CASES}
 
 
-def pytest_process(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    # pytest-benchmark times nothing, and writes no file, where a variable of pytest-xdist is set.
-    left_out = ("TRITON_INTERPRET", "FASTOPS_BACKEND", "PYTEST_XDIST_WORKER")
-    environment = {k: v for k, v in os.environ.items() if k not in left_out}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "bench", *words],
-        cwd=ROOT,
-        env=environment | settings,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_suite_runs(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
-    process = pytest_process(
-        *("-k", SMALLEST.rpartition("/")[0] + " or TwoLayerNet-64/step"),
-        *("--benchmark-min-rounds=1", "--benchmark-max-time=0", f"--benchmark-json={file}"),
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    saved = json.loads(file.read_text())
-    groups: dict[str, list[str]] = {}
-    for row in saved["benchmarks"]:
-        groups.setdefault(row["group"], []).append(row["params"]["contestant"])
-    case = "mse_loss/64x10"
-    names = [f"{case}/forward", f"{case}/forward+backward", "TwoLayerNet-64/step"]
-    assert {name: sorted(rows) for name, rows in groups.items()} == {name: ["eager", "fastops"] for name in names}
-    assert saved["machine_info"]["torch"] == torch.__version__
-
-
-def test_host_time_is_measured() -> None:
-    """Every row says how long eager and fastops took, in that order, and the ratio."""
-    words = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--pairs", "1"]
-    process = subprocess.run(words, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    rows = [line.split() for line in process.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["triton"] * 3 + ["torch"] * 3
-    assert all(float(row[-1]) > 0 and float(row[-4]) > 0 for row in rows)
-
-
-def test_suite_has_every_case() -> None:
-    process = pytest_process("--collect-only")
-    assert process.returncode == 0, process.stdout + process.stderr
-    for case in bench.CASES:
-        for contestant in ("eager", "fastops"):
-            assert f"[{case.name}-{contestant}]" in process.stdout
-    assert f"{2 * len(bench.CASES)} tests collected" in process.stdout
-
-
-def test_suite_refuses_the_interpreter() -> None:
-    process = pytest_process("--collect-only", TRITON_INTERPRET="1")
-    assert process.returncode == pytest.ExitCode.USAGE_ERROR
-    assert (
-        process.stderr.strip()
-        == "ERROR: Triton's interpreter is on, and its times mean nothing: unset TRITON_INTERPRET"
-    )
-
-
-def test_test_run_leaves_the_suite_out(pytestconfig: pytest.Config) -> None:
-    assert pytestconfig.getini("testpaths") == ["tests"]
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_command_refuses_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,27 +48,32 @@ def test_command_refuses_the_interpreter(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("no_interpreter")
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    file = tmp_path / "bench.json"
-    assert main(["bench", "--pairs", "1", "--case", SMALLEST, "--json", str(file), "--device", "cpu"]) == 0
+    monkeypatch.setenv("COLUMNS", "160")
+    file, page = tmp_path / "bench.json", tmp_path / "bench.html"
+    words = ("--pairs", "1", "--case", SMALLEST, "--json", str(file), "--html", str(page), "--backend", "torch")
+    assert main(["bench", *words, *ALONE]) == 0
     saved = json.loads(file.read_text())
-    assert saved["pairs"] == 1
     environment = saved["environment"]
     assert environment["device"] == "cpu" and environment["torch"] == torch.__version__
     assert environment["fastops"] == fastops.__version__ and environment["threads"] == torch.get_num_threads()
-    assert environment["processor"]
-    assert [row["name"] for row in saved["measurements"]] == [SMALLEST, f"{SMALLEST}+backward"]
-    printed = capsys.readouterr().out
-    for row in saved["measurements"]:
-        assert row["ratio"] == pytest.approx(row["fastops_ms"] / row["eager_ms"])
-        assert row["ratio_lower_quartile"] == row["ratio"] == row["ratio_upper_quartile"]
-        assert [row["name"], "torch"] in [line.split()[:2] for line in printed.splitlines()]
+    assert environment["processor"] and environment["backend"] == "torch"
+    rows = saved["rows"]
+    names = [SMALLEST, f"{SMALLEST}+backward"]
+    assert [(row["case"], row["contestant"]) for row in rows] == [(n, c) for n in names for c in (EAGER, OURS)]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for eager, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["ratio"] == pytest.approx(ours["milliseconds"] / eager["milliseconds"])
+        assert ours["quartiles"] == [ours["ratio"]] * 2 and ours["turns"] == 1
+        assert ours["way"] == "torch" and ours["verdict"] == "same code"
+        assert ours["bytes"] == eager["bytes"] > 0 and ours["launches"] == eager["launches"] > 0
+        assert [ours["case"], OURS, "torch"] in [line[:3] for line in printed]
+    assert SMALLEST in page.read_text()
 
 
 def test_command_needs_no_extra() -> None:
     extras = [name for name, extra in EXTRAS.items() if extra]
     blocked = f"for name in {[*extras, 'pytest', 'pytest_benchmark']}: sys.modules[name] = None"
-    words = ["bench", "--pairs", "1", "--case", SMALLEST, "--device", "cpu"]
+    words = ["bench", "--pairs", "1", "--case", SMALLEST, *ALONE]
     process = subprocess.run(
         [sys.executable, "-c", f"import sys\n{blocked}\nfrom fastops.cli import main\nsys.exit(main({words}))"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)},
@@ -118,7 +81,7 @@ def test_command_needs_no_extra() -> None:
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert f"{SMALLEST} " in process.stdout
+    assert SMALLEST in process.stdout and process.stderr == ""
 
 
 def test_earlier_results_survive_a_run_that_ends_early(
@@ -143,8 +106,12 @@ def test_earlier_results_survive_a_run_that_ends_early(
             ["--case", "conv9d"],
             "no case contains 'conv9d': they begin with add_relu, batch_norm_relu, batch_norm_add_relu, ",
         ),
+        (["--op", "add_relu", "--model", "LeNet", "--case", "mse"], "no case contains 'mse'"),
         (["--device", "nonsense"], "cannot use device 'nonsense': "),
+        (["--backend", "triton", "--device", "cpu"], "backend 'triton' is selected but"),
         (["--case", SMALLEST, "--json", "/nowhere/file"], "cannot write to /nowhere/file: "),
+        (["--case", SMALLEST, "--html", "/nowhere/file"], "cannot write to /nowhere/file: "),
+        (["--input", "8,3"], "--input is for a model of yours: "),
     ],
 )
 def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
@@ -154,22 +121,257 @@ def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], words: list[s
     assert printed.err.count("\n") == 1
 
 
-def test_pairs_alternate() -> None:
-    order: list[str] = []
-    times = timing.interleave([partial(order.append, name) for name in "ABC"], turns=3, calls=2)
-    assert "".join(order) == "AABBCC" + "CCBBAA" + "AABBCC"
-    assert [len(own) for own in times] == [3, 3, 3]
+@pytest.mark.parametrize(
+    ("words", "families"),
+    [
+        (["--op", "add_relu"], {"add_relu"}),
+        (["--op", "linear", "--model", "LeNet"], {"linear", "LeNet-64"}),
+        (["--model", "FashionMLP", "--case", "512"], {"FashionMLP-512"}),
+        (["--quick"], {name.split("/")[0] for name in cases.QUICK}),
+        (["--quick", "--op", "mse_loss"], {"mse_loss"}),
+        ([], {case.family for case in CASES}),
+    ],
+)
+def test_choice_of_cases(
+    words: list[str], families: set[str], monkeypatch: pytest.MonkeyPatch, no_interpreter: None
+) -> None:
+    met: list[str] = []
+
+    def measured(case: Case, *_: object) -> measure.Measured:
+        met.append(case.family)
+        return measure.Measured([], {})
+
+    monkeypatch.setattr(bench, "measure", measured)
+    assert main(["bench", *words, "--device", "cpu"]) == 0
+    assert set(met) == families
 
 
-def test_ratio_is_taken_within_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that becomes ten times slower half way through does not change the ratio."""
-    times = {"eager": [1.0, 1.1, 10.0, 12.0, 11.0], "fastops": [0.5, 0.55, 6.0, 6.0, 5.5]}
-    monkeypatch.setattr(bench, "timed", lambda *_: times)
-    case = bench.Case("name", lambda device: bench.Contest({}, "torch"))
-    result = bench.measure(case, torch.device("cpu"), pairs=5)
-    ratios = [0.5, 0.5, 0.6, 0.5, 0.5]
-    assert result.ratio == pytest.approx(np.median(ratios))
-    assert (result.eager_ms, result.fastops_ms) == pytest.approx((10_000, 5_500))
+def test_quick_cases_exist() -> None:
+    assert set(cases.QUICK) <= set(NAMED) and any("/step" in name for name in cases.QUICK)
+
+
+def test_quick_divides_its_time_among_the_cases_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_interpreter: None
+) -> None:
+    clock, shares = [0.0], []
+
+    def measured(case: Case, *words: Any) -> measure.Measured:
+        shares.append(words[-1])
+        clock[0] += 60.0 if len(shares) == 1 else 100.0  # the first ones take more than their share
+        return measure.Measured([], {})
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
+    assert main(["bench", "--quick", "--device", "cpu"]) == 0
+    assert shares == [200 / 9, 140 / 8, 40 / 7]
+    assert "left out, all: no time was left: " in capsys.readouterr().out
+
+
+def seen(contest: Contest, name: str) -> counting.Traffic:
+    """The operations of a second call, on the torch expression."""
+    with fastops.backend("torch"):
+        contest.calls[name]()
+        return counting.operations(contest.calls[name])
+
+
+# A model of one's own -------------------------------------------------------------------------------------------------
+
+OWN = """
+import sys
+import torch
+from torch import nn
+
+def factory():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU())
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(90, 4), nn.Embedding(7, 4), nn.Linear(4, 90)
+    def forward(self, words, places):
+        return {"logits": self.head(torch.relu(self.words(words) + self.places(places)))}
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return x > 0
+
+class Alone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lock = __import__("threading").Lock()
+
+class Swapped:
+    made = __import__("fastops").swap(nn.Sequential(nn.Linear(6, 5), nn.ReLU()))
+
+model = factory()
+number = 3
+
+def broken():
+    raise ValueError("two\\nlines")
+
+def norm():
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> str:
+    """The name of a module in the current folder, which nothing else can import."""
+    name = "own_models"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("factory --input 3,6", ["factory-3x6/step", "factory-3x6/inference"]),
+        ("model --input 3,6", ["model-3x6/step", "model-3x6/inference"]),
+        ("Swapped.made --input 3,6", ["Swapped.made-3x6/step", "Swapped.made-3x6/inference"]),
+        (
+            "Words --input 2,5:int64 --input 5:int64",
+            ["Words-2x5:int64-5:int64/step", "Words-2x5:int64-5:int64/inference"],
+        ),
+        ("Nothing --input 3:bf16", ["Nothing-3:bfloat16/inference"]),
+        ("norm --input 1,6", ["norm-1x6/inference"]),  # torch trains no batch norm on a single value
+        ("factory --input 3,6 --dtype bf16", ["factory-3x6/step", "factory-3x6/inference"]),
+    ],
+)
+def test_model_of_ones_own(own: str, words: str, expected: list[str], tmp_path: Path) -> None:
+    assert main(["bench", *f"{own}:{words}".split(), *ALONE, "--pairs", "2", "--json", "own.json"]) == 0
+    rows = json.loads((tmp_path / "own.json").read_text())["rows"]
+    assert [(row["case"], row["contestant"]) for row in rows] == [(n, c) for n in expected for c in (EAGER, OURS)]
+
+
+def test_a_model_that_is_swapped_is_beside_its_plain_self(own: str) -> None:
+    from fastops.bench.own import own_cases
+
+    contest = own_cases(f"{own}:Swapped.made", ["3,6"], CPU)[1].prepare(CPU, torch.float32)
+    eager, ours = (seen(contest, name) for name in (EAGER, OURS))
+    assert [launch.name for launch in eager.launches] == ["linear", "relu"]
+    assert [launch.name for launch in ours.launches] == ["linear", "relu_"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("{own}:factory", "say what {own}:factory is called with: --input 8,3,224,224"),
+        ("{own} --input 3", "'{own}' is no model: package.module:factory, where the factory makes an nn.Module"),
+        ("no.such:factory --input 3", "cannot import no.such: ModuleNotFoundError: No module named 'no'"),
+        ("exits:factory --input 3", "cannot import exits: SystemExit: 3"),
+        ("{own}:nothing --input 3", "{own} has no nothing"),
+        ("{own}:number --input 3", "{own}:number is no nn.Module and makes none: it is of type int"),
+        ("{own}:broken --input 3", "{own}:broken() raises ValueError: two lines"),
+        ("{own}:dict --input 3", "{own} has no dict"),
+        ("{own}:torch.Size --input 3", "{own}:torch.Size() returns no nn.Module but Size"),
+        ("{own}:Alone --input 3", "the model cannot be copied for each contestant: TypeError: cannot pickle"),
+        (
+            "{own}:factory --input 3,7",
+            "{own}:factory fails with --input 3,7 on cpu: RuntimeError: mat1 and mat2 shapes",
+        ),
+        ("{own}:factory --input 3,6 --input 3", "{own}:factory fails with --input 3,6 --input 3 on cpu: TypeError"),
+        ("{own}:factory --input 3x6", "--input '3x6' is no shape: sizes with commas between them"),
+        ("{own}:factory --input 3,", "--input '3,' is no shape"),
+        ("{own}:factory --input 0,6", "--input '0,6' is no shape"),
+        ("{own}:factory --input 3,6:int7", "--input '3,6:int7' has an unknown dtype: one of fp32, bf16, "),
+        ("{own}:factory --input 3,6:", "--input '3,6:' has an unknown dtype"),
+        ("{own}:factory --input 3,6 --op mse_loss", "a model of yours is timed alone"),
+    ],
+)
+def test_mistakes_with_a_model_of_ones_own(own: str, words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail(capsys, "bench", *words.format(own=own).split()).startswith(f"fastops: error: {line.format(own=own)}")
+
+
+# Contestants ----------------------------------------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    pass
+
+
+def test_those_that_fail_are_left_out_with_the_reason() -> None:
+    def absent() -> None:
+        raise NotRun("it is not installed")
+
+    def broken() -> None:
+        raise ValueError("no\ncompiler")
+
+    able, left_out = tried({EAGER: nothing, "Liger": absent, "torch.compile": broken}, CPU, ())
+    assert list(able) == [EAGER]
+    assert left_out == {"Liger": "it is not installed", "torch.compile": "ValueError: no compiler"}
+    with pytest.raises(ValueError, match="no\ncompiler"):
+        tried({EAGER: nothing, OURS: broken}, CPU, (OURS,))
+    with pytest.raises(NotRun, match="ValueError: no compiler"):
+        tried({EAGER: broken}, CPU, ())
+
+
+def test_what_takes_too_long_is_stopped() -> None:
+    def forever() -> None:
+        while True:
+            pass
+
+    def hidden() -> None:
+        try:
+            forever()
+        except NotRun as error:
+            raise RuntimeError("a compiler wraps what happens inside") from error
+
+    for call in (forever, hidden):
+        able, left_out = tried({EAGER: nothing, "torch.compile": call}, CPU, (), timing.time.monotonic() + 0.05)
+        assert list(able) == [EAGER] and left_out == {"torch.compile": "it took too long"}
+    assert tried({EAGER: nothing, "Liger": nothing}, CPU, (EAGER,), 0.0)[1] == {"Liger": "no time was left"}
+
+
+def test_without_a_compiler_the_others_are_timed() -> None:
+    """A machine that has no C++ compiler, in a process of its own."""
+    words = ["bench", "--pairs", "1", "--case", SMALLEST, "--contestant", "torch.compile", "--device", "cpu"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | NO_COMPILER
+    process = subprocess.run(
+        [sys.executable, "-m", "fastops", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "left out, torch.compile: " in process.stdout and "compiler" in process.stdout
+    assert SMALLEST in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "module", "function"),
+    [
+        ("Liger", "cross_entropy", "liger_kernel.transformers.functional", "liger_cross_entropy"),
+        ("attorch", "cross_entropy", "attorch", "CrossEntropyLoss"),
+        ("cut-cross-entropy", "linear_cross_entropy", "cut_cross_entropy", "linear_cross_entropy"),
+    ],
+)
+def test_other_packages_take_part_where_they_are_installed(
+    name: str, op: str, module: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up ones."""
+
+    class CrossEntropyLoss(nn.Module):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(input, target)
+
+    made: dict[str, Any] = {
+        "liger_cross_entropy": lambda input, target: (F.cross_entropy(input, target), None),
+        "CrossEntropyLoss": CrossEntropyLoss,
+        "linear_cross_entropy": lambda x, w, target: F.cross_entropy(x @ w.T, target),
+    }
+    case = next(case for case in CASES if case.family == op and case.name.endswith("backward"))
+    assert measure.measure(case, CPU, pairs=1, contestants=[name]).left_out == {
+        name: f"{module.split('.')[0]} is not installed"
+    }
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    setattr(sys.modules[module], function, made[function])
+    found = measure.measure(case, CPU, pairs=1, contestants=[name])
+    assert [row.contestant for row in found.rows] == [EAGER, name] and found.left_out == {}
+    assert found.rows[1].bytes is None and "not seen" in found.rows[1].unknown["bytes"]
+    assert found.rows[1].peak_bytes
 
 
 def flat(value: object) -> Tensor:
@@ -180,16 +382,283 @@ def flat(value: object) -> Tensor:
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        (case, "torch" if (op := OPS.get(case.name.split("/")[0])) and not op.onednn else "onednn")
-        for case in bench.CASES
-        if "224" not in case.name and "4096x512-32000" not in case.name
+        (case, "torch" if (op := OPS.get(case.family)) and not op.onednn else "onednn")
+        for case in CASES
+        if "224" not in case.name and "-32000" not in case.name
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_contestants_do_the_same_work(case: bench.Case, backend: str) -> None:
+def test_contestants_do_the_same_work(case: Case, backend: str) -> None:
     """Equal inputs, gradients and updates, up to rounding: the second training step has the loss after the first."""
     with fastops.backend(backend):
-        contest = case.prepare(torch.device("cpu"))
+        contest = case.prepare(CPU, torch.float32)
+        others = [name for name in (OURS, contestants.TWO_CALLS) if name in contest.calls]
         for _ in range(2 if case.name.endswith("/step") else 1):
-            eager, ours = flat(contest.calls["eager"]()), flat(contest.calls["fastops"]())
-    assert (ours - eager).norm() <= 1e-5 * eager.norm()
+            eager = flat(contest.calls[EAGER]())
+            for name in others:
+                assert (flat(contest.calls[name]()) - eager).norm() <= 1e-5 * eager.norm()
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_alternate() -> None:
+    order: list[str] = []
+    times = timing.interleave([partial(order.append, name) for name in "ABC"], turns=3, calls=2)
+    assert "".join(order) == "AABBCC" + "CCBBAA" + "AABBCC"
+    assert [len(own) for own in times] == [3, 3, 3]
+
+
+def test_no_turn_begins_behind_the_deadline() -> None:
+    times = timing.interleave([nothing, nothing], turns=9, calls=1, deadline=0.0)
+    assert [len(own) for own in times] == [1, 1]
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, **times: list[float]) -> measure.Row:
+    """fastops' row of a case with these times, in which it runs other code than eager."""
+    monkeypatch.setattr(measure, "timed", lambda *_: {"eager": times["eager"], "fastops": times["fastops"]})
+    x = torch.ones(3)
+    contest = Contest({"eager": lambda: x + 1, "fastops": lambda: x * 2}, lambda: "torch")
+    return measure.measure(Case("name", lambda *_: contest), CPU).rows[1]
+
+
+def test_ratio_is_taken_within_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that becomes ten times slower half way through does not change the ratio."""
+    times = {"eager": [1.0, 1.1, 10.0, 12.0, 11.0], "fastops": [0.5, 0.55, 6.0, 6.0, 5.5]}
+    row = made_up(monkeypatch, **times)
+    ratios = [0.5, 0.5, 0.6, 0.5, 0.5]
+    assert row.ratio == pytest.approx(np.median(ratios)) and row.milliseconds == pytest.approx(5_500)
+    assert row.verdict == "faster" and row.turns == 5
+    assert row.spread == pytest.approx(tuple(np.quantile(ratios, [0.1, 0.9])))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([0.8, 0.9, 0.9, 0.9, 1.2], "faster"),
+        ([0.8, 0.9, 0.9, 1.1, 1.2], "unclear"),
+        ([1.1, 1.1, 1.2, 1.2, 1.2], "slower"),
+        ([0.4, 0.5, 0.6, 0.9, 0.95], "unclear"),  # too wide
+        ([0.5, 0.5, 0.5, 0.5], "unclear"),  # too few
+    ],
+)
+def test_verdicts(ratios: list[float], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made_up(monkeypatch, eager=[1.0] * len(ratios), fastops=ratios).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "expected"),
+    [(0.5, 0.6, "same code"), (0.9, 1.1, "same code"), (1.1, 1.2, "same code, slower")],
+)
+def test_the_same_code_is_never_faster(lower: float, upper: float, expected: str) -> None:
+    assert measure.verdict(21, lower, upper, same_code=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "same"),
+    [
+        ("mse_loss/64x10/forward+backward", True),
+        ("conv2d/8x64x56x56-128k1-stride2/forward", True),
+        ("linear_relu/64x784-512/forward", False),  # the ReLU is in place
+        ("add_relu/8x64x56x56/forward", False),
+        ("FashionMLP-64/inference", False),
+    ],
+)
+def test_same_code_is_told_by_the_operations_that_run(case: str, same: bool) -> None:
+    contest = NAMED[case].prepare(CPU, torch.float32)
+    assert seen(contest, OURS).same_code(seen(contest, EAGER)) is same
+
+
+def test_other_layouts_and_options_are_other_code() -> None:
+    x = torch.ones(4, 4)
+    plain = counting.operations(lambda: x + 1)
+    assert plain.same_code(counting.operations(lambda: x + 1))
+    for other in (lambda: x.t() + 1, lambda: x + 2, lambda: x.double() + 1):
+        assert not plain.same_code(counting.operations(other))
+
+
+def test_a_kernel_is_never_the_same_code() -> None:
+    """In the interpreter, where the operations of torch around a kernel are those of any other call."""
+    x = torch.ones(3, 4)
+    with fastops.backend("triton"):
+        ours = counting.operations(lambda: fastops.functional.add_relu(x, x))
+        assert ours.ways == {"triton"} and not ours.same_code(ours)
+        cost = counting.cost_of(lambda: fastops.functional.add_relu(x, x), ours, CPU)
+    assert cost.bytes is cost.launches is None and set(cost.unknown) == {"bytes", "launches"}
+    assert cost.peak_bytes and cost.peak_bytes >= x.nbytes
+
+
+def test_bytes_and_launches_of_operations_of_torch() -> None:
+    x, y = torch.ones(8, 4), torch.ones(8, 4)
+    found = counting.operations(lambda: (x + y).relu_().t())
+    assert [launch.name for launch in found.launches] == ["add", "relu_"]
+    assert found.bytes == (3 + 2) * x.nbytes
+
+
+def test_peak_memory_is_what_a_call_holds_at_a_time() -> None:
+    def holds_two_of_three() -> Tensor:
+        first = torch.ones(1000, dtype=torch.int8)
+        del first
+        return torch.ones(1000, dtype=torch.int8) + 1
+
+    assert counting._peak_on_cpu(holds_two_of_three, CPU) == 2000
+    model = nn.Linear(1000, 1, bias=False)
+    step = model_call(model, lambda output: output.sum(), (torch.ones(1, 1000),), training=True)
+    step()
+    found = [counting._peak_on_cpu(step, CPU) for _ in range(2)]
+    assert found[0] == found[1] >= 4000  # the gradient of the weight, which the step leaves behind in no call
+
+
+def test_models_run_under_autocast() -> None:
+    case = NAMED["FashionMLP-64/inference"]
+    contest = case.prepare(CPU, torch.bfloat16)
+    dtypes = {name: contest.calls[name]().dtype for name in (EAGER, OURS)}  # type: ignore[attr-defined]
+    assert dtypes == {EAGER: torch.bfloat16, OURS: torch.bfloat16}
+    assert contest.way() == "triton"  # of the interpreter
+
+
+def test_a_model_without_calls_of_fastops_says_so() -> None:
+    contest = model_contest(nn.Tanh(), (torch.ones(3),), None, lambda _: cases.mean_of, False, torch.float32)
+    assert contest.way() == "none"
+
+
+def test_the_model_that_is_compared_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    contest = model_contest(model, (torch.randn(4, 3),), None, lambda _: cases.mean_of, True, torch.float32)
+    for name in (EAGER, OURS):
+        contest.calls[name]()
+    assert not model.training and type(model[0]) is nn.Linear
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fastops_that_fails_is_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_interpreter: None
+) -> None:
+    def broken(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("no result")
+
+    monkeypatch.setattr(fastops.functional, "mse_loss", broken)
+    case = cases._op_case(OPS["mse_loss"], OPS["mse_loss"].timed[0], False)
+    monkeypatch.setattr(bench, "CASES", [case])
+    assert main(["bench", "--pairs", "1", *ALONE]) == 1
+    assert "left out, fastops: RuntimeError: no result: mse_loss/64x10/forward" in capsys.readouterr().out
+
+
+# Host time and the suite ----------------------------------------------------------------------------------------------
+
+
+def test_host_time_is_measured() -> None:
+    """Every row says how long eager and fastops took, in that order, and the ratio."""
+    words = [sys.executable, str(ROOT / "bench" / "host_time.py"), "--pairs", "1"]
+    process = subprocess.run(words, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = [line.split() for line in process.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["triton"] * 3 + ["torch"] * 3
+    assert all(float(row[-1]) > 0 and float(row[-4]) > 0 for row in rows)
+
+
+def pytest_process(*words: str, cwd: Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
+    # pytest-benchmark times nothing, and writes no file, where a variable of pytest-xdist is set.
+    left_out = ("TRITON_INTERPRET", "FASTOPS_BACKEND", "PYTEST_XDIST_WORKER")
+    environment = {k: v for k, v in os.environ.items() if k not in left_out}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *words],
+        cwd=cwd,
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+    )
+
+
+SHORT = ("--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-warmup=off")
+
+
+def saved_rows(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """By group and contestant."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in json.loads(file.read_text())["benchmarks"]:
+        (contestant,) = (p for n, p in row["params"].items() if n in ("contestant", "fastops_compare"))
+        groups.setdefault(row["group"], {})[contestant] = row
+    return groups
+
+
+def test_suite_runs(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    chosen = "(mse_loss/64x10 or TwoLayerNet-64) and not compile and not fp16"
+    process = pytest_process("bench", "-k", chosen, *SHORT, f"--benchmark-json={file}")
+    assert process.returncode == 0, process.stdout + process.stderr
+    groups = saved_rows(file)
+    names = [f"mse_loss/64x10/{kind}" for kind in ("forward", "forward+backward")]
+    names += [f"TwoLayerNet-64/{kind}" for kind in ("step", "inference")]
+    assert set(groups) == {f"{name}-{dtype}" for name in names for dtype in ("fp32", "bf16")}
+    for group, rows in groups.items():
+        assert list(rows) == [EAGER, OURS]  # attorch is skipped where it is not installed
+        case, _, dtype = group.rpartition("-")
+        assert rows[OURS]["params"] == {"case": case, "dtype": dtype, "contestant": OURS}
+        info = rows[OURS]["extra_info"]
+        assert info["way"] == "torch" and info["bytes"] > 0 and info["launches"] > 0 and info["peak_bytes"] > 0
+    assert json.loads(file.read_text())["machine_info"]["torch"] == torch.__version__
+
+
+def test_suite_has_every_case() -> None:
+    process = pytest_process("bench", "--collect-only")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [f"[{case.name}-{dtype}-{c}]" for case in CASES for dtype in cases.DTYPES for c in case.contestants]
+    assert all(row in process.stdout for row in rows)
+    assert f"{len(rows)} tests collected" in process.stdout
+
+
+def test_suite_refuses_the_interpreter() -> None:
+    process = pytest_process("bench", "--collect-only", TRITON_INTERPRET="1")
+    assert process.returncode == pytest.ExitCode.USAGE_ERROR
+    assert (
+        process.stderr.strip()
+        == "ERROR: Triton's interpreter is on, and its times mean nothing: unset TRITON_INTERPRET"
+    )
+
+
+def test_test_run_leaves_the_suite_out(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]
+
+
+def page_block() -> str:
+    """The test file that docs/benchmarks.md shows."""
+    blocks = (ROOT / "docs" / "benchmarks.md").read_text().split("```python\n")[1:]
+    (block,) = (text.partition("```")[0] for text in blocks if "fastops_compare" in text)
+    return block
+
+
+def test_fixture_for_models_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(page_block())
+    file = tmp_path / "out.json"
+    process = pytest_process("test_mine.py", "-k", "not compile", *SHORT, f"--benchmark-json={file}", cwd=tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    groups = saved_rows(file)
+    assert {name: list(rows) for name, rows in groups.items()} == {
+        "test_step-8": [EAGER, OURS],
+        "test_step-64": [EAGER, OURS],
+        "test_inference": [EAGER, OURS],
+    }
+    assert all(rows[OURS]["extra_info"]["way"] == "torch" for rows in groups.values())
+
+
+def test_fixture_skips_what_cannot_run(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(page_block())
+    process = pytest_process(
+        *("test_mine.py", "-rs", "-k", "inference and compile", *SHORT),
+        cwd=tmp_path,
+        TORCHDYNAMO_DISABLE="0",
+        CXX="/no",
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "SKIPPED" in process.stdout
+
+
+@pytest.mark.parametrize("package", ["pygal"])
+def test_histogram(package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package, reason="the extra bench is not installed as a whole")
+    words = ("-k", f"{SMALLEST}-fp32 and not compile", *SHORT, f"--benchmark-histogram={tmp_path}/plot")
+    process = pytest_process("bench", *words)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert [path.suffix for path in tmp_path.rglob("*.svg")] == [".svg"]

@@ -1,212 +1,202 @@
-"""``fastops bench``: time fastops against eager PyTorch, call by call in turns, and print the ratios."""
+"""``fastops bench``: time fastops against eager PyTorch and others, call by call in turns, and print the ratios."""
 
 import argparse
-import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 import fastops
-import fastops.functional as FF
+from fastops import dispatch
+from fastops.bench.cases import CASES, DTYPES, MODEL_CASES, QUICK, Case
+from fastops.bench.compare import Change, Comparison, compare, content, key, read
+from fastops.bench.contestants import CONTESTANTS, OURS, NotRun
+from fastops.bench.measure import Measured, Row, measure, peaks
+from fastops.bench.own import own_cases
+from fastops.bench.page import page
 from fastops.cli import CommandError
 from fastops.cli.doctor import facts, interpreting
-from fastops.cli.environment import backend_lines, check_backend, check_file, pick_device, positive_integer, writing
-from fastops.cli.examples import draw_timed, torch_function
+from fastops.cli.environment import check_backend, check_file, pick_device, positive_integer, writing
 from fastops.cli.table import Table
-from fastops.cli.tasks import squared_error
-from fastops.models import CIFARNet, FashionMLP, LeNet, TwoLayerNet
-from fastops.ops import OPS, Op
-from fastops.ops.examples import Example, Named
+from fastops.ops import OPS
 from fastops.progress import tracked
-from fastops.timing import Call, clock_of, ratio, timed
 
-# Cases ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contest:
-    """The same work by each contestant, on equal values, and the backend that fastops takes."""
-
-    calls: dict[str, Call]  # "eager" and "fastops"
-    backend: str
+QUICK_SECONDS = 200.0  # of all cases together, within four minutes with what comes before and behind them
+MODELS = tuple(dict.fromkeys(case.family.split("-")[0] for case in MODEL_CASES))
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is timed. ``prepare`` allocates and draws the inputs on a device."""
-
-    name: str
-    prepare: Callable[[torch.device], Contest]
-
-
-def op_call(
-    function: Callable[..., Tensor], arguments: Named, leaves: Sequence[Tensor], grad_output: Tensor, backward: bool
-) -> Call:
-    """The call of an op without gradients, or with its backward pass to ``leaves``."""
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(**arguments)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(**arguments), leaves, grad_output)
-
-    return forward_backward if backward else forward
-
-
-def _op_case(op: Op, example: Example, backward: bool) -> Case:
-    """The op without gradients, or forward and backward, beside torch's own function."""
-
-    def prepare(device: torch.device) -> Contest:
-        variables, constants = draw_timed(example, device)
-        leaves = [tensor.requires_grad_(backward) for tensor in variables.values()]
-        arguments = {**variables, **constants, **example.options}
-        reference = torch_function(op)
-        with torch.no_grad():
-            grad_output = torch.ones_like(reference(**arguments))
-        calls = {
-            name: op_call(function, arguments, leaves, grad_output, backward)
-            for name, function in (("eager", reference), ("fastops", getattr(FF, op.name)))
-        }
-        return Contest(calls, fastops.explain(op.name, **arguments).backend)
-
-    return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastops bench``."""
+    parser.add_argument("own", nargs="?", metavar="MODULE:FACTORY", help="a model of yours, or what makes it")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="SIZES", help="of your model: 8,3,224,224 or 8,128:int64"
+    )
+    parser.add_argument("--op", action="append", default=[], choices=OPS, metavar="NAME", help="only this operation")
+    parser.add_argument(
+        "--model", action="append", default=[], choices=MODELS, metavar="NAME", help=f"only {', '.join(MODELS)}"
+    )
+    parser.add_argument("--case", metavar="TEXT", default="", help="only the cases whose name contains this text")
+    parser.add_argument(
+        "--contestant", action="append", default=[], choices=CONTESTANTS, metavar="NAME", help="only this and eager"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of an operation; models run under autocast")
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, metavar="NAME", help="of fastops; default: auto")
+    parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
+    parser.add_argument(
+        "--pairs", type=positive_integer, metavar="N", help="turns per case; default 50, or 15 if quick"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases, or your model, within four minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows to a file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and tables to a file")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="say what became slower since --json; then the status is 1"
+    )
 
 
-def model_call(
-    model: nn.Module,
-    criterion: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    training: bool,
-    lr: float = 1e-3,
-    momentum: float = 0.0,
-) -> Call:
-    """A whole training step with SGD, or inference."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+def run(args: argparse.Namespace) -> int:
+    """Time the cases and print their rows; return 1 if fastops failed in one or became slower."""
+    refuse_interpreter()
+    device = pick_device(args.device)
+    backend = args.backend or dispatch.selected_backend()
+    with fastops.backend(backend):
+        check_backend(device)
+    for file in (args.json, args.html):
+        check_file(file)
+    facts = environment(device) | {"backend": backend}
+    old = None if args.compare is None else read(args.compare, facts)
+    cases = chosen(args, device)
+    dtype = str(DTYPES[args.dtype]).removeprefix("torch.")
+    if old is not None and not {(row["case"], row["dtype"]) for row in old} & {(case.name, dtype) for case in cases}:
+        raise CommandError(f"{args.compare} has none of these cases in {dtype}")
+    for fact, value in facts.items():
+        print(f"{fact}: {value}")
+    print("\nmedians of turns; ratio: time over eager's in the same turn, faster below 1, and its quartiles")
+    bench = Bench(args, device, backend)
+    rows, left_out, failed = bench.run(cases)
+    counts = Counter(row.verdict for row in rows if row.contestant == OURS)
+    print(f"\nfastops: {', '.join(f'{count} {verdict}' for verdict, count in counts.items()) or 'not timed'}")
+    for reason, names in _by_reason(left_out).items():
+        print(f"left out, {reason}: {', '.join(names)}")
+    changes = None
+    if old is not None:
+        changes = bench.confirmed(compare(old, [vars(row) for row in rows]), old, cases)
+        _tell(changes, args.compare)
+    rates = peaks(device, dtypes=[DTYPES[args.dtype]]) if args.html and device.type == "cuda" else {}
+    found = content(facts, rows, left_out, rates)
+    if args.json:
+        with writing(args.json) as file:
+            file.write(f"{json.dumps(found, indent=1)}\n".encode())
+    if args.html:
+        with writing(args.html) as file:
+            file.write(page(found, changes).encode())
+    return 1 if failed or (changes is not None and changes.slower) else 0
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = criterion(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
-        return loss
 
-    def predict() -> Tensor:
-        with torch.inference_mode():
-            output: Tensor = model(inputs)
-            return output
-
-    return step if training else predict
-
-
-def _model_cases(
-    name: str,
-    build: Callable[[], nn.Module],
-    shape: tuple[int, ...],
-    classes: int,
-    loss: Callable[[], nn.Module] = nn.CrossEntropyLoss,
-    lr: float = 1e-3,
-    momentum: float = 0.0,
-    **options: Any,
-) -> list[Case]:
-    """A whole training step with SGD, and inference, of a model and of its copy, which is swapped with ``options``.
-
-    Inputs have this ``shape``; targets are class indices for cross-entropy, and numbers for other losses.
-    """
-
-    def prepare(device: torch.device, training: bool) -> Contest:
-        indices = loss is nn.CrossEntropyLoss
-        inputs = torch.randn(shape).to(device)
-        targets = (torch.randint(classes, shape[:1]) if indices else torch.randn(shape[0], classes)).to(device)
-        eager = build().to(device).train(training)
-        swapped = fastops.swap(copy.deepcopy(eager), **options)
-        contestants = {"eager": (eager, loss()), "fastops": (swapped, fastops.swap(loss()))}
-        calls = {
-            name: model_call(model, criterion, inputs, targets, training, lr, momentum)
-            for name, (model, criterion) in contestants.items()
-        }
-        lines = backend_lines(swapped, len(inputs), device)
-        backends = {line.partition(" runs on ")[2].partition(":")[0] for line in lines}
-        return Contest(calls, "+".join(sorted(backends)))
-
-    return [
-        Case(f"{name}/step", lambda device: prepare(device, training=True)),
-        Case(f"{name}/inference", lambda device: prepare(device, training=False)),
+def chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The cases that the options name; `CommandError` if there are none."""
+    if args.own is not None:
+        if args.op or args.model or args.case:
+            raise CommandError("a model of yours is timed alone: leave out --op, --model and --case")
+        if not args.input:
+            raise CommandError(f"say what {args.own} is called with: --input 8,3,224,224")
+        return own_cases(args.own, args.input, device)
+    if args.input:
+        raise CommandError("--input is for a model of yours: fastops bench package.module:factory --input 8,3,224,224")
+    named = {*args.op, *args.model}
+    cases = [
+        case
+        for case in CASES
+        if args.case in case.name
+        and (not named or case.family in named or case.family.split("-")[0] in named)
+        and (not args.quick or named or args.case or case.name in QUICK)
     ]
+    if not cases:
+        families = dict.fromkeys(case.family for case in CASES)
+        raise CommandError(f"no case contains {args.case!r}: they begin with {', '.join(families)}")
+    return cases
 
 
-def _wide_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 1000))
+class Bench:
+    """Measures cases as the options say, and prints a table of them."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, backend: str) -> None:
+        self._args, self._device, self._backend = args, device, backend
+        self._deadline = time.monotonic() + QUICK_SECONDS if args.quick else float("inf")
+        self._pairs = args.pairs or (15 if args.quick else 50)
+
+    def run(self, cases: list[Case]) -> tuple[list[Row], list[tuple[str, str, str]], bool]:
+        """All rows; case, contestant and reason of what has none; and whether fastops failed anywhere."""
+        rows: list[Row] = []
+        left_out: list[tuple[str, str, str]] = []
+        widths = {"case": max(len(case.name) for case in cases), "contestant": 22, "way": 8, "ms": -9, "ratio": -5}
+        table = Table(
+            widths | {"quartiles": -11, "verdict": 17, "MB": -8, "launches": -8, "peak MiB": -8},
+            shared=1,
+        )
+        failed = False
+        for index, case in enumerate(tracked(cases, len(cases), lambda case: case.name)):
+            try:
+                found = self._measure(case, len(cases) - index)
+            except NotRun as error:
+                left_out.append((case.name, "all", str(error)))
+                continue
+            for row in found.rows:
+                table.row(_cells(row))
+            rows += found.rows
+            left_out += [(case.name, name, reason) for name, reason in found.left_out.items()]
+            failed = failed or OURS in found.left_out
+        return rows, left_out, failed
+
+    def _measure(self, case: Case, cases_left: int) -> Measured:
+        """Within its share of the time that is left."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise NotRun("no time was left")
+        dtype = DTYPES[self._args.dtype]
+        seconds = left / cases_left
+        return measure(case, self._device, dtype, self._pairs, self._backend, self._args.contestant, seconds)
+
+    def confirmed(self, found: Comparison, old: list[dict[str, object]], cases: list[Case]) -> Comparison:
+        """Without what is not slower when its case is measured again."""
+        names = {change.new["case"] for change in found.slower}
+        again: dict[object, Change] = {}
+        for case in (case for case in cases if case.name in names):
+            rows = self._again(case)
+            again |= {key(change.new): change for change in compare(old, [vars(row) for row in rows]).slower}
+        return found._replace(slower=[change for change in found.slower if key(change.new) in again])
+
+    def _again(self, case: Case) -> list[Row]:
+        self._deadline = max(self._deadline, time.monotonic() + QUICK_SECONDS / len(QUICK))
+        return self._measure(case, 1).rows
 
 
-def _resnet18(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
-    from torchvision.models import resnet18
+def _cells(row: Row) -> list[str]:
+    def figure(value: int | None, unit: float) -> str:
+        return "-" if value is None else f"{value / unit:.2f}"
 
-    model: nn.Module = resnet18().to(memory_format=memory_format)
-    return model
-
-
-def _resnet_cases(*shape: int) -> list[Case]:
-    """ResNet-18 swapped plainly, with channels_last, and for inference with both models in that format."""
-
-    def cases(suffix: str, build: Callable[[], nn.Module] = _resnet18, **options: Any) -> list[Case]:
-        name = f"ResNet18-{'x'.join(map(str, shape))}{suffix}"
-        return _model_cases(name, build, shape, 1000, lr=1e-4, momentum=0.9, **options)
-
-    last = torch.channels_last
-    both_last = cases("-both_channels_last", lambda: _resnet18(last))
-    return [*cases(""), *cases("-channels_last", memory_format=last), both_last[1]]
+    name = row.case
+    times = [f"{row.milliseconds:.4f}", f"{row.ratio:.2f}", "{:.2f} - {:.2f}".format(*row.quartiles), row.verdict]
+    launches = "-" if row.launches is None else str(row.launches)
+    return [name, row.contestant, row.way, *times, figure(row.bytes, 1e6), launches, figure(row.peak_bytes, 2**20)]
 
 
-OP_CASES = [
-    _op_case(op, example, backward) for op in OPS.values() for example in op.timed for backward in (False, True)
-]
-MODEL_CASES = [
-    *_model_cases("TwoLayerNet-64", TwoLayerNet, (64, 1000), 10, squared_error, 1e-6),
-    *_model_cases("FashionMLP-64", FashionMLP, (64, 784), 10),
-    *_model_cases("FashionMLP-512", FashionMLP, (512, 784), 10),
-    *_model_cases("WideMLP-256", _wide_mlp, (256, 1024), 1000),
-    *_model_cases("LeNet-64", LeNet, (64, 1, 32, 32), 10, nn.MSELoss, 0.1),
-    *_model_cases("CIFARNet-64", CIFARNet, (64, 3, 32, 32), 10, momentum=0.9),
-    *_model_cases(
-        "CIFARNet-64-channels_last", CIFARNet, (64, 3, 32, 32), 10, momentum=0.9, memory_format=torch.channels_last
-    ),
-]
-if find_spec("torchvision") is not None:  # whose model it is
-    MODEL_CASES += [*_resnet_cases(4, 3, 64, 64), *_resnet_cases(8, 3, 224, 224)]
-CASES = [*OP_CASES, *MODEL_CASES]
-
-# Measurement ----------------------------------------------------------------------------------------------------------
+def _by_reason(left_out: list[tuple[str, str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for case, contestant, reason in left_out:
+        found.setdefault(f"{contestant}: {reason}", []).append(case)
+    return found
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Medians in milliseconds per call, and the quartiles of fastops' time over eager's within each pair."""
-
-    name: str
-    backend: str
-    eager_ms: float
-    fastops_ms: float
-    ratio: float
-    ratio_lower_quartile: float
-    ratio_upper_quartile: float
-
-
-def measure(case: Case, device: torch.device, pairs: int) -> Measurement:
-    """Prepare a case, warm it up, and time it."""
-    torch.manual_seed(0)
-    contest = case.prepare(device)
-    times = timed(contest.calls, pairs, clock_of(device))
-    eager_ms, ours_ms = (1e3 * float(np.median(times[name])) for name in ("eager", "fastops"))
-    return Measurement(case.name, contest.backend, eager_ms, ours_ms, *ratio(times["fastops"], times["eager"]))
+def _tell(changes: Comparison, path: Path) -> None:
+    for name, which in (("SLOWER", changes.slower), ("faster", changes.faster)):
+        for change in which:
+            print(f"{name} {change}")
+    print(
+        f"beside {path}: {len(changes.slower)} slower, {len(changes.faster)} faster, {changes.judged} rows judged, "
+        f"{changes.unjudged} not (too few turns, or not in that file)"
+    )
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -217,47 +207,6 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def _device_name(device: torch.device) -> str:
     name = getattr(torch.get_device_module(device), "get_device_name", None)  # Apple's has none
     return f"{device} {name(device)}" if name else str(device)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fastops bench``."""
-    parser.add_argument("--case", metavar="TEXT", default="", help="only the cases whose name contains this text")
-    parser.add_argument("--pairs", type=positive_integer, default=50, metavar="N", help="pairs per case; default 50")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and measurements to a file")
-    parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Time the cases and print one row for each."""
-    refuse_interpreter()
-    cases = [case for case in CASES if args.case in case.name]
-    if not cases:
-        families = dict.fromkeys(case.name.split("/")[0] for case in CASES)
-        raise CommandError(f"no case contains {args.case!r}: they begin with {', '.join(families)}")
-    device = pick_device(args.device)
-    check_backend(device)
-    check_file(args.json)
-    facts = environment(device)
-    for fact, value in facts.items():
-        print(f"{fact}: {value}")
-    print(f"\nmedians of {args.pairs} interleaved pairs; ratio: fastops' time over eager's, faster below 1")
-    widths = {"case": max(len(case.name) for case in cases), "backend": 12, "eager ms": -9, "fastops ms": -10}
-    table = Table(widths | {"ratio": -5, "quartiles": -11})
-    measurements = []
-    for case in tracked(cases, len(cases), lambda case: case.name):
-        result = measure(case, device, args.pairs)
-        times = [f"{result.eager_ms:.4f}", f"{result.fastops_ms:.4f}", f"{result.ratio:.2f}"]
-        quartiles = f"{result.ratio_lower_quartile:.2f} - {result.ratio_upper_quartile:.2f}"
-        table.row([result.name, result.backend, *times, quartiles])
-        measurements.append(asdict(result))
-    if args.json:
-        content = {"environment": facts, "pairs": args.pairs, "measurements": measurements}
-        with writing(args.json) as file:
-            file.write(f"{json.dumps(content, indent=2)}\n".encode())
-    return 0
 
 
 def refuse_interpreter() -> None:

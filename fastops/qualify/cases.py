@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from fastops.bench.contestants import NotRun as NotRun
+from fastops.bench.contestants import one_line as one_line
 from fastops.cli.verify import CheckError
 
 HOLDS, FAILED, NOT_RUN = "holds", "failed", "not run"
@@ -19,10 +21,6 @@ PARTS: Final = {
     "compilations": "Compiling what is timed",
     "speed": "Which way is the fastest, and how fast: fastops, eager, torch.compile, Liger",
 }
-
-
-class NotRun(Exception):
-    """Why a case cannot run here, in one line."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,6 @@ def run_case(case: Case, device: torch.device) -> Result:
     except Exception as error:  # whatever a case raises is what it found
         outcome, reason = FAILED, one_line(error)
     return Result(case.name, outcome, reason, round(time.perf_counter() - start, 3), figures)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def cases_of(part: str, device: torch.device) -> list[Case]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
+from fastops.bench.cases import model_call
 from fastops.cli import verify
-from fastops.cli.bench import model_call
 from fastops.cli.examples import draw
 from fastops.cli.verify import CheckError, check_accuracy, value_and_gradients
 from fastops.guard import run_guarded, same_bits
@@ -157,7 +157,7 @@ def _graph(build: Callable[[], nn.Module], shape: tuple[int, ...], device: torch
         return tuple(parameter.detach().clone() for parameter in model.parameters())
 
     with fastops.backend("triton"), failures_raised():
-        step = model_call(model, criterion, inputs, targets, training=True, lr=0.1)
+        step = model_call(model, lambda output: criterion(output, targets), (inputs,), training=True, lr=0.1)
         replay = captured(step, device)
         if not same_bits(three(step), three(replay)):
             raise CheckError("the replayed graph gives other bits")

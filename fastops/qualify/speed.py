@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,29 +15,25 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastops
 import fastops.functional as FF
 from fastops import dispatch
-from fastops.cli.bench import model_call, op_call
+from fastops.bench.cases import model_call, op_call
+from fastops.bench.contestants import LIGER, compiled, functions_of, made_when_called, through, tried
+from fastops.bench.measure import peaks
 from fastops.cli.examples import draw, torch_function
 from fastops.models import FashionMLP, LeNet
 from fastops.ops import OPS, Op
 from fastops.ops.cross_entropy import timed as timed_cross_entropy
 from fastops.ops.examples import SMALL, Example
 from fastops.ops.linear_cross_entropy import timed as timed_head
-from fastops.ops.op import failures_raised
-from fastops.timing import Call, clock_of, host_seconds, ratio, synchronized, timed
+from fastops.timing import Call, clock_of, host_seconds, ratio, timed
 
-from .cases import Case, Figures, NotRun, on_a_gpu, one_line
+from .cases import Case, Figures, NotRun, on_a_gpu
 from .models import Autocast, half, resnet
 from .ways import ways_of
 
-DEFAULTS: Final = {("reduction", "mean"), ("label_smoothing", 0.0)}
 TURNS: Final = 15
 HOST_SECONDS: Final = 0.01  # of calls in a row, to see how long the host takes
 MOST_IN_A_ROW: Final = 20  # a GPU's queue takes so many at once
-COPIED: Final = 2**30  # bytes
-LIGER: Final = {  # by op: its function and our arguments in its order
-    "cross_entropy": ("liger_cross_entropy", ("input", "target")),
-    "linear_cross_entropy": ("liger_fused_linear_cross_entropy", ("input", "linear_weight", "target")),
-}
+PEAK_DTYPES: Final = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 
 class Network(NamedTuple):
@@ -95,17 +90,10 @@ def _median(seconds: list[float]) -> float:
 
 
 def _peaks(device: torch.device) -> Figures:
-    """What this device can do at most: bytes of a copy (read and written), operations of a product of each dtype."""
-    size, width = (COPIED, 8192) if on_a_gpu(device) else (2**10, 8)
-    source = torch.empty(size, dtype=torch.int8, device=device)
-    target, clock = torch.empty_like(source), clock_of(device)
-    rates = {"copy": 2 * size / _median(timed({"": lambda: target.copy_(source)}, TURNS, clock)[""])}
-    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
-        rows = width // 2 if dtype is torch.float64 else width
-        a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
-        seconds = _median(timed({"": partial(torch.mm, a, b)}, 5, clock)[""])
-        rates[_name(dtype)] = 2 * rows**3 / seconds
-    return {"rates": rates if on_a_gpu(device) else {}}
+    if not on_a_gpu(device):
+        peaks(device, 2**10, 8, PEAK_DTYPES)
+        return {"rates": {}}
+    return {"rates": peaks(device, dtypes=PEAK_DTYPES)}
 
 
 def contest(contestants: Mapping[str, Call], device: torch.device, work: Figures) -> Figures:
@@ -113,18 +101,7 @@ def contest(contestants: Mapping[str, Call], device: torch.device, work: Figures
 
     One that fails at once is left out, with the reason. Without a GPU all run and no time is told.
     """
-    able: dict[str, Call] = {}
-    left_out = {}
-    for name, call in contestants.items():
-        try:
-            with failures_raised():
-                synchronized(call, device)()
-        except Exception as error:  # a compiler's or another package's own: why it is not compared
-            if name == "eager" or (not isinstance(error, NotRun) and name in ("fastops", "triton")):
-                raise
-            left_out[name] = str(error) if isinstance(error, NotRun) else one_line(error)
-        else:
-            able[name] = call
+    able, left_out = tried(contestants, device, ("eager", "fastops", "triton"))
     times = timed(able, TURNS if on_a_gpu(device) else 1, clock_of(device))
     found = {}
     for name, own in times.items():
@@ -142,31 +119,12 @@ def _flops(call: Call) -> int:
     return int(counter.get_total_flops())
 
 
-def _through(way: str, call: Call) -> Call:
-    def through() -> object:
-        with fastops.backend(way):
-            return call()
-
-    return through
-
-
-def _liger(op: str) -> Callable[..., Tensor]:
-    if op not in LIGER:
+def liger(op: Op) -> Callable[..., Tensor]:
+    """Liger's function for an op; `NotRun` where there is none."""
+    makers = functions_of(op)
+    if LIGER not in makers:
         raise NotRun("it has no such function")
-    name, words = LIGER[op]
-    try:
-        function = getattr(import_module("liger_kernel.transformers.functional"), name)
-    except ImportError:
-        raise NotRun("liger_kernel is not installed") from None
-
-    def call(**arguments: Any) -> Tensor:
-        if {name: value for name, value in arguments.items() if name not in words}.items() - DEFAULTS:
-            raise NotRun("not compared with these options")
-        found = function(*(arguments[word] for word in words))
-        loss: Tensor = found[0] if isinstance(found, tuple) else found
-        return loss
-
-    return call
+    return makers[LIGER]()
 
 
 def _op(
@@ -186,17 +144,17 @@ def _op(
 
     def by_compiler() -> Call:
         torch._dynamo.reset()
-        return of(torch.compile(reference, dynamic=False))
+        return of(compiled(reference))
 
     ours = of(getattr(FF, op.name))
     way = fastops.explain(op.name, **variables, **constants, **example.options)
-    contestants = {"eager": of(reference), "fastops": _through("auto", ours)}
+    contestants = {"eager": of(reference), "fastops": through("auto", ours)}
     if by_compilers:
-        contestants["torch.compile"] = _first(by_compiler)
+        contestants["torch.compile"] = made_when_called(by_compiler)
     else:
         if way.way != "triton":
-            contestants["triton"] = _through("triton", ours)
-        contestants["Liger"] = _first(lambda: of(_liger(op.name)))
+            contestants["triton"] = through("triton", ours)
+        contestants["Liger"] = made_when_called(lambda: of(liger(op)))
     sizes = {name: t.numel() * t.element_size() for name, t in {**variables, **constants, "": grad_output}.items()}
     moved = sum(sizes.values())
     if backward:  # the gradient of the result, the arguments once more, and their gradients
@@ -210,18 +168,6 @@ def _op(
     return contest(contestants, device, work)
 
 
-def _first(make: Callable[[], Call]) -> Call:
-    """A call that is made when it is first called."""
-    made: list[Call] = []
-
-    def call() -> object:
-        if not made:
-            made.append(make())
-        return made[0]()
-
-    return call
-
-
 def _network(network: Network, dtype: torch.dtype, by_compilers: bool, device: torch.device) -> Figures:
     """A step of training: forward, backward and SGD, in float32 or under autocast."""
     eager = network.build().to(device)
@@ -230,20 +176,19 @@ def _network(network: Network, dtype: torch.dtype, by_compilers: bool, device: t
 
     def step(model: nn.Module, criterion: nn.Module) -> Call:
         whole = model if dtype is torch.float32 else Autocast(model, device, dtype)
-        return model_call(whole, criterion, inputs, targets, training=True)
+        return model_call(whole, lambda output: criterion(output, targets), (inputs,), training=True)
 
     def by_compiler() -> Call:
         torch._dynamo.reset()
-        compiled: Any = torch.compile(copy.deepcopy(eager), dynamic=False)
-        return step(compiled, nn.CrossEntropyLoss())
+        return step(compiled(copy.deepcopy(eager)), nn.CrossEntropyLoss())
 
     swapped, criterion = fastops.swap(copy.deepcopy(eager)), fastops.swap(nn.CrossEntropyLoss())
     ours = step(swapped, criterion)
-    contestants = {"eager": step(eager, nn.CrossEntropyLoss()), "fastops": _through("auto", ours)}
+    contestants = {"eager": step(eager, nn.CrossEntropyLoss()), "fastops": through("auto", ours)}
     if by_compilers:
-        contestants["torch.compile"] = _first(by_compiler)
+        contestants["torch.compile"] = made_when_called(by_compiler)
     else:
-        contestants["triton"] = _through("triton", ours)
+        contestants["triton"] = through("triton", ours)
     work = {"dtype": _name(dtype), "flops": _flops(contestants["eager"])}
     return contest(contestants, device, work)
 

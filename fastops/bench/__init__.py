@@ -1,0 +1,1 @@
+"""What ``fastops bench`` times: its cases, the contestants, what is measured and counted, and the page about it."""

@@ -15,6 +15,7 @@ body { overflow-wrap: anywhere }
 td, th { padding: .2em .7em; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 th { cursor: pointer } td.number { text-align: right; font-variant-numeric: tabular-nums }
 .failed, .slower { color: var(--bad) } .faster { color: var(--good) } svg { max-width: 100%; height: auto }
+figure { margin: 1em 0 }
 """
 # A click on a heading sorts the rows behind it, by numbers where there are any, and the other way at a second click.
 SORT: Final = """

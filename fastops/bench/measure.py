@@ -20,7 +20,7 @@ from .counting import Traffic, cost_of, operations
 FASTER, SLOWER, UNCLEAR, SAME, OVERHEAD = "faster", "slower", "unclear", "same code", "same code, slower"
 FEWEST_TURNS: Final = 5  # of which quartiles say anything
 WIDEST: Final = 1.5  # upper quartile over lower: with more the machine was busy with something else
-SPREAD: Final = (0.1, 0.9)  # nine of ten turns are above the one, and nine of ten below the other
+SPREAD: Final = (0.05, 0.95)  # nine of ten turns are between
 SEEN: Final = (EAGER, OURS, TWO_CALLS)  # whose operations of torch can be seen
 
 

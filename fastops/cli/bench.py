@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=dispatch.BACKENDS, metavar="NAME", help="of fastops; default: auto")
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda:1 and so on; default: the accelerator, if any")
     parser.add_argument(
-        "--pairs", type=positive_integer, metavar="N", help="turns per case; default 50, or 15 if quick"
+        "--pairs", type=positive_integer, metavar="N", help="turns per case; default 50, or 21 if quick"
     )
     parser.add_argument("--quick", action="store_true", help="a few cases, or your model, within four minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write environment and rows to a file")
@@ -124,7 +124,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, device: torch.device, backend: str) -> None:
         self._args, self._device, self._backend = args, device, backend
         self._deadline = time.monotonic() + QUICK_SECONDS if args.quick else float("inf")
-        self._pairs = args.pairs or (15 if args.quick else 50)
+        self._pairs = args.pairs or (21 if args.quick else 50)
 
     def run(self, cases: list[Case]) -> tuple[list[Row], list[tuple[str, str, str]], bool]:
         """All rows; case, contestant and reason of what has none; and whether fastops failed anywhere."""

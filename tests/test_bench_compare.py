@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastops.functional as FF
 from fastops.bench import cases
-from fastops.bench.compare import FEWEST_TURNS, MARGIN, compare, content, key
+from fastops.bench.compare import FEWEST_TURNS, MARGIN, compare, content, key, text_of
 from fastops.bench.measure import SPREAD, Measured, Row
 from fastops.cli import bench, main
 from fastops.ops import OPS
@@ -235,6 +235,7 @@ def test_files_without_a_common_row_are_refused_at_once(old: Path, capsys: pytes
 def test_what_is_written_is_what_is_compared() -> None:
     """JSON has lists where a row has tuples."""
     rows = [Row(**row(STEADY)), replace(Row(**row(STEADY)), case="another", spread=None)]
-    saved = content({}, rows, [], {})
+    saved = json.loads(text_of(content({}, rows, [], {})))
+    assert saved == content({}, rows, [], {})
     assert [key(one) for one in saved["rows"]] == [key(vars(one)) for one in rows]
     assert compare(saved["rows"], [vars(one) for one in rows]) == ([], [], 1, 1)

@@ -257,7 +257,7 @@ QUICK: Final = (  # a model of each kind, a head at two sizes, and what swap fus
     "FashionMLP-64/inference",
     "LeNet-64/step",
     "linear_cross_entropy/1024x256-2000/forward+backward",
-    "linear_cross_entropy/1024x256-8000/forward+backward",
+    "linear_cross_entropy/1024x256-16000/forward+backward",
     "linear_relu/64x784-512/forward+backward",
     "conv_relu2d/64x6x15x15-16k3/forward+backward",
     "batch_norm_relu/8x512x7x7/forward+backward",

@@ -63,6 +63,13 @@ def content(
     return plain
 
 
+def text_of(found: Mapping[str, Any]) -> str:
+    """The text of a file, with a line for each row."""
+    head = json.dumps({name: value for name, value in found.items() if name != "rows"}, indent=1).removesuffix("\n}")
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in found["rows"])
+    return f'{head},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
 def read(path: Path, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier run. `CommandError` unless it was of this schema and in this environment."""
     try:

@@ -1,7 +1,6 @@
 """``fastops bench``: time fastops against eager PyTorch and others, call by call in turns, and print the ratios."""
 
 import argparse
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import fastops
 from fastops import dispatch
 from fastops.bench.cases import CASES, DTYPES, MODEL_CASES, QUICK, Case
-from fastops.bench.compare import Change, Comparison, compare, content, key, read
+from fastops.bench.compare import Change, Comparison, compare, content, key, read, text_of
 from fastops.bench.contestants import CONTESTANTS, OURS, NotRun
 from fastops.bench.measure import Measured, Row, measure, peaks
 from fastops.bench.own import own_cases
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     found = content(facts, rows, left_out, rates)
     if args.json:
         with writing(args.json) as file:
-            file.write(f"{json.dumps(found, indent=1)}\n".encode())
+            file.write(text_of(found).encode())
     if args.html:
         with writing(args.html) as file:
             file.write(page(found, changes).encode())
@@ -115,7 +114,8 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
     if not cases:
         families = dict.fromkeys(case.family for case in CASES)
         raise CommandError(f"no case contains {args.case!r}: they begin with {', '.join(families)}")
-    return cases
+    alone = args.quick and not (named or args.case)
+    return sorted(cases, key=lambda case: QUICK.index(case.name)) if alone else cases
 
 
 class Bench:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import struct
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.collect_env import get_os
 from torch.utils.collect_env import run as run_command
 
 import fastops
-from fastops.cli import COMMANDS, CommandError, checkpoint, main
+from fastops.cli import COMMANDS, CommandError, checkpoint, main, training
 from fastops.cli.data import CSVImages, digits, folder
 from fastops.cli.tasks import TASKS
 from fastops.models import CIFAR_CLASSES, FASHION_CLASSES, FashionMLP
@@ -441,7 +442,34 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     )
     assert 75 < eager < 100
     assert abs(swapped - eager) <= 0.3
+    costs = re.findall(r"^one training step, (\w+): ([\d.]+) MB moved, (\d+) launches$", printed, re.MULTILINE)
+    (first, moved, _), (second, no_more, _) = costs
+    assert (first, second) == ("eager", "swapped") and 0 < float(no_more) <= float(moved)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_show_both_and_how_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(training.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))
+    losses, accuracies = [2.0, 1.0, 0.5], [50.0, 75.0]
+    learners = [
+        training.Learner(name, *[nn.Identity()] * 2, None, each, [0.001, 0.002, scale], losses, accuracies)  # type: ignore[arg-type]
+        for name, each, scale in (("eager", losses, 0.003), ("swapped", [2.0, 1.25, 0.5], 0.004))
+    ]
+    cost = training.Cost(2_000_000, 12, None, {})
+    training.save_curves(learners, tmp_path / "curves.png", {"eager": cost, "swapped": cost._replace(bytes=None)})
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles[:3] == ["training loss", "test accuracy", "step times: 1.00 of eager's"]
+    assert titles[3:5] == [
+        "swapped less eager, in loss: largest 2.5e-01",
+        "swapped less eager, in points: none in any bit",
+    ]
+    assert [list(line.get_ydata()) for line in drawn[0].axes[0].lines] == [losses, [2.0, 1.25, 0.5]]
+    assert list(drawn[0].axes[3].lines[0].get_ydata()) == [0, 0.25, 0]
+    (words,) = drawn[0].axes[5].texts
+    assert "eager: 2.00 MB moved, 12 launches\nswapped: 12 launches" in words.get_text()
+    training.save_curves(learners[:1], tmp_path / "curves.png")
+    assert [axes.get_title() for axes in drawn[1].axes] == ["training loss", "test accuracy"]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

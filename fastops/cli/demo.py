@@ -1,15 +1,18 @@
 """``fastops demo``: train FashionMLP on handwritten digits, eager and swapped from the same seed, and compare them."""
 
 import argparse
+import copy
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 import fastops
+from fastops.bench.counting import Cost, cost_of, operations
 from fastops.cli.environment import backend_lines, check_file, make_folder, pick_device, positive_integer
 from fastops.cli.tasks import TASKS
-from fastops.cli.training import make_learner, print_comparison, save_curves, train
+from fastops.cli.training import Learner, cost_in_words, make_learner, print_comparison, save_curves, train
 
 BATCH_SIZE = 64
 LR = 0.1  # A hundred times the tutorial's: the digits are few, and a demonstration has to end soon.
@@ -39,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     print(*backend_lines(swapped.model, BATCH_SIZE, device), sep="\n")
     print()
 
+    costs = {learner.name: _cost_of_a_step(learner, next(iter(data.train)), device) for learner in (eager, swapped)}
+    data.generator.manual_seed(SEED)
     train([eager, swapped], data, device, range(args.epochs))
     print_comparison(eager, swapped, batches=len(data.train))
     ratio = median(swapped.seconds) / median(eager.seconds)
@@ -46,6 +51,20 @@ def run(args: argparse.Namespace) -> int:
         f"median time of a training step: eager {1e3 * median(eager.seconds):.2f} ms, "
         f"swapped {1e3 * median(swapped.seconds):.2f} ms, ratio {ratio:.2f}"
     )
-    save_curves([eager, swapped], args.output / "curves.png")
+    for name, cost in costs.items():
+        print(f"one training step, {name}: {cost_in_words(cost)}")
+    save_curves([eager, swapped], args.output / "curves.png", costs)
     print(f"curves: {args.output / 'curves.png'}")
     return 0
+
+
+def _cost_of_a_step(learner: Learner, batch: list[Tensor], device: torch.device) -> Cost:
+    """What a step of training moves and launches, of a copy that has made one before."""
+    trial = copy.deepcopy(learner)
+    inputs, targets = (each.to(device) for each in batch)
+
+    def step() -> Tensor:
+        return trial.step(inputs, targets)
+
+    step()
+    return cost_of(step, operations(step), device)

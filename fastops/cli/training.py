@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fastops
+from fastops.bench.counting import Cost
 from fastops.cli import CommandError
 from fastops.cli.environment import writing
 from fastops.cli.table import Table
@@ -153,20 +156,78 @@ def print_comparison(eager: Learner, swapped: Learner, batches: int) -> None:
         print(f"largest difference of a step's loss: {largest:.2e} at step {step + 1} (eager {eager.losses[step]:.6g})")
 
 
-def save_curves(learners: Sequence[Learner], path: Path) -> None:
-    """Write a PNG with the loss of every step and, where there is one, the test accuracy of every epoch."""
+def save_curves(learners: Sequence[Learner], path: Path, costs: Mapping[str, Cost] | None = None) -> None:
+    """Write a PNG of the loss of every step and, where there is one, the test accuracy of every epoch.
+
+    Of two learners also how the second differs from the first, and how long their steps take; with ``costs``, by name,
+    what a step of theirs moves and launches.
+    """
+    compared = len(learners) == 2
     with_accuracy = bool(learners[0].accuracies)
-    figure = Figure(figsize=(11 if with_accuracy else 6, 4), layout="constrained")
-    loss_axes = figure.add_subplot(1, 1 + with_accuracy, 1)
-    loss_axes.set(title="training loss", xlabel="step", ylabel="loss", yscale="log")
-    for learner, style in zip(learners, ("-", "--"), strict=False):
-        loss_axes.plot(range(1, len(learner.losses) + 1), learner.losses, style, label=learner.name)
-    loss_axes.legend()
+    columns = 1 + with_accuracy + compared
+    heights = [3, 1] if compared else [1]
+    figure = Figure(figsize=(5.5 * columns, 5.5 if compared else 4), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    axes[0, 0].set(title="training loss", ylabel="loss", yscale="log")
+    _draw_both(axes[:, 0], "step", [(learner.name, learner.losses) for learner in learners], "loss")
     if with_accuracy:
-        accuracy_axes = figure.add_subplot(1, 2, 2)
-        accuracy_axes.set(title="test accuracy", xlabel="epoch", ylabel="percent")
-        for learner, style in zip(learners, ("-o", "--x"), strict=False):
-            accuracy_axes.plot(range(1, len(learner.accuracies) + 1), learner.accuracies, style, label=learner.name)
-        accuracy_axes.legend()
+        axes[0, 1].set(title="test accuracy", ylabel="percent")
+        _draw_both(axes[:, 1], "epoch", [(learner.name, learner.accuracies) for learner in learners], "points", "o")
+    if compared:
+        _draw_times(axes[0, -1], learners)
+        _draw_costs(axes[1, -1], costs or {})
     with writing(path) as file:
         figure.savefig(file, dpi=150)
+
+
+def _draw_both(axes: Any, unit: str, curves: Sequence[tuple[str, Sequence[float]]], what: str, mark: str = "") -> None:
+    """Curves over each other, the second one thin and dashed, and below them how the second differs from the first."""
+    count = range(1, 1 + len(curves[0][1]))
+    for (name, values), (style, width) in zip(curves, (("-", 4), ("--", 1.5)), strict=False):
+        axes[0].plot(count, values, style + mark, linewidth=width, color="C0" if width == 4 else "black", label=name)
+    axes[0].lines[0].set_alpha(0.5)
+    axes[0].legend()
+    axes[-1].set(xlabel=unit)
+    for each in axes:
+        each.xaxis.get_major_locator().set_params(integer=True)
+    if len(curves) == 2:
+        (first, left), (second, right) = curves
+        difference = [b - a for a, b in zip(left, right, strict=True)]
+        axes[1].plot(count, difference, "-" + mark, color="black", linewidth=1)
+        least = f"largest {max(map(abs, difference)):.1e}" if any(difference) else "none in any bit"
+        axes[1].set(title=f"{second} less {first}, in {what}: {least}")
+
+
+def _draw_times(axes: Any, learners: Sequence[Learner]) -> None:
+    """How often a step took how long, the slowest two in a hundred left out, with the medians."""
+    times = [[1e3 * each for each in learner.seconds] for learner in learners]
+    longest = max(sorted(each)[int(0.98 * (len(each) - 1))] for each in times)
+    shown = (0.9 * min(map(min, times)), 1.05 * longest)
+    for learner, each, color in zip(learners, times, ("C0", "black"), strict=True):
+        label = f"{learner.name}: median {median(each):.2f} ms"
+        axes.hist(each, 60, range=shown, histtype="step", color=color, linewidth=1.5, label=label)
+        axes.axvline(median(each), color=color, linestyle=":")
+    ratio = median(times[1]) / median(times[0])
+    axes.set(title=f"step times: {ratio:.2f} of {learners[0].name}'s", xlabel="milliseconds", ylabel="steps")
+    axes.legend()
+
+
+def _draw_costs(axes: Any, costs: Mapping[str, Cost]) -> None:
+    """Bytes and launches of a step, where they can be told."""
+    axes.set_axis_off()
+    lines = [f"{name}: {cost_in_words(cost)}" for name, cost in costs.items()]
+    axes.text(
+        0.5,
+        0.5,
+        "\n".join(["one training step, with the optimizer's", *lines]),
+        ha="center",
+        va="center",
+        linespacing=1.6,
+    )
+
+
+def cost_in_words(cost: Cost) -> str:
+    """Bytes moved and launches, and why what cannot be told is left out."""
+    found = [] if cost.bytes is None else [f"{cost.bytes / 1e6:.2f} MB moved"]
+    found += [] if cost.launches is None else [f"{cost.launches} launches"]
+    return ", ".join(found) or "; ".join(dict.fromkeys(cost.unknown.values()))

@@ -14,7 +14,13 @@ project = "fastops"
 author = copyright = "fastops contributors"
 release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx-mathjax-offline",  # the site loads nothing from elsewhere
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 myst_enable_extensions = ["amsmath", "dollarmath"]

@@ -28,7 +28,7 @@ def normed(shape: tuple[int, ...], residual: bool) -> Pair:
 
     def ours(x: Tensor, w: Tensor, b: Tensor, *other: Tensor) -> Tensor:
         if residual:
-            return FF.batch_norm_add_relu(x, *other, mean, var, w, b, training=True)
+            return FF.batch_norm_add_relu(x, other[0], mean, var, w, b, training=True)
         return FF.batch_norm_relu(x, mean, var, w, b, training=True)
 
     return both(eager, ours, shape, shape[1:2], shape[1:2], *[shape] * residual)

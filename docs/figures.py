@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -24,7 +25,7 @@ from fastops.ops.activations import applied
 GROUND, INK, FAINT = "#fafafa", "#1f2430", "#c9ced8"
 BLUE, ORANGE, GREEN, RED, GREY = "#9cc3eb", "#f5c27a", "#a9d6a0", "#eda3a0", "#e4e7ec"
 LINES = "#2f6db3", "#c2600c", "#3f8a34", "#8a4fa8"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fastops",
     "svg.fonttype": "path",  # letters look the same wherever the page is read
     "font.size": 9,

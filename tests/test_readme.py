@@ -56,8 +56,11 @@ def test_pages_have_both_kinds() -> None:
 @pytest.mark.parametrize(("page", "block"), blocks("python"), ids=lambda value: value[:20] if "." in value else "")
 def test_python_block(page: str, block: str, tmp_path: Path) -> None:
     own = environment() | {"FASTOPS_CACHE_DIR": str(tmp_path)}
-    words = [sys.executable, "-W", "error", "-c", block]
-    done = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, text=True)
+    script = tmp_path / "script.py"  # a file, because swap and Triton read the source
+    script.write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], cwd=tmp_path, env=own, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{page}: {done.stderr}"
 
 

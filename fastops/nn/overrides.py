@@ -22,16 +22,15 @@ _Part = tuple[object, str, object]  # an owner, the name of an attribute and wha
 
 
 def _part(owner: object, name: str) -> _Part:
-    """What ``owner.name`` is now, if torch defined it (or `backport`); else something that it never is."""
+    """What ``owner.name`` is now, if torch or fastops defined it; else something that it never is."""
     found = getattr(owner, name)
     home = getattr(found, "__globals__", {"__name__": "torch"})  # built-in functions have none
-    is_torchs = str(home["__name__"]).partition(".")[0] == "torch" or home["__name__"] == backport.__name__
-    return owner, name, found if is_torchs else object()
+    return owner, name, found if str(home["__name__"]).partition(".")[0] in ("torch", "fastops") else object()
 
 
 def _layer(kind: Any, function: str, *methods: str) -> tuple[_Part, ...]:
-    home = F if hasattr(F, function) else backport
-    return (*(_part(kind, name) for name in ("forward", *methods)), _part(home, function))
+    homes = [home for home in (F, backport) if hasattr(home, function)][:1]  # none where torch has no such function
+    return (*(_part(kind, name) for name in ("forward", *methods)), *(_part(home, function) for home in homes))
 
 
 _PARTS: Final[dict[object, tuple[_Part, ...]]] = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .accepts import REDUCTIONS, Tensors, loss_options, mismatch
+from .accepts import Tensors, loss_options, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
 from .op import Op, wanted
 
@@ -32,8 +32,8 @@ def pair_loss(
     In a call the weight of each element is None where the function has none, and the number is left out likewise.
 
     Args:
-        function: torch's, which has the name of the op, of its kernels and of ATen's own.
-        module: torch's.
+        function: torch's, which has the name of the op and of its kernels; or one of yours, in torch's own words.
+        module: torch's, or one of yours.
         slope: f'(d), of d and the ``number``, as a differentiable torch expression.
         number: the name of the loss's own option, a float, if it has one.
         number_accepted: whether kernels take that float. torch gets the others, and what is no float.
@@ -66,8 +66,7 @@ def pair_loss(
         return partial(pair_loss, name), partial(pair_loss_backward, name)
 
     def plain(input: Tensor, target: Tensor, reduction: str, *numbers: float) -> Tensor:
-        loss: Tensor = getattr(torch.ops.aten, name)(input, target, REDUCTIONS[reduction], *numbers)
-        return loss
+        return expression(input, target, None, reduction, *numbers)
 
     name = function.__name__
     float_number = f", float {number}" if number else ""

@@ -25,6 +25,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
 EXAMPLES = [
     ["python", "resnet18.py"],
+    ["python", "own_kernel.py"],
     [*TORCHRUN, "train_distributed.py", "--strategy", "ddp"],
     [*TORCHRUN, "train_distributed.py", "--strategy", "fsdp"],
     ["python", "train_lightning.py", "--epochs", "1"],

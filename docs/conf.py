@@ -69,6 +69,7 @@ class Options(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         parser = argparse.ArgumentParser(add_help=False)
+        parser.color = False  # which Python 3.14 has, for terminals
         import_module(f"fastops.cli.{self.arguments[0]}").add_arguments(parser)
         words = parser._get_formatter()._format_action_invocation
         rows = (f"| `{words(action)}` | {action.help or ''} |" for action in parser._actions)

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 try:
     from . import compile, functional, nn
     from .dispatch import backend, explain
+    from .lm_head import fuse_lm_head, unfuse_lm_head
     from .ops import FallbackError, FallbackWarning
     from .precompile import warmup
     from .reporting import Report, report
@@ -30,10 +31,12 @@ __all__ = [
     "compile",
     "explain",
     "functional",
+    "fuse_lm_head",
     "nn",
     "report",
     "swap",
     "tune",
+    "unfuse_lm_head",
     "unswap",
     "verify",
     "warmup",

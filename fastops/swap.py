@@ -153,10 +153,10 @@ def original_class(found: type) -> type:
         return plain  # unless it was parametrized further
     # Parametrizing or sharding a module derives a class from the one that it had: derive it from the original.
     bases = tuple(map(plain_class, found.__bases__))
-    return found if bases == found.__bases__ and plain is found else _with_bases(found, bases)
+    return found if bases == found.__bases__ and plain is found else with_bases(found, bases)
 
 
-def _with_bases(found: type, bases: tuple[type, ...], **more: object) -> type:
+def with_bases(found: type, bases: tuple[type, ...], **more: object) -> type:
     namespace = {name: value for name, value in vars(found).items() if name not in _NOT_COPIED}
     return type.__new__(type(found), found.__name__, bases, namespace | more)
 
@@ -208,7 +208,7 @@ def swapped_class(module: nn.Module) -> type:
         base = found.__bases__[0]
         if base in ORIGINALS:
             return found
-        return _with_bases(found, (_derived_layer(module, base, known),), _fastops_user_class=found)
+        return with_bases(found, (_derived_layer(module, base, known),), _fastops_user_class=found)
     return _derived_layer(module, found, known)
 
 
@@ -404,14 +404,25 @@ def _derived(
     for known in subclasses:
         if vars(known).get(_USER_CLASS) is user and vars(known)["_fastops_made_of"] == made_of:
             return known
+    more = {"_fastops_made_of": made_of, _USER_CLASS: user, **methods}
+    try:
+        return subclass(user, bases, more)
+    except TypeError as error:
+        raise LeftAlone(f"it cannot be subclassed ({error})") from None
+
+
+def subclass(user: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+    """A subclass of ``user`` under its name, with ``bases`` after it, that copies and pickles as ``user`` does.
+
+    Raises:
+        TypeError: if Python allows no such class.
+    """
     namespace = {
         "__slots__": (),
         "__module__": user.__module__,
         "__qualname__": user.__qualname__,
         "__doc__": user.__doc__,
-        "_fastops_made_of": made_of,
-        _USER_CLASS: user,
-        **methods,
+        **namespace,
         **(_copying(user) | {"__repr__": _repr(user)} if issubclass(user, nn.Module) else {}),
     }
     # `type.__new__` and not a call of the user's metaclass, so that nothing of the user's runs: no ``__new__``,
@@ -419,10 +430,7 @@ def _derived(
     # it first.
     layout = (nn.Module,) if issubclass(user, nn.Module) else ()
     silent = type("_Silent", layout, {"__slots__": (), "__init_subclass__": classmethod(lambda cls: None)})
-    try:
-        new = type.__new__(type(user), user.__name__, (silent, user, *bases), namespace)
-    except TypeError as error:
-        raise LeftAlone(f"it cannot be subclassed ({error})") from None
+    new = type.__new__(type(user), user.__name__, (silent, user, *bases), namespace)
     if isinstance(new, abc.ABCMeta):
         abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with ``user``
     return new

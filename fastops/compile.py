@@ -8,8 +8,10 @@ no kernel takes stays as Dynamo wrote it. The graph then goes on to another comp
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from . import dispatch, functional
 from .fusions import CALLS, SUMS_IN_PLACE, activation_of_function, fused_op, options_of
 from .kernels import chunked_logits, private
 from .kernels.activation import RELU, Activation
+from .lm_head import float32_loss
 from .ops import OPS, Explanation
 from .ops.activations import METHODS
 from .reporting import Report, Row
@@ -33,36 +36,83 @@ class _Call(NamedTuple):
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    chain: tuple[fx.Node, ...] = ()  # of a head: what its logits pass through before their loss
 
 
-def _head(first: fx.Node, second: fx.Node) -> _Call | None:
-    """A linear layer and the cross-entropy of its logits, if these would be larger than the memory budget.
+def _head(first: fx.Node, chain: tuple[fx.Node, ...], last: fx.Node) -> _Call | str:
+    """A linear layer and the cross-entropy of its logits, if these would be larger than the memory budget; or why not.
 
-    The call takes the place of the loss: views apart, nothing may happen between, such as a change of the target.
+    The call takes the place of the loss: nothing may happen between that could change an argument.
     """
+    for node, user in pairwise((first, *chain, last)):
+        if reason := _obstacle(node, user):
+            return reason
     logits = first.meta["example_value"]
     if logits.numel() * logits.element_size() <= chunked_logits.BUDGET:
-        return None
-    node = second.prev
+        return "all logits fit into the memory budget at once"
+    node = last.prev
     while node is not first:
-        if node.op == "call_function" or (node.op == "call_method" and node.target not in _VIEWS):
-            return None
+        if node.op.startswith("call") and node.target not in _INERT:
+            return f"{node.name} runs between {_name(first)} and it"
         node = node.prev
     layer = inspect.signature(functional.linear).bind(*first.args, **first.kwargs).arguments
-    loss = inspect.signature(functional.cross_entropy).bind(*second.args, **second.kwargs).arguments
+    loss = inspect.signature(functional.cross_entropy).bind(*last.args, **last.kwargs).arguments
     if loss.pop("size_average", None) is not None or loss.pop("reduce", None) is not None:
-        return None
+        return "of its legacy options"
     del loss["input"]
     if loss.get("ignore_index") == -100:
         del loss["ignore_index"]
+    keep = all(_keeps_rows(node, logits.shape[-1]) for node in chain)
+    if chain and not (keep and logits.dim() > 1 and _value(chain[-1]).dim() == 2):
+        return "its input is not a row of logits for each target"
+    target = loss.pop("target")
     return _Call(
         "linear_cross_entropy",
-        (layer["input"], layer["weight"], loss.pop("target")),
+        (layer["input"], layer["weight"], target),
         {"linear_bias": layer.get("bias"), **loss},
+        chain,
     )
 
 
 _VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
+_INERT: Final = (*_VIEWS, "contiguous", "float", "to", operator.getitem, F.pad, torch._C._nn.pad)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["example_value"]
+
+
+def _losses(node: fx.Node, chain: tuple[fx.Node, ...] = ()) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
+    """The cross-entropies of ``node``, and what it passes through before each: views, parts and float()."""
+    for user in node.users:
+        if _first_argument(user) is not node:
+            continue
+        if _op(user) == "cross_entropy":
+            yield chain, user
+        elif user.target in (*_VIEWS[:3], "contiguous", "float", operator.getitem):
+            yield from _losses(user, (*chain, user))
+
+
+def _keeps_rows(node: fx.Node, classes: Any) -> bool:
+    """Whether it leaves the logits of each position as they are: a view, or a part of the positions."""
+    if node.target is not operator.getitem:
+        return bool(_value(node).shape[-1] == classes)
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    plain = all(part is ... or (isinstance(part, slice) and not _has_nodes(part)) for part in index)
+    names_last = len(index) == _value(node).dim() or ... in index
+    return plain and index[-1] in (..., slice(None)) if names_last else plain
+
+
+def _has_nodes(part: slice) -> bool:
+    return any(isinstance(bound, fx.Node) for bound in (part.start, part.stop, part.step))
+
+
+def _rows_of(input: Any, chain: tuple[fx.Node, ...]) -> Any:
+    """The part of the layer's ``input``, a tensor or a proxy, that gives the rows of logits behind ``chain``."""
+    for node in chain:
+        if node.target is operator.getitem:
+            input = input[node.args[1]]
+    return input.flatten(0, -2)
 
 
 _METHODS: Final = {**{name: name for name in METHODS}, **{getattr(Tensor, name): name for name in METHODS}}
@@ -80,8 +130,6 @@ def _fused(first: fx.Node, second: fx.Node) -> _Call | None:
     """The one call that both are, if there is one."""
     if _first_argument(second) is not first or _obstacle(first, second):
         return None
-    if (_op(first), _op(second)) == ("linear", "cross_entropy"):
-        return _head(first, second)
     activation = _activation(second)
     op = None if activation is None else fused_op(activation, _op(first))
     if activation is None or op is None or (_op(first) == "add" and not _adds_two_values(first)):
@@ -192,7 +240,7 @@ def _checkpointed(graph: fx.GraphModule) -> list[fx.GraphModule]:
 
 def _rewrite(module: fx.GraphModule) -> None:
     graph = module.graph
-    replaced, reasons = set(), dict[fx.Node, str]()
+    replaced, reasons, heads = set(), dict[fx.Node, str](), dict[fx.Node, str]()
     for node in list(graph.nodes):
         op = _op(node)
         if node in replaced or not op:
@@ -209,15 +257,16 @@ def _rewrite(module: fx.GraphModule) -> None:
         for user in node.users:
             reasons[user] = _obstacle(node, user) or f"no kernel takes {_name(node)}"
         way = None
-        for nodes, call in _candidates(node):
+        for nodes, call in _candidates(node, heads):
             last = nodes[-1]
             way = _way(*call)
             if way.backend == "torch":
                 continue
             if op in OPS:
-                _note(node, f"fastops.functional.{call.op} ({way.backend})", done=True)
+                _note(node, f"fastops.functional.{call.op} ({way.backend}){heads.get(node, '')}", done=True)
             if last is not node:
-                names = ["the sum" if _op(each) == "add" else _name(each) for each in nodes[:-1]]
+                before = nodes[:1] if call.chain else nodes[:-1]
+                names = ["the sum" if _op(each) == "add" else _name(each) for each in before]
                 _note(last, f"fused with {' and '.join(names)}", done=True)
             # In the place of the first: its arguments may be changed in place before the last. A batch norm with a sum
             # takes the place of that, where the other summand is for certain, and the loss of a head that of the last,
@@ -229,7 +278,7 @@ def _rewrite(module: fx.GraphModule) -> None:
         else:
             if way is not None and op in OPS:
                 dispatch.refuse_fallback(op, way.reason)
-                _note(node, f"left to the compiler: {way.reason}", done=False)
+                _note(node, f"left to the compiler: {way.reason}{heads.get(node, '')}", done=False)
     graph.lint()
     module.recompile()
 
@@ -238,7 +287,11 @@ def _replace(nodes: list[fx.Node], call: _Call, place: fx.Node) -> None:
     """Put ``call`` before ``place``, for ``nodes``, of which others see only the last one's value."""
     graph, last = place.graph, nodes[-1]
     with graph.inserting_before(place):
-        new = graph.call_function(getattr(functional, call.op), call.args, call.kwargs)
+        function, args = getattr(functional, call.op), call.args
+        if call.op == "linear_cross_entropy" and call.chain:
+            function = function if _value(last).dtype is _value(nodes[0]).dtype else float32_loss
+            args = (_rows_of(fx.Proxy(args[0]), call.chain).node, *args[1:])
+        new = graph.call_function(function, args, call.kwargs)
     new.meta = dict(last.meta)
     last.replace_all_uses_with(new)
     for old in reversed(nodes):
@@ -255,8 +308,17 @@ def _first_argument(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _candidates(node: fx.Node) -> Iterator[tuple[list[fx.Node], _Call]]:
-    """What ``node`` may become, the best first: the nodes that give way, all in a row, and the call."""
+def _candidates(node: fx.Node, heads: dict[fx.Node, str]) -> Iterator[tuple[list[fx.Node], _Call]]:
+    """What ``node`` may become, the best first: the nodes that give way, all in a row, and the call.
+
+    Why the loss of a head cannot be fused with it goes into ``heads``.
+    """
+    for chain, loss in _losses(node) if _op(node) == "linear" else ():
+        head = _head(node, chain, loss)
+        if isinstance(head, str):
+            heads[loss] = f"; not fused with {_name(node)}: {head}"
+        else:
+            yield [node, *chain, loss], head
     for user in node.users:
         if _op(node) == "batch_norm" and (found := _normalized_sum(node, user)) is not None:
             yield [node, user, found[0]], found[1]
@@ -274,17 +336,20 @@ def _obstacle(first: fx.Node, second: fx.Node) -> str:
     while node is not first:
         # Nodes without a value: no_grad, autocast, transforms of torch.func and the like begin or end there.
         if node.op == "call_function" and node.meta.get("example_value") is None:
-            return f"the mode of computation changes between {_name(first)} and it"
+            what = "a tensor" if node.target is operator.setitem else "the mode of computation"
+            return f"{what} changes between {_name(first)} and it"
         node = node.prev
     return ""
 
 
-def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
+def _way(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], chain: tuple[fx.Node, ...] = ()) -> Explanation:
     """What `fastops.explain` says of a call."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # with sympy: a second
 
     try:
         args, kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["example_value"])
+        if chain:
+            args = (_rows_of(args[0], chain), *args[1:])
         with dispatch.backend(dispatch.selected_backend()):  # not strict: another call may be there to try
             return dispatch.explain(op, *args, **kwargs)
     except (KeyError, GuardOnDataDependentSymNode):

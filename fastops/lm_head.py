@@ -54,7 +54,8 @@ def fuse_lm_head(model: _Model, *, evaluation: bool = True) -> _Model:
     unfuse_lm_head(model)
     try:
         plain, name = user_class(type(model)), _head_name(model)
-        _compare(model, plain, name)
+        with torch.inference_mode(False):
+            _compare(model, plain, name)
         _set_class(model, _fused_class(plain, name, evaluation))
     except LeftAlone as reason:
         set_class(model, found)
@@ -221,11 +222,15 @@ class _Head:
 class _Stand:
     """``self`` in the model's forward: the model, but for its head and its loss function.
 
-    ``_log`` gets the inputs of the head, and the names of what was done with its logits.
+    ``_log`` gets the inputs of the head, and names for what was done with its logits.
     """
 
     def __init__(self, model: Any, name: str) -> None:
         vars(self).update(_model=model, _name=name, _log=[])
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # for isinstance() and super()
+        return type(self._model)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)
@@ -239,8 +244,9 @@ class _Stand:
             loss = _loss(logits, labels, vocab_size, *args, **kwargs) if _is_causal(self._model) else None
             if loss is not None:
                 logits.is_loss = True
+                self._log.append("loss")
                 return loss
-            logits = logits.now("another loss")
+            logits = logits.now("another loss, or labels of another size")
         return self._model.loss_function(logits, labels, vocab_size, *args, **kwargs)
 
 
@@ -323,36 +329,44 @@ def _compare(model: Any, plain: Any, name: str) -> None:
     labels = tokens.clone()
     labels[0, -1] = -100
 
-    def run(itself: Any, inputs: list[Any]) -> tuple[Any, list[Tensor]]:
-        """The output, and the loss with the gradients of the head's inputs, which the run notes in ``inputs``."""
+    def run(itself: Any, inputs: list[Any]) -> list[Tensor]:
+        """The loss, and the gradients of the head and of its inputs, which the run notes in ``inputs``."""
         with _unchanged(model), torch.enable_grad():
-            output = plain.forward(itself, input_ids=tokens, labels=labels, return_dict=True)
+            output = _finished(plain.forward(itself, input_ids=tokens, labels=labels))
+            loss = output["loss"] if isinstance(output, dict) else output[0]
             leaves = [x for x in (*inputs, *head.parameters()) if isinstance(x, Tensor) and x.requires_grad]
-            gradients = torch.autograd.grad(output.loss, leaves) if leaves else ()
-        return _finished(output), [output.loss.detach(), *gradients]
+            return [loss.detach(), *(torch.autograd.grad(loss, leaves) if leaves and loss.requires_grad else ())]
 
     inputs: list[Any] = []
     hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        _, expected = run(model, inputs)
+        expected = run(model, inputs)
     except Exception as error:
         raise LeftAlone(f"its forward fails on eight tokens and labels ({error})") from error
     finally:
         hook.remove()
     try:
-        output, found = run(stand, stand._log)
+        found = run(stand, stand._log)
     except Exception as error:
-        raise LeftAlone(f"its forward needs logits to work with ({error})") from error
-    if output.logits is not None:
-        uses = [use for use in stand._log if isinstance(use, str)]
+        raise LeftAlone(f"its forward fails without logits ({error})") from error
+    uses = [use for use in stand._log if isinstance(use, str)]
+    if uses != ["loss"]:
+        use = next((use for use in uses if use != "loss"), None)
+        if use is None:
+            raise LeftAlone("its forward does not call its head and its loss_function")
+        if use not in ("mul", "rmul", "truediv"):
+            raise LeftAlone(f"its forward does more with the logits than hand them to its loss: {use}")
         options = {key: value for key, value in vars(model.config).items() if "logit" in key and type(value) is float}
-        why = f"changes the logits before the loss: {uses[0]}" if uses else "does not call its head and loss_function"
-        raise LeftAlone(f"its forward {why}{f', {options}' if uses and options else ''}")
+        raise LeftAlone(f"its forward scales or caps the logits before the loss: {options}")
+    device, dtypes = head.weight.device.type, [torch.float32, head.weight.dtype]
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    # Half the digits: a loss of another kind is further away, another order of sums is not.
+    share = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
     names = ("loss", *(f"gradient {number} of the head" for number in range(1, len(expected))))
     for what, ours, torchs in zip(names, found, expected, strict=True):
-        # Half the digits: a loss of another kind is further away, another order of sums is not.
-        allowed = torch.finfo(torchs.dtype).eps ** 0.5 * torchs.abs().nan_to_num(0, 0, 0).max()
-        if not torch.allclose(ours, torchs, rtol=0, atol=allowed.item(), equal_nan=True):
+        allowed = share * torchs.abs().nan_to_num(0, 0, 0).max().item()
+        if not torch.allclose(ours, torchs, rtol=0, atol=allowed, equal_nan=True):
             raise LeftAlone(f"its {what} would be another one")
 
 
@@ -361,7 +375,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Random numbers, buffers and gradient checkpointing, which is off meanwhile, are afterwards what they were."""
     modules = list(model.modules())
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
-    values = [(b, b.clone(), b._version) for b in model.buffers()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     with torch.random.fork_rng(devices, device_type=next((d.type for d in devices), "cuda")):
@@ -376,6 +390,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 own_buffers.clear()
                 own_buffers.update(before)
             with torch.no_grad():
-                for buffer, value, version in values:
-                    if buffer._version != version:
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)

@@ -64,10 +64,19 @@ FUSED: dict[str, Config] = {
     "Gemma2ForCausalLM": ("Gemma2Config", {**GEMMA, "final_logit_softcapping": None}),
 }
 REFUSED: dict[str, tuple[Config, str]] = {
-    "CohereForCausalLM": (("CohereConfig", LLAMA), r"changes the logits before the loss: mul, {'logit_scale': 0.0625}"),
-    "Gemma2ForCausalLM": (("Gemma2Config", GEMMA), "before the loss: truediv, {'final_logit_softcapping': 30.0"),
-    "GraniteForCausalLM": (("GraniteConfig", LLAMA), "before the loss: truediv, {'logits_scaling': 1.0}"),
-    "XLNetLMHeadModel": (("XLNetConfig", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}), "the loss: view"),
+    "CohereForCausalLM": (
+        ("CohereConfig", LLAMA),
+        r"scales or caps the logits before the loss: {'logit_scale': 0.0625}",
+    ),
+    "Gemma2ForCausalLM": (
+        ("Gemma2Config", GEMMA),
+        "scales or caps the logits before the loss: {'final_logit_softcapping': 30.0",
+    ),
+    "GraniteForCausalLM": (
+        ("GraniteConfig", LLAMA),
+        "scales or caps the logits before the loss: {'logits_scaling': 1.0}",
+    ),
+    "XLNetLMHeadModel": (("XLNetConfig", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}), "its loss: view"),
     "BertLMHeadModel": (
         ("BertConfig", {**LLAMA, "is_decoder": True}),
         "its head cls.predictions.decoder is not",
@@ -186,6 +195,18 @@ def test_refused_as_it_is(change: str) -> None:
     with pytest.raises(ValueError, match=reason):
         fastops.fuse_lm_head(model)
     assert type(model) is transformers.LlamaForCausalLM
+
+
+@pytest.mark.parametrize("state", ["float64", "bfloat16", "frozen", "inference mode", "autocast", "NaN"])
+def test_fused_as_it_is(state: str) -> None:
+    model = make()
+    model.requires_grad_(state != "frozen")
+    model.to({"float64": torch.float64, "bfloat16": torch.bfloat16}.get(state))
+    if state == "NaN":
+        model.lm_head.weight.detach()[3] = torch.nan
+    with torch.inference_mode(state == "inference mode"), torch.autocast("cpu", enabled=state == "autocast"):
+        output = fastops.fuse_lm_head(model)(**batch())
+    assert output.logits is None and output.loss.isnan() == (state == "NaN") and output.loss.dtype is torch.float32
 
 
 def test_what_is_no_model() -> None:
@@ -373,6 +394,20 @@ def test_generate() -> None:
     for options in ({"do_sample": False}, {"num_beams": 2}):
         words = {"max_new_tokens": 5, **options}
         assert torch.equal(model.generate(tokens, **words), plain.generate(tokens, **words))
+
+
+def test_subclass_that_calls_super() -> None:
+    class Own(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, weight: float = 2.0) -> Any:
+            assert isinstance(self, Own)
+            output = super().forward(input_ids=input_ids, labels=labels)
+            output.loss = weight * output.loss
+            return output
+
+    plain = Own(make().config).train()
+    model = fastops.fuse_lm_head(copy.deepcopy(plain))
+    assert model(**batch()).logits is None
+    torch.testing.assert_close(step(model, **batch(), weight=3.0), step(plain, **batch(), weight=3.0))
 
 
 # What happens to it afterwards ----------------------------------------------------------------------------------------

@@ -30,8 +30,13 @@ EXAMPLES = [
     [*TORCHRUN, "train_distributed.py", "--strategy", "fsdp"],
     ["python", "train_lightning.py", "--epochs", "1"],
     ["python", "train_transformers.py", "--epochs", "1"],
+    ["python", "train_causal_lm.py", "--steps", "20"],
 ]
-EXTRAS = {"train_lightning.py": "pytorch_lightning", "train_transformers.py": "transformers"}
+EXTRAS = {
+    "train_lightning.py": "pytorch_lightning",
+    "train_transformers.py": "transformers",
+    "train_causal_lm.py": "transformers",
+}
 COMMANDS = list(
     dict.fromkeys(
         " ".join(words)

@@ -45,6 +45,8 @@ def _head(first: fx.Node, chain: tuple[fx.Node, ...], last: fx.Node) -> _Call | 
     The call takes the place of the loss: nothing may happen between that could change an argument.
     """
     for node, user in pairwise((first, *chain, last)):
+        if user is not last and (user.target not in _ROWS or _first_argument(user) is not node):
+            return f"{user.name} changes its output"
         if reason := _obstacle(node, user):
             return reason
     logits = first.meta["example_value"]
@@ -75,6 +77,7 @@ def _head(first: fx.Node, chain: tuple[fx.Node, ...], last: fx.Node) -> _Call | 
 
 
 _VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
+_ROWS: Final = (*_VIEWS[:3], "contiguous", "float", operator.getitem)  # what logits may pass through
 _INERT: Final = (*_VIEWS, "contiguous", "float", "to", operator.getitem, F.pad, torch._C._nn.pad)
 
 
@@ -82,15 +85,17 @@ def _value(node: fx.Node) -> Any:
     return node.meta["example_value"]
 
 
-def _losses(node: fx.Node, chain: tuple[fx.Node, ...] = ()) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
-    """The cross-entropies of ``node``, and what it passes through before each: views, parts and float()."""
-    for user in node.users:
-        if _first_argument(user) is not node:
-            continue
-        if _op(user) == "cross_entropy":
-            yield chain, user
-        elif user.target in (*_VIEWS[:3], "contiguous", "float", operator.getitem):
-            yield from _losses(user, (*chain, user))
+def _losses(linear: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
+    """The cross-entropies behind ``linear``, and the calls that it passes through before each."""
+    seen, waiting = set[fx.Node](), list[tuple[fx.Node, tuple[fx.Node, ...]]]([(linear, ())])
+    while waiting:
+        node, chain = waiting.pop()
+        for user in node.users:
+            if _op(user) == "cross_entropy" and _first_argument(user) is node:
+                yield chain, user
+            elif user not in seen and user.op.startswith("call") and _op(user) in ("", "add", "activation"):
+                seen.add(user)
+                waiting.append((user, (*chain, user)))
 
 
 def _keeps_rows(node: fx.Node, classes: Any) -> bool:

@@ -45,6 +45,10 @@ def kept_labels(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, 1:].reshape(-1, CLASSES).float(), labels[:, 1:].flatten(), label_smoothing=0.1)
 
 
+def capped(logits: Tensor, labels: Tensor) -> Tensor:
+    return as_transformers(30 * torch.tanh(logits / 30), labels)
+
+
 def with_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return as_transformers(logits, labels) + logits.sum()
 
@@ -83,6 +87,7 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "number of items": (lambda logits, labels: as_transformers(logits, labels, 7), ""),
     "shifted logits": (shifted_logits, ""),
     "smoothed": (kept_labels, ""),
+    "capped": (capped, "truediv changes its output"),
     "logits used": (with_logits, "the output of 0 is used elsewhere too"),
     "labels changed": (labels_changed, "a tensor changes between rows and it"),
     "classes cut": (classes_cut, "clamp runs between 0 and it"),

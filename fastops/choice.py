@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from .promises import plain_class
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]
 EXCLUDED, NOT_INCLUDED = "excluded", "not included"
-_WHAT: Final = "name patterns, module classes or a sequence of them"
 
 
 def left_alone(model: nn.Module, include: Patterns | None, exclude: Patterns | None) -> dict[int, str]:
@@ -44,7 +43,7 @@ def _covered(model: nn.Module, option: str, given: Any) -> set[int]:
         is_class = isinstance(pattern, type)
         if not isinstance(pattern, str) and not (is_class and issubclass(pattern, nn.Module)):
             what = f"the class {pattern.__name__}" if is_class else type(pattern).__name__
-            raise TypeError(f"{option} expects {_WHAT}, not {what}")
+            raise TypeError(f"{option} expects name patterns, module classes or a sequence of them, not {what}")
     modules = list(model.named_modules(remove_duplicate=False)) if patterns else []
     found = set[int]()
     for pattern in patterns:

@@ -7,28 +7,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+
+_Cells = tuple[str, str, str]  # name, layer and outcome
 
 
-class _Row(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def layer(self) -> str: ...
-    @property
-    def outcome(self) -> str: ...
-
-
-def collapsed(rows: Iterable[_Row]) -> list[tuple[str, str, str]]:
-    """Name, layer and outcome of rows, in their order: those with one layer and outcome, and names alike, as one.
+def collapsed(rows: Iterable[_Cells]) -> list[_Cells]:
+    """The rows in their order: those with one layer and outcome, and names alike, as one.
 
     A name in braces stands for exactly the names of the rows, each as often as all others of the line.
     """
     alike: dict[tuple[tuple[str, ...], str, str], Counter[tuple[str, ...]]] = {}
-    for row in rows:
-        parts = re.split("([0-9]+)", row.name)  # words and numbers in turns
-        key = tuple(parts[::2]), row.layer, row.outcome
-        alike.setdefault(key, Counter())[tuple(parts[1::2])] += 1
+    for name, layer, outcome in rows:
+        parts = re.split("([0-9]+)", name)  # words and numbers in turns
+        alike.setdefault((tuple(parts[::2]), layer, outcome), Counter())[tuple(parts[1::2])] += 1
     lines = []
     for (words, layer, outcome), numbers in alike.items():
         for times in dict.fromkeys(numbers.values()):

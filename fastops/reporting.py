@@ -133,7 +133,11 @@ class Report:
             "left alone": [row for row in self.rows if not row.done and row.group not in (NORM_LAYERS, NOT_COVERED)],
             NOT_COVERED: [row for row in self.rows if row.group == NOT_COVERED],
         }
-        tables = {title: collapsed(rows) for title, rows in sections.items() if rows}
+        tables = {
+            title: collapsed((row.name, row.layer, row.outcome) for row in rows)
+            for title, rows in sections.items()
+            if rows
+        }
         if self.ran:
             calls = sorted(self.ran.items())
             tables["ran inside the block"] = [

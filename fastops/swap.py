@@ -15,11 +15,8 @@ was to be left alone keeps the reason, in an attribute (`fastops.promises.LEFT_A
 from __future__ import annotations
 
 import abc
-import copy
-import copyreg
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FunctionType, MemberDescriptorType
@@ -31,9 +28,9 @@ from torch import nn
 from . import nn as fnn
 from .callsites import Rewritten, Surroundings, rewrite
 from .choice import Patterns, left_alone
+from .disguise import disguised, set_class
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, ORIGINALS, SIGNATURES
 from .nn.overrides import replaced
-from .nn.shown import showing
 from .ops.activations import METHODS
 from .promises import (
     HELPERS,
@@ -137,11 +134,6 @@ def unswap(model: _Model) -> _Model:
 def check(verb: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{verb} expects a torch.nn.Module, not {type(model).__name__}")
-
-
-def set_class(module: nn.Module, new: type) -> None:
-    if new is not type(module):
-        object.__setattr__(module, "__class__", new)
 
 
 def original_class(found: type) -> type:
@@ -423,7 +415,7 @@ def subclass(user: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> 
         "__qualname__": user.__qualname__,
         "__doc__": user.__doc__,
         **namespace,
-        **(_copying(user) | {"__repr__": _repr(user)} if issubclass(user, nn.Module) else {}),
+        **(disguised(user) if issubclass(user, nn.Module) else {}),
     }
     # `type.__new__` and not a call of the user's metaclass, so that nothing of the user's runs: no ``__new__``,
     # ``__init__`` or ``__init_subclass__``. Each class needs a base of its own that keeps the last one silent, to have
@@ -434,58 +426,3 @@ def subclass(user: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> 
     if isinstance(new, abc.ABCMeta):
         abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with ``user``
     return new
-
-
-def _repr(user: Any) -> Callable[[Any], str]:
-    """The user's own, in which layers say what they are fused with."""
-
-    def __repr__(self: Any) -> str:
-        from .reading import fused_layers  # which imports this file
-
-        with showing(lambda: fused_layers(self)):
-            return str(user.__repr__(self))
-
-    return __repr__
-
-
-# Copies and pickles ---------------------------------------------------------------------------------------------------
-
-
-def _copying(user: type) -> dict[str, Any]:
-    """Methods that copy a module as one of ``user``, by the methods of that, and pickle it as one."""
-
-    def reduced(module: Any, protocol: Any) -> Any:
-        result = module.__reduce_ex__(protocol)
-        if isinstance(result, str):
-            return result
-        function, arguments, *state = result
-        # Pickle calls ``copyreg.__newobj__`` only for the class that the module has.
-        newobj = copyreg.__newobj__  # type: ignore[attr-defined]
-        return (_new if function is newobj else function, arguments, *state)
-
-    return {
-        "__reduce_ex__": lambda self, protocol: _as_user(self, user, lambda module: reduced(module, protocol)),
-        "__copy__": lambda self: _as_user(self, user, copy.copy),
-        "__deepcopy__": lambda self, memo: _as_user(self, user, lambda module: copy.deepcopy(module, memo)),
-    }
-
-
-_copies: Final = threading.RLock()
-
-
-def _as_user(module: Any, user: type, action: Callable[[Any], Any]) -> Any:
-    """What ``action`` makes of ``module`` as a module of class ``user``; a copy gets the class of the original."""
-    with _copies:  # two threads that copy one module must not take each other's class for its own
-        found = type(module)
-        set_class(module, user)
-        try:
-            result = action(module)
-        finally:
-            set_class(module, found)
-    if type(result) is user:
-        object.__setattr__(result, "__class__", found)
-    return result
-
-
-def _new(user: Any, *arguments: object) -> Any:
-    return user.__new__(user, *arguments)

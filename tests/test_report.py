@@ -129,7 +129,7 @@ def test_what_is_covered_or_no_work(module: nn.Module) -> None:
 
 
 def names(*all: str) -> list[str]:
-    return [name for name, _, _ in collapsed(Row(name, "", "", True, "") for name in all)]
+    return [name for name, _, _ in collapsed((name, "", "") for name in all)]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_line_stands_for_exactly_its_rows() -> None:
     drawn = random.Random(5)
     for _ in range(300):
         pool = [f"a{i}.b.{j}.c{k}" for i in range(3) for j in range(4) for k in range(2)] + ["d.7", "d.8", "e"]
-        rows = [Row(drawn.choice(pool), "L", drawn.choice("xy"), True, "") for _ in range(drawn.randrange(1, 40))]
+        rows = [(drawn.choice(pool), "L", drawn.choice("xy")) for _ in range(drawn.randrange(1, 40))]
         found = Counter[tuple[str, str]]()
         for name, _, outcome in collapsed(rows):
             words = outcome.split(" (")
@@ -180,7 +180,7 @@ def test_a_line_stands_for_exactly_its_rows() -> None:
             assert count % len(each) == 0
             for one in each:
                 found[one, words[0]] += count // len(each)
-        assert found == Counter((row.name, row.outcome) for row in rows)
+        assert found == Counter((name, outcome) for name, _, outcome in rows)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

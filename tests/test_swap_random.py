@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from swap_models import count_fused, words
 from torch import Tensor, nn
 
 import fastops
+from fastops.promises import LEFT_ALONE
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -84,7 +86,13 @@ def shape_of(model: nn.Module) -> list[Any]:
     """What `swap` may not touch: names, attributes, hooks and modes."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [
-        (path, list(vars(m)), m.training, [len(getattr(m, name)) for name in hooks], type(m).__name__)
+        (
+            path,
+            [name for name in vars(m) if name != LEFT_ALONE],
+            m.training,
+            [len(getattr(m, name)) for name in hooks],
+            type(m).__name__,
+        )
         for path, m in model.named_modules()
     ]
 
@@ -112,25 +120,33 @@ _IN_PLACE = "modified by an inplace operation"
 COPIES = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 
 
-def compare(source: str) -> None:
+def swap(model: nn.Module, draw: random.Random | None) -> nn.Module:
+    """Swap it, with a choice that is drawn among its modules."""
+    known = [part for path, module in model.named_modules() for part in (path, type(module))]
+    options = () if draw is None else draw.sample(("include", "exclude"), draw.randrange(3))
+    choice: dict[str, Any] = {option: draw.choices(known, k=draw.randrange(4)) for option in options if draw}
+    return fastops.swap(model, **choice)
+
+
+def compare(source: str, choose: bool = False) -> None:
     """Make the model of this file twice, swap one of them, and do with both what the file says."""
     module = load(source, "random_module")
     try:
         with fastops.backend(module.WAY), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _compare(module)
+            _compare(module, random.Random(source) if choose else None)
     finally:
         unload(module)
 
 
-def _compare(module: Any) -> None:
+def _compare(module: Any, draw: random.Random | None) -> None:
     models = []
     for _ in range(2):
         seed(0)
         models.append(module.make().to(module.DTYPE))
         module.prepare(models[-1])
     eager, swapped = models
-    assert fastops.swap(swapped) is swapped
+    assert swap(swapped, draw) is swapped
     believed = not any("its source" in row.outcome for row in fastops.report(swapped).rows)
     assert believed, fastops.report(swapped)
     for number, step in enumerate([*module.STEPS, "unswap", "train"]):
@@ -142,7 +158,7 @@ def _compare(module: Any) -> None:
             if not error:
                 eager, swapped = one, other
         elif step == "swap":
-            fastops.swap(swapped)
+            swap(swapped, draw)
         elif step == "report":
             str(fastops.report(swapped))
         elif step == "unswap":
@@ -165,6 +181,19 @@ def _compare(module: Any) -> None:
 def check(source: str) -> None:
     note(source)
     compare(source)
+
+
+@given(sources())
+def check_choices(source: str) -> None:
+    note(source)
+    compare(source, choose=True)
+
+
+def test_random_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn_in_float64(monkeypatch)
+    fused = count_fused(monkeypatch)
+    check_choices()
+    assert len(fused) > 5, "too little was fused for this to say anything"
 
 
 def test_random_modules(monkeypatch: pytest.MonkeyPatch) -> None:

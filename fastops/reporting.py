@@ -121,7 +121,7 @@ class Report:
             versions["triton"] = metadata.version("triton")
         groups = {group: {"done": done, "of": of} for group, (done, of) in self._totals().items()}
         totals = {"swapped": self.swapped, "fused": self.fused, "folded": self.folded, "groups": groups}
-        ran = [{"op": op, "way": way, "times": times} for (op, way), times in self.ran.items()]
+        ran = [{"op": op, "way": way, "times": times} for (op, way), times in sorted(self.ran.items())]
         rows = [asdict(row) for row in self.rows]
         return json.dumps({"rows": rows, "notes": self.notes, "totals": totals, "ran": ran, "versions": versions})
 

@@ -201,8 +201,8 @@ def test_json() -> None:
         "groups": {"linear layers": {"done": 3, "of": 3}, "ReLUs": {"done": 2, "of": 2}},
     }
     assert found["ran"] == [
-        {"op": "linear_relu", "way": "torch", "times": 2},
         {"op": "linear", "way": "torch", "times": 1},
+        {"op": "linear_relu", "way": "torch", "times": 2},
     ]
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["fastops"] == fastops.__version__
     assert found["versions"].keys() == {"fastops", "python", "torch", "triton"}

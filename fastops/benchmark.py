@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from .bench.cases import Contest, mean_of, model_contest
 from .bench.contestants import OF_MODELS, OURS, NotRun, forget_compiled, tried
-from .bench.counting import cost_of, operations
-from .bench.measure import SEEN
+from .bench.counting import cost_of, operations_of
 from .cli.bench import refuse_interpreter
 from .timing import synchronized
 
@@ -63,6 +62,6 @@ def run_contestant(benchmark: Any, group: str, contest: Contest, name: str, devi
         pytest.skip(left_out[name])
     benchmark.group = group
     benchmark(synchronized(able[name], device))
-    cost = cost_of(able[name], operations(able[name]) if name in SEEN else None, device)
+    cost = cost_of(able[name], operations_of(name, able[name]), device)
     way = contest.way() if name == OURS else ""
     benchmark.extra_info.update(way=way, **cost._asdict())

@@ -488,6 +488,16 @@ def test_a_kernel_is_never_the_same_code() -> None:
     assert cost.peak_bytes and cost.peak_bytes >= x.nbytes
 
 
+def test_what_refuses_to_be_looked_at_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(call: object) -> counting.Traffic:
+        raise RuntimeError("no mode, please")
+
+    monkeypatch.setattr(counting, "operations", refuses)
+    rows = measure.measure(NAMED[SMALLEST], CPU, pairs=1, contestants=[OURS]).rows
+    assert [row.bytes for row in rows] == [None, None] and rows[1].verdict == "unclear"
+    assert rows[1].unknown["bytes"] == "RuntimeError: no mode, please"
+
+
 def test_bytes_and_launches_of_operations_of_torch() -> None:
     x, y = torch.ones(8, 4), torch.ones(8, 4)
     found = counting.operations(lambda: (x + y).relu_().t())

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastops import html
-from fastops.bench.compare import content
+from fastops.bench.compare import SCHEMA, content
 from fastops.bench.measure import Row
 from fastops.bench.page import page
 from fastops.bench.plots import Point, axis, plot
 
+ROOT = Path(__file__).resolve().parent.parent
 STEP = Row(
     "Net-8x3/step",
     "fastops",
@@ -46,6 +50,20 @@ def made(*rows: Row, peaks: dict[str, float] | None = None, left_out: tuple[Any,
 
 def eager(row: Row, milliseconds: float = 2.5) -> Row:
     return replace(row, contestant="eager", way="", milliseconds=milliseconds, ratio=1.0, quartiles=(1, 1), verdict="")
+
+
+def test_the_documents_show_what_was_measured() -> None:
+    """As `python docs/benchmark_table.py` writes it, of a file that has every case which it says it measured."""
+    script = runpy.run_path(str(ROOT / "docs" / "benchmark_table.py"))
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert script["page"](text) == text
+    found = json.loads((ROOT / "docs" / "benchmarks.json").read_text())
+    assert found["schema"] == SCHEMA and all(
+        Row(**row).verdict or row["contestant"] == "eager" for row in found["rows"]
+    )
+    table = script["table"](found)
+    models = {row["case"] for row in found["rows"] if row["case"].count("/") == 1}
+    assert models and all(f"| {case} | " in table for case in models)
 
 
 class Checker(HTMLParser):

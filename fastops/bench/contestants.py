@@ -59,7 +59,7 @@ def functions_of(op: Op) -> dict[str, Callable[[], Function]]:
 
 
 def compiled(target: Any) -> Any:
-    """By torch's default compiler, for these shapes alone; `NotRun` where a CPU has no C++ compiler for it."""
+    """By torch's default compiler, for these shapes alone. It compiles at the first call, which fails if it cannot."""
     return torch.compile(target, dynamic=False)
 
 

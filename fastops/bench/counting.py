@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastops.ops import OPS
 from fastops.timing import Call, synchronized
 
+from .contestants import EAGER, OURS, TWO_CALLS, one_line
+
+SEEN: Final = (EAGER, OURS, TWO_CALLS)  # whose operations of torch can be seen
 IMPLEMENTATIONS = {op.raw: op.compute_raw for op in OPS.values()} | {
     op.raw_backward: op.compute_raw_backward for op in OPS.values()
 }
@@ -114,6 +117,16 @@ def operations(call: Call) -> Traffic:
     return traffic
 
 
+def operations_of(name: str, call: Call) -> Traffic | str:
+    """Of a contestant, or why they cannot be seen."""
+    if name not in SEEN:
+        return "code of a compiler, or of another package, is not seen"
+    try:
+        return operations(call)
+    except Exception as error:  # there are models that refuse to be looked at
+        return one_line(error)
+
+
 # Meters ---------------------------------------------------------------------------------------------------------------
 
 
@@ -126,11 +139,11 @@ class Cost(NamedTuple):
     unknown: dict[str, str]
 
 
-def cost_of(call: Call, traffic: Traffic | None, device: torch.device) -> Cost:
-    """Of a call that ran before, and whose operations were these; None if they cannot be seen."""
+def cost_of(call: Call, traffic: Traffic | str, device: torch.device) -> Cost:
+    """Of a call that ran before, and whose operations were these; or why they cannot be seen."""
     moved, launches, unknown = None, None, {}
-    if traffic is None:
-        unknown["bytes"] = unknown["launches"] = "code of a compiler, or of another package, is not seen"
+    if isinstance(traffic, str):
+        unknown["bytes"] = unknown["launches"] = traffic
     elif any(way.startswith(("triton", "vendor")) for way in traffic.ways):
         unknown["bytes"] = "of kernels, bench/traffic.py counts them"
         unknown["launches"] = "Triton's are counted on a GPU with CUDA's profiler alone"

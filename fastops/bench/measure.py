@@ -14,14 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastops.timing import Call, clock_of, ratio, timed
 
 from .cases import Case
-from .contestants import EAGER, OURS, OURS_COMPILED, TWO_CALLS, forget_compiled, through, tried
-from .counting import Traffic, cost_of, operations
+from .contestants import EAGER, OURS, OURS_COMPILED, forget_compiled, through, tried
+from .counting import Traffic, cost_of, operations_of
 
 FASTER, SLOWER, UNCLEAR, SAME, OVERHEAD = "faster", "slower", "unclear", "same code", "same code, slower"
 FEWEST_TURNS: Final = 5  # of which quartiles say anything
 WIDEST: Final = 1.5  # upper quartile over lower: with more the machine was busy with something else
 SPREAD: Final = (0.05, 0.95)  # nine of ten turns are between
-SEEN: Final = (EAGER, OURS, TWO_CALLS)  # whose operations of torch can be seen
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Row:
     """A contestant in a case. ``ratio``: its time over eager's in the same turn, median; below it quartiles and spread.
 
     ``bytes``, ``launches`` and ``peak_bytes`` are None where they cannot be told: ``unknown`` says why. ``bytes`` and
-    ``flops`` are of one call. ``way`` is that of fastops.
+    ``flops`` are of one call, ``flops`` of a GPU's alone. ``way`` is that of fastops.
     """
 
     case: str
@@ -96,8 +95,8 @@ def measure(
     able, left_out = tried(wanted, device, (), start + seconds / 2)
     times = timed(able, pairs, clock_of(device), start + 0.9 * seconds)
     way = str(through(backend, contest.way)()) if OURS in able else ""
-    seen = {name: operations(call) for name, call in able.items() if name in SEEN}
-    flops = _flops(able[EAGER])
+    seen = {name: operations_of(name, call) for name, call in able.items()}
+    flops = _flops(able[EAGER]) if device.type == "cuda" else 0
     rows = [
         _row(case, name, dtype, way if name == OURS else "", times, able[name], seen, device, flops) for name in able
     ]
@@ -111,15 +110,16 @@ def _row(
     way: str,
     times: Mapping[str, list[float]],
     call: Call,
-    seen: Mapping[str, Traffic],
+    seen: Mapping[str, Traffic | str],
     device: torch.device,
     flops: int,
 ) -> Row:
     own, eager = times[name], times[EAGER]
     median, lower, upper = ratio(own, eager)
     low, high = (float(value) for value in np.quantile(np.divide(own, eager), SPREAD))
-    same = name != EAGER and name in seen and seen[name].same_code(seen[EAGER])
-    cost = cost_of(call, seen.get(name), device)
+    ours, theirs = seen[name], seen[EAGER]
+    same = isinstance(ours, Traffic) and isinstance(theirs, Traffic) and ours.same_code(theirs)
+    cost = cost_of(call, ours, device)
     return Row(
         case.name,
         name,

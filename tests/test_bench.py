@@ -414,6 +414,24 @@ def test_no_turn_begins_behind_the_deadline() -> None:
     assert [len(own) for own in times] == [1, 1]
 
 
+def test_behind_the_deadline_each_is_called_once() -> None:
+    calls: list[str] = []
+    times = timing.timed({name: partial(calls.append, name) for name in "AB"}, 9, timing.wall_clock, 0.0)
+    assert calls == ["A", "B"] and [len(own) for own in times.values()] == [1, 1]
+
+
+def test_a_compiler_takes_no_time_from_fastops() -> None:
+    def compiles() -> None:
+        while True:
+            pass
+
+    x = torch.ones(3)
+    calls = {EAGER: lambda: x + 1, contestants.COMPILED: compiles, OURS: lambda: x * 2}
+    found = measure.measure(Case("name", lambda *_: Contest(calls, lambda: "torch")), CPU, pairs=5, seconds=0.5)
+    assert [row.contestant for row in found.rows] == [EAGER, OURS]
+    assert found.left_out == {contestants.COMPILED: "it took too long"}
+
+
 def made_up(monkeypatch: pytest.MonkeyPatch, **times: list[float]) -> measure.Row:
     """fastops' row of a case with these times, in which it runs other code than eager."""
     monkeypatch.setattr(measure, "timed", lambda *_: {"eager": times["eager"], "fastops": times["fastops"]})

@@ -92,7 +92,8 @@ def measure(
         for name, call in contest.calls.items()
         if not contestants or name in (EAGER, *contestants)
     }
-    able, left_out = tried(wanted, device, (), start + seconds / 2)
+    first = sorted(wanted, key=lambda name: name not in (EAGER, OURS))  # a compiler may take all the time that is left
+    able, left_out = tried({name: wanted[name] for name in first}, device, (), start + seconds / 2)
     times = timed(able, pairs, clock_of(device), start + 0.9 * seconds)
     way = str(through(backend, contest.way)()) if OURS in able else ""
     seen = {name: operations_of(name, call) for name, call in able.items()}

@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train one of the reference models",
     "verify": "check gradients and accuracy of every operation",
     "doctor": "show versions, devices and the backend of each operation",
-    "bench": "time fastops against eager PyTorch",
+    "bench": "time fastops against eager PyTorch and others, on its cases or your model",
     "qualify": "check and time all of fastops on the GPU that is here, and write a report",
     "audit": "compile every kernel for GPUs that need not be here, and inspect it",
 }

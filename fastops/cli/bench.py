@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 import fastops
 from fastops import dispatch
 from fastops.bench.cases import CASES, DTYPES, MODEL_CASES, QUICK, Case
-from fastops.bench.compare import Change, Comparison, compare, content, key, read, text_of
+from fastops.bench.compare import Comparison, compare, content, key, read, text_of
 from fastops.bench.contestants import CONTESTANTS, OURS, NotRun
 from fastops.bench.measure import Measured, Row, measure, peaks
 from fastops.bench.own import own_cases
@@ -131,10 +132,8 @@ class Bench:
         rows: list[Row] = []
         left_out: list[tuple[str, str, str]] = []
         widths = {"case": max(len(case.name) for case in cases), "contestant": 22, "way": 8, "ms": -9, "ratio": -5}
-        table = Table(
-            widths | {"quartiles": -11, "verdict": 17, "MB": -8, "launches": -8, "peak MiB": -8},
-            shared=1,
-        )
+        widths |= {"quartiles": -11, "verdict": 17, "MB": -8, "launches": -8, "peak MiB": -8}
+        table = Table(widths, shared=1)
         failed = False
         for index, case in enumerate(tracked(cases, len(cases), lambda case: case.name)):
             try:
@@ -161,15 +160,13 @@ class Bench:
     def confirmed(self, found: Comparison, old: list[dict[str, object]], cases: list[Case]) -> Comparison:
         """Without what is not slower when its case is measured again."""
         names = {change.new["case"] for change in found.slower}
-        again: dict[object, Change] = {}
+        again: set[object] = set()
         for case in (case for case in cases if case.name in names):
-            rows = self._again(case)
-            again |= {key(change.new): change for change in compare(old, [vars(row) for row in rows]).slower}
+            self._deadline = max(self._deadline, time.monotonic() + QUICK_SECONDS / len(QUICK))
+            with suppress(NotRun):
+                rows = [vars(row) for row in self._measure(case, 1).rows]
+                again |= {key(change.new) for change in compare(old, rows).slower}
         return found._replace(slower=[change for change in found.slower if key(change.new) in again])
-
-    def _again(self, case: Case) -> list[Row]:
-        self._deadline = max(self._deadline, time.monotonic() + QUICK_SECONDS / len(QUICK))
-        return self._measure(case, 1).rows
 
 
 def _cells(row: Row) -> list[str]:

@@ -7,37 +7,33 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_torch
+from convolutions import (
+    DTYPES,
+    GUARDED,
+    LAYOUTS,
+    TORCHS,
+    forward_and_backward,
+    memory_format,
+    numbers,
+    strides_that_count,
+    torchs,
+    use_small_tiles,
+    whole_numbers,
+    whole_tensors,
+)
 from guard import call_plainly, run_guarded, same_bits
-from launches import replace_launch
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder
 
 import fastops
 import fastops.functional as FF
 from fastops.kernels import configs, conv
 from fastops.kernels.activation import NONE, RELU
-from fastops.kernels.configs import ConvConfig
-from fastops.kernels.geometry import conv_output_size
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-TORCHS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
-def small_config(channels: int) -> ConvConfig:
-    """Tiles so small that there are several in each direction."""
-    return ConvConfig(16, 16, 16, 1, 1, channels % 16 != 0)
-
-
-def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "conv_config", lambda *arguments: small_config(channels=arguments[4]))
-    monkeypatch.setattr(conv, "conv_grad_weight_config", lambda *arguments: small_config(channels=arguments[3]))
 
 
 @pytest.fixture
@@ -56,20 +52,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 # Every option against torch -------------------------------------------------------------------------------------------
 
 
-def every_second(shape: Sequence[int]) -> Tensor:
-    """A slice of a larger tensor: no two of its elements lie side by side."""
-    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
-
-
-def channels_last(shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-LAYOUTS: dict[str, Callable[[Sequence[int]], Tensor]] = {
-    "NCHW": torch.randn,
-    "channels_last": channels_last,
-    "slice": every_second,
-}
 DIMENSIONS = (1, 2, 3)
 KERNELS: dict[int, tuple[int | tuple[int, ...], ...]] = {
     1: (1, 2, 3, 5, 7),
@@ -187,78 +169,6 @@ def test_all_options(dtype: torch.dtype, dimensions: int) -> None:
 
 # Addresses ------------------------------------------------------------------------------------------------------------
 
-# Shapes of input and weight, then what differs from stride 1, no padding, dilation 1 and one group.
-GUARDED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "one": ((1, 1, 1), (1, 1, 1), {"stride": 2}),
-    "tile-1": ((1, 15, 15), (15, 15, 3), {"padding": 1}),
-    "tile": ((1, 16, 16), (16, 16, 3), {"padding": 1}),
-    "tile+1": ((1, 17, 17), (17, 17, 3), {"padding": 1}),
-    "whole channels": ((1, 32, 5, 4), (48, 32, 2, 2), {}),
-    "64 to 33 channels": ((1, 64, 4, 3), (33, 64, 2, 1), {"padding": 1}),
-    "24 to 13 channels": ((2, 24, 4, 3), (13, 24, 3, 2), {"stride": 2, "padding": 1}),
-    "3 to 8 channels": ((2, 3, 7, 6), (8, 3, 3, 3), {"stride": 2, "padding": 1}),
-    "pointwise": ((2, 5, 3, 3), (7, 5, 1, 1), {}),
-    "pointwise groups": ((2, 6, 3, 3), (4, 3, 1, 1), {"groups": 2}),
-    "groups": ((1, 32, 4, 4), (48, 16, 3, 3), {"groups": 2, "padding": 1}),
-    "depthwise": ((2, 5, 5, 4), (10, 1, 3, 2), {"groups": 5, "stride": 2, "padding": 1}),
-    "stride beyond kernel": ((2, 3, 8, 7), (2, 3, 2, 1), {"stride": 3}),
-    "padding beyond kernel": ((1, 3, 3, 2), (4, 3, 2, 2), {"stride": 2, "padding": 4}),
-    "dilation": ((1, 2, 7, 8), (3, 2, 3, 3), {"dilation": 2, "padding": 1}),
-    "dilation and stride": ((1, 2, 9, 8), (3, 2, 3, 3), {"dilation": 2, "stride": 4, "padding": 2}),
-    "1d": ((2, 3, 20), (4, 3, 5), {"stride": 2, "padding": 2}),
-    "3d": ((1, 2, 3, 4, 5), (3, 2, 2, 1, 3), {"stride": 2, "padding": 1}),
-}
-
-
-def numbers(weight_shape: Sequence[int], options: dict[str, Any]) -> tuple[Any, ...]:
-    """Stride, padding, dilation and groups as the kernels take them."""
-    n = len(weight_shape) - 2
-    each = ((options.get(name, default),) * n for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    return (*each, options.get("groups", 1))
-
-
-def memory_format(dimensions: int, last: bool) -> torch.memory_format:
-    return CHANNELS_LAST[dimensions] if last and dimensions > 1 else torch.contiguous_format
-
-
-Call = Callable[..., Any]
-
-
-def forward_and_backward(
-    call: Call, tensors: Sequence[Tensor | None], options: dict[str, Any], relu: bool, last: bool = False
-) -> tuple[Tensor, ...]:
-    """``(y, gx, gw, gb)`` of the kernels for ``(x, w, b, gy)``."""
-    input, weight, bias, grad_output = tensors
-    assert input is not None and weight is not None
-    of_all = numbers(weight.shape, options)
-    layout = memory_format(weight.dim() - 2, last)
-    output = call(conv.conv, input, weight, bias, *of_all, RELU if relu else NONE, layout)
-    shapes = tuple(input.shape), tuple(weight.shape)
-    mask = output if relu else None
-    gradients = call(conv.conv_backward, grad_output, input, weight, mask, *shapes, *of_all, True, layout)
-    return output, *gradients
-
-
-def torchs(options: dict[str, Any], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """torch's `forward_and_backward`."""
-    *leaves, grad_output = (tensor.detach().requires_grad_() for tensor in tensors)
-    output = TORCHS[leaves[0].dim() - 2](*leaves, **options)
-    output = torch.relu(output) if relu else output
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
-
-
-def whole_numbers(shape: Sequence[int]) -> Tensor:
-    """Values whose products and sums are exact in float32 in any order."""
-    return torch.randint(-4, 5, tuple(shape)).float()
-
-
-def whole_tensors(name: str, make: Callable[[Sequence[int]], Tensor] = whole_numbers) -> tuple[Tensor, ...]:
-    """``(x, w, b, gy)`` for an entry of `GUARDED`."""
-    input_shape, weight_shape, options = GUARDED[name]
-    size = conv_output_size(input_shape[2:], weight_shape[2:], *numbers(weight_shape, options)[:3])
-    shapes = input_shape, weight_shape, weight_shape[:1], (input_shape[0], weight_shape[0], *size)
-    return tuple(make(shape) for shape in shapes)
-
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("name", GUARDED)
@@ -301,6 +211,24 @@ def test_activation(name: str, dtype: torch.dtype, last: bool, tiles: str) -> No
 
     for gradients in (found, vendors):
         assert_as_accurate_as_torch(torchs, ((output, *gradients), (input, weight, bias, grad_output)))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("name", ["3 to 8 channels", "24 to 13 channels", "groups", "1d", "3d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_as_they_lie_and_channels_last(
+    name: str, dtype: torch.dtype, last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contiguous weight has one result whether kernels read it as it lies or a copy, and whatever layout that has."""
+    tensors = tuple(tensor.to(dtype) for tensor in whole_tensors(name, torch.randn))
+    as_it_lies = forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last)
+    monkeypatch.setattr(conv, "_FEW_POSITIONS", 0)
+    configs.forget_plans()
+    assert same_bits(forward_and_backward(call_plainly, tensors, GUARDED[name][2], True, last), as_it_lies)
+    input, weight, *others = tensors
+    weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    found = forward_and_backward(call_plainly, (input, weight, *others), GUARDED[name][2], True, last)
+    assert same_bits(found, as_it_lies)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -371,32 +299,6 @@ def test_vendors_gradients_in_every_dtype(dtype: torch.dtype, last: bool) -> Non
     assert_as_accurate_as_torch(reference, *runs)
 
 
-# The sum over positions -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("name", ["3 to 8 channels", "depthwise", "groups", "1d", "3d"])
-def test_splits_of_the_gradient_of_the_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of parts has one sum, and the same bits each time: also where some parts would be empty."""
-    options = GUARDED[name][2]
-
-    def grad_weight(call: Call, input: Tensor, weight: Tensor, grad_output: Tensor) -> Tensor:
-        shapes = tuple(input.shape), tuple(weight.shape)
-        options_of_all = (*numbers(weight.shape, options), False, torch.contiguous_format)
-        return call(conv.conv_backward, grad_output, input, None, None, *shapes, *options_of_all)[1]
-
-    input, weight, bias, grad_output = whole_tensors(name)
-    expected = torchs(options, False, input, weight, bias, grad_output)[2]
-    for splits in (1, 2, 3, 100):
-        monkeypatch.setattr(conv, "inner_splits", lambda *_, splits=splits: splits)
-        configs.forget_plans()
-        call = run_guarded if splits == 3 else call_plainly
-        assert torch.equal(grad_weight(call, input, weight, grad_output), expected)
-    rounded = input + torch.randn(input.shape), weight, grad_output + torch.randn(grad_output.shape)
-    first, second = (grad_weight(call_plainly, *rounded) for _ in range(2))
-    assert same_bits(first, second), "not deterministic"
-
-
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["24 to 13 channels", "3 to 8 channels", "depthwise", "groups", "1d", "3d"])
@@ -411,198 +313,6 @@ def test_the_only_part_is_the_gradient_of_the_weight(name: str, dtype: torch.dty
     _, found, _ = run_guarded(conv.conv_backward, *words, False, layout)
     assert torch.equal(found, expected)
     assert found.is_contiguous(memory_format=layout)
-
-
-# What runs ------------------------------------------------------------------------------------------------------------
-
-MASK_AND_SUM = "activation_backward_kernel"
-TRANSPOSE = "channels_last_kernel"
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that would be launched: none runs."""
-    names: list[str] = []
-    replace_launch(monkeypatch, lambda plan, *_: names.append(plan.kernel.__name__))
-    return names
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
-@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise"])
-def test_only_what_is_needed_is_computed(
-    name: str, needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str]
-) -> None:
-    """In NCHW the mask also transposes, and the input does before the weight's gradient, as where it is padded."""
-    layout = memory_format(2, last)
-    whole = whole_tensors(name)
-    input, weight, grad_output = (tensor.contiguous(memory_format=layout) for tensor in whole if tensor.dim() == 4)
-    needs_input, needs_weight, needs_bias = needed
-    results = conv.conv_backward(
-        grad_output,
-        input if needs_weight else None,
-        weight if needs_input else None,
-        grad_output if relu else None,
-        tuple(input.shape),
-        tuple(weight.shape),
-        *numbers(weight.shape, GUARDED[name][2]),
-        needs_bias,
-        layout,
-    )
-    assert tuple(result is not None for result in results) == needed
-    products = ["matmul_kernel"], ["matmul_kernel"]
-    if name != "pointwise":
-        products = ["conv_grad_input_kernel"], ["conv_grad_weight_kernel"]
-    if not last or name != "pointwise":
-        products[1].insert(0, TRANSPOSE)
-    mask = [MASK_AND_SUM] * (relu or needs_bias) if last else [TRANSPOSE] + [MASK_AND_SUM] * needs_bias
-    assert launched == mask + products[0] * needs_input + products[1] * needs_weight
-
-
-@pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise"])
-def test_gradients_are_written_where_they_belong(name: str, launched: list[str]) -> None:
-    """No copy follows the kernels."""
-    whole = whole_tensors(name)
-    input, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in whole if t.dim() == 4)
-    shapes = tuple(input.shape), tuple(weight.shape)
-    of_all = numbers(weight.shape, GUARDED[name][2])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        conv.conv_backward(grad, input, weight, grad, *shapes, *of_all, True, torch.channels_last)
-    assert launched and "aten::copy_" not in {event.key for event in seen.key_averages()}
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)
-def test_vendors_gradients_leave_one_launch(
-    needed: tuple[bool, bool, bool], relu: bool, last: bool, launched: list[str]
-) -> None:
-    """Channels last the mask and the sum, else the mask; no launch where there is neither."""
-    layout = memory_format(2, last)
-    whole = whole_tensors("3 to 8 channels")
-    input, weight, grad_output = (tensor.contiguous(memory_format=layout) for tensor in whole if tensor.dim() == 4)
-    words = input if needed[1] else None, weight if needed[0] else None, grad_output if relu else None
-    of_all = numbers(weight.shape, GUARDED["3 to 8 channels"][2])
-    shapes = tuple(input.shape), tuple(weight.shape)
-    results = conv.conv_backward(grad_output, *words, *shapes, *of_all, needed[2], layout, vendor=True)
-    assert tuple(result is not None for result in results) == needed
-    assert all(result._base is None for result in results[:2] if result is not None)  # autograd wants no views
-    if last:
-        assert launched == [MASK_AND_SUM] * (relu or needed[2])
-    else:
-        assert launched == ["add_relu_backward_kernel"] * relu
-
-
-@pytest.mark.parametrize("name", GUARDED)
-def test_forward_is_one_launch(name: str, launched: list[str]) -> None:
-    """Which reads the weight and writes the output as they lie; before it the input is padded if that is needed."""
-    input, weight, bias, _ = whole_tensors(name)
-    input = input.movedim(1, -1).contiguous().movedim(-1, 1)
-    options = numbers(weight.shape, GUARDED[name][2])
-    conv.conv(input, weight, bias, *options, RELU, torch.contiguous_format)
-    pads = weight.shape[1] % 4 != 0 and options[-1] == 1 < weight.shape[1] and name != "pointwise"
-    special = {"pointwise": "matmul_kernel", "depthwise": "depthwise_kernel"}
-    assert launched == [TRANSPOSE] * pads + [special.get(name, "conv_kernel")]
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("name", ["3 to 8 channels", "24 to 13 channels", "groups", "1d", "3d"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_as_they_lie_and_channels_last(
-    name: str, dtype: torch.dtype, last: bool, tiles: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A contiguous weight has one result whether kernels read it as it lies or a copy, and whatever layout that has."""
-    tensors = tuple(tensor.to(dtype) for tensor in whole_tensors(name, torch.randn))
-    as_it_lies = forward_and_backward(run_guarded, tensors, GUARDED[name][2], True, last)
-    monkeypatch.setattr(conv, "_FEW_POSITIONS", 0)
-    configs.forget_plans()
-    assert same_bits(forward_and_backward(call_plainly, tensors, GUARDED[name][2], True, last), as_it_lies)
-    input, weight, *others = tensors
-    weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
-    found = forward_and_backward(call_plainly, (input, weight, *others), GUARDED[name][2], True, last)
-    assert same_bits(found, as_it_lies)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "padding", "channels"), [(1, 0, 64), (1, 0, 128), (3, 1, 64), (3, 1, 128), (5, 2, 64)]
-)
-def test_gradient_of_a_strided_input_wastes_no_products(
-    kernel: int, padding: int, channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At most a tenth more multiply-adds than the pairs of an input position and a tap that meet an output position.
-
-    With a GPU's tile. Of all taps of all input positions, as many as a gather over them would multiply, a quarter meets
-    an output position: it would take four times the products.
-    """
-    executed = 0
-    dot = InterpreterBuilder.create_dot
-
-    def counted(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        nonlocal executed
-        executed += math.prod(a.data.shape) * b.data.shape[1]
-        return dot(self, a, b, *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
-    monkeypatch.setattr(conv, "conv_config", lambda *_: ConvConfig(128, 64, 64, 8, 3, False))
-    input_shape, weight_shape = (4, channels, 32, 32), (channels, channels, kernel, kernel)
-    grad = torch.ones(4, channels, 16, 16)
-    options = numbers(weight_shape, {"stride": 2, "padding": padding})
-    conv.conv_backward(
-        grad, None, torch.ones(weight_shape), None, input_shape, weight_shape, *options, False, torch.channels_last
-    )
-    pairs = torch.nn.grad.conv2d_input((4, 1, 32, 32), torch.ones(1, 1, kernel, kernel), grad[:, :1], 2, padding).sum()
-    useful = int(pairs) * channels**2
-    assert useful <= executed <= 1.1 * useful
-
-
-# Memory formats -------------------------------------------------------------------------------------------------------
-
-FORMATS: dict[str, Callable[[Sequence[int]], Tensor]] = {
-    **LAYOUTS,
-    "expanded": lambda shape: torch.randn(1, *shape[1:]).expand(*shape),
-}
-SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "1d": ((2, 3, 6), (4, 3, 3), {}),
-    "2d": ((2, 3, 6, 5), (4, 3, 3, 3), {"padding": 1}),
-    "3d": ((2, 3, 4, 3, 5), (4, 3, 2, 1, 3), {"stride": 2}),
-    "pointwise": ((2, 3, 6, 5), (4, 3, 1, 1), {}),
-    "one channel": ((2, 1, 6, 5), (4, 1, 3, 3), {}),
-    "one output": ((2, 3, 6, 5), (1, 3, 3, 3), {}),
-    "one position": ((2, 3, 3, 3), (4, 3, 3, 3), {}),
-    "depthwise": ((2, 4, 6, 5), (4, 1, 3, 3), {"groups": 4}),
-}
-
-
-def strides_that_count(tensor: Tensor) -> list[int]:
-    """Without those of dimensions of size 1, which say nothing."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-
-
-@pytest.mark.usefixtures("launched")
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("input_format", FORMATS)
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_strides_are_torchs(shapes: str, input_format: str, weight_format: str) -> None:
-    """Of the output and the gradients, for each layout of the input beside each of the weight.
-
-    Two are left out, as they depend on which of its own kernels torch takes for so many threads: a permuted weight in
-    one dimension, and a single sample in three.
-    """
-    input_shape, weight_shape, options = SHAPES[shapes]
-    n = len(input_shape) - 2
-    input, weight = FORMATS[input_format](input_shape), FORMATS[weight_format](weight_shape)
-    if n == 1 and weight_format == "channels_last":
-        return
-    for given in (input, input[0]) if n < 3 else (input,):
-        found = []
-        for function in (getattr(FF, f"conv{n}d"), TORCHS[n]):
-            leaves = given.detach().requires_grad_(), weight.detach().requires_grad_()
-            with fastops.backend("triton"):
-                output = function(*leaves, **options)
-            gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
-            found.append([strides_that_count(tensor) for tensor in (output, *gradients)])
-        assert found[0] == found[1]
 
 
 # Values that are no numbers -------------------------------------------------------------------------------------------

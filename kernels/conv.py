@@ -37,7 +37,7 @@ from .conv_device import (
 from .depthwise_device import depthwise_grad_input_kernel, depthwise_kernel
 from .geometry import POINTWISE, Geometry, is_large, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import Epilogue, constants_of, matmul
+from .linear import NO_EPILOGUE, Epilogue, ProductPlan, constants_of, matmul, multiply, split, with_addition
 from .onednn import convolution_backward
 
 _FEW_POSITIONS = 256  # of a convolution, in all samples, for which its weight is not brought to channels last
@@ -54,12 +54,12 @@ Options: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], in
 
 
 class ConvPlan(NamedTuple):
-    """The launch of `conv`, None if it is a linear layer; how many channels its operands get; the result's shape.
+    """The product of `conv`, None if it is a linear layer; how many channels its operands get; the result's shape.
 
     The ``weight_channels`` are those of a weight that is to be channels last; None: it is read as it lies.
     """
 
-    launch: Plan | None
+    product: ProductPlan | None
     channels: int
     weight_channels: int | None
     shape: tuple[int, ...]
@@ -90,21 +90,24 @@ def conv(
     plan = conv_plan(kind, (input.shape, weight.shape), options, layouts, epilogue)
     # Not a view of `rows`: autograd lets nobody change a view from a Function in place.
     result = torch.empty(plan.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
-    rows = input.new_empty(plan.channels_last_shape) if contiguous and writes_rows(plan.launch) else result
-    if plan.launch is None:
+    rows = input.new_empty(plan.channels_last_shape) if contiguous and writes_rows(plan.product) else result
+    if plan.product is None:
         matrices = rows_of_channels(input), weight.reshape(plan.shape[1], -1).t()
         matmul(*matrices, bias, activation, out=rows, before=before)
     else:
         x = channels_last(input, plan.channels * groups)
         w = weight if plan.weight_channels is None else channels_last(weight, plan.weight_channels)
-        others = rows if bias is None else bias.contiguous(), rows, rows if before is None else before
-        launch(plan.launch, x, w, *others)
+        if plan.product.single:  # `multiply`, without the cost of a function call
+            others = rows if bias is None else bias.contiguous(), rows, rows if before is None else before
+            launch(plan.product.product, x, w, *others)
+        else:
+            multiply(plan.product, x, w, bias, rows, before)
     return result if rows is result else result.copy_(rows.movedim(-1, 1))
 
 
-def writes_rows(launch: Plan | None) -> bool:
+def writes_rows(plan: ProductPlan | None) -> bool:
     """Whether a product writes channels last alone: a linear layer's, or that of a depthwise convolution."""
-    return launch is None or launch.kernel in (depthwise_kernel, depthwise_grad_input_kernel)
+    return plan is None or plan.product.kernel in (depthwise_kernel, depthwise_grad_input_kernel)
 
 
 @planned
@@ -124,7 +127,7 @@ def conv_plan(
     if sizes.is_linear:
         return ConvPlan(None, weight_shape[1], None, shape, last)
     if sizes.is_depthwise:
-        return ConvPlan(depthwise.forward_plan(kind, sizes, epilogue), 1, 1, shape, last)
+        return ConvPlan(ProductPlan(depthwise.forward_plan(kind, sizes, epilogue), True), 1, 1, shape, last)
     groups, channels, outputs = sizes.groups, sizes.padded_channels, sizes.outputs
     positions = sizes.positions(sizes.output)
     weight_channels, weight_strides = sizes.weight(kind, layouts[0], channels)
@@ -134,21 +137,29 @@ def conv_plan(
         config = narrowed(config, kind[0])
     if not layouts[1] and config.BLOCK_N > 128:  # each element is stored by itself: their addresses would spill
         config = config._replace(BLOCK_N=128)
-    plan = Plan(
+    tiles = triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups
+    steps = triton.cdiv(math.prod(sizes.geometry.KERNEL) * channels, config.BLOCK_K)
+    operands = sizes.positions(sizes.input) * groups * channels + math.prod(weight_shape)
+    splits, steps_of_part = split(kind, tiles, steps, positions * weight_shape[0], operands)
+    product = Plan(
         conv_kernel,
-        (triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups,),
+        (tiles, splits),
+        steps_of_part,
         positions,
         *sizes.input,
         *sizes.output,
         CHANNELS=channels,
         REAL_CHANNELS=weight_channels or sizes.channels,
         WEIGHT_STRIDES=weight_strides,
-        OUTPUT_LAST=layouts[1],
-        **constants_of(epilogue),
+        OUTPUT_LAST=layouts[1] or splits > 1,
+        SPLIT=splits > 1,
+        **constants_of(epilogue if splits == 1 else NO_EPILOGUE),
         **sizes.constants(kind),
         **config._asdict(),
     )
-    return ConvPlan(plan, channels, weight_channels, shape, last)
+    in_sample = 0 if layouts[1] else math.prod(size)
+    whole = with_addition(kind, product, (positions, weight_shape[0]), epilogue, in_sample)
+    return ConvPlan(whole, channels, weight_channels, shape, last)
 
 
 class Sizes(NamedTuple):
@@ -271,7 +282,12 @@ def conv_backward(
             matmul(masked, weight.reshape(shapes[1][0], -1), out=rows)
         else:
             w = weight if plan.weight_channels is None else channels_last(weight, plan.weight_channels)
-            launch(plan.for_input, masked, w, rows)
+            parts = rows
+            if plan.for_input.addition is not None:
+                parts = grad.new_empty(plan.for_input.parts, dtype=plan.for_input.parts_dtype)
+            launch(plan.for_input.product, masked, w, parts)
+            if plan.for_input.addition is not None:
+                launch(plan.for_input.addition, parts, rows, rows, rows)
         if rows is not grad_input:
             grad_input.copy_(rows.movedim(-1, 1))
     if input is not None:
@@ -309,7 +325,7 @@ class ConvBackwardPlan(NamedTuple):
     rows: tuple[int, int]  # positions and output channels
     channels_last_shape: tuple[int, ...]  # of the input
     weight_channels: int | None  # as in `ConvPlan`
-    for_input: Plan | None
+    for_input: ProductPlan | None
     for_weight: GradWeightPlan | None
 
 
@@ -337,7 +353,7 @@ def conv_backward_plan(
     batch, channels, *size = shapes[0]
     for_input = for_weight = None
     if needs[0] and sizes.is_depthwise:
-        for_input = depthwise.grad_input_plan(kind, sizes)
+        for_input = ProductPlan(depthwise.grad_input_plan(kind, sizes), True)
     elif needs[0] and not sizes.is_linear:
         for_input = grad_input_plan(kind, sizes, layouts)
     if needs[1] and not sizes.is_linear:
@@ -348,7 +364,7 @@ def conv_backward_plan(
     return ConvBackwardPlan(mask, transposes, rows, (batch, *size, channels), weight_channels, for_input, for_weight)
 
 
-def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> Plan:
+def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> ProductPlan:
     """The gradient of the input from that of the output [positions, O] and the weight."""
     geometry, groups, channels, outputs = sizes.geometry, sizes.groups, sizes.channels, sizes.outputs
     classes = math.prod(geometry.STRIDE)
@@ -359,20 +375,31 @@ def grad_input_plan(kind: Kind, sizes: Sizes, layouts: tuple[bool, bool]) -> Pla
     if not layouts[1] and config.BLOCK_N > 128 and architecture(kind[0]) == "sm80":  # as above; sm90 spills nothing
         config = config._replace(BLOCK_N=128)
     tiles_m = triton.cdiv(largest, config.BLOCK_M)
-    return Plan(
+    tiles = tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes
+    step = tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True))
+    most_taps = math.prod(triton.cdiv(k, s) for k, s in zip(geometry.KERNEL, step, strict=True))
+    rows, all_channels = sizes.positions(sizes.input), groups * channels
+    operands = groups * outputs * (sizes.positions(sizes.output) + channels * math.prod(geometry.KERNEL))
+    steps = triton.cdiv(most_taps * outputs, config.BLOCK_K)
+    splits, steps_of_part = split(kind, tiles, steps, rows * all_channels, operands)
+    product = Plan(
         conv_grad_input_kernel,
-        (tiles_m * triton.cdiv(channels, config.BLOCK_N) * groups * classes,),
+        (tiles, splits),
+        steps_of_part,
         sizes.batch,
         tiles_m,
         *sizes.input,
         *sizes.output,
         CHANNELS=channels,
         WEIGHT_STRIDES=weight_strides,
-        OUTPUT_LAST=layouts[1],
-        STEP=tuple(s // math.gcd(s, d) for s, d in zip(geometry.STRIDE, geometry.DILATION, strict=True)),
+        OUTPUT_LAST=layouts[1] or splits > 1,
+        SPLIT=splits > 1,
+        STEP=step,
         **sizes.constants(kind),
         **config._asdict(),
     )
+    in_sample = 0 if layouts[1] else math.prod(sizes.input)
+    return with_addition(kind, product, (rows, all_channels), NO_EPILOGUE, in_sample)
 
 
 def grad_weight_plan(kind: Kind, sizes: Sizes, result_strides: tuple[int, ...]) -> GradWeightPlan:

@@ -14,7 +14,8 @@ lanes run over taps and channels as one dimension.
 
 The gradient of the input is computed by *residue class*: the input positions i with equal ``i % stride`` meet the same
 taps, a tap out of ``stride`` (over its common divisor with the dilation), so that no tap is loaded in vain.
-The gradient of the weight sums over positions in a fixed number of parts, then adds up the parts: no atomics.
+Where a result has few tiles and long sums, these are split into parts, which a second kernel adds up in a fixed order:
+no atomics. So are most gradients of weights, which are sums over positions.
 
 A convolution of 1×1 with stride 1 is a linear layer over positions and runs as one.
 """
@@ -83,13 +84,15 @@ def tap_and_channel(block, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl
         return tl.full((), 0, tl.int32) + block // BLOCKS, block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
 
 
-@triton.jit(do_not_specialize=["positions"], do_not_specialize_on_alignment=_SIZES)
+@triton.jit(do_not_specialize=["steps_of_part", "positions"], do_not_specialize_on_alignment=_SIZES)
 def conv_kernel(
     input_ptr,  # [batch, *input_size, channels], contiguous
     weight_ptr,  # [out_channels, REAL_CHANNELS, taps], of WEIGHT_STRIDES
     bias_ptr,  # [out_channels]
-    output_ptr,  # [positions, out_channels], contiguous; [batch, out_channels, *output_size] if not OUTPUT_LAST
+    output_ptr,  # [positions, out_channels], contiguous; [batch, out_channels, *output_size] if not OUTPUT_LAST;
+    # [splits, positions, out_channels] if SPLIT
     before_ptr,  # [positions, out_channels], contiguous: the results before the activation, written if SAVE_BEFORE
+    steps_of_part,  # of the sum over taps and channels, if SPLIT
     positions,
     input_depth,
     input_height,
@@ -102,6 +105,7 @@ def conv_kernel(
     REAL_CHANNELS: tl.constexpr,  # that the weight has: the others only pad the input
     WEIGHT_STRIDES: tl.constexpr,
     OUTPUT_LAST: tl.constexpr,
+    SPLIT: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,  # of a group
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -117,7 +121,8 @@ def conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per BLOCK_M positions and BLOCK_N output channels of a group, the channels fastest."""
+    """One program per BLOCK_M positions and BLOCK_N output channels of a group, the channels fastest; with SPLIT, one
+    for each part of the sum over taps and channels too."""
     input_size = input_depth, input_height, input_width
     output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if input_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -142,7 +147,12 @@ def conv_kernel(
     weight_rows = weight_ptr + columns[None, :] * WEIGHT_STRIDES[0]
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-    for step in range(0, (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K):
+    first_step, last_step = 0, (TAPS * CHANNELS + BLOCK_K - 1) // BLOCK_K
+    if SPLIT:
+        first_step = tl.program_id(1) * steps_of_part
+        last_step = tl.minimum(first_step + steps_of_part, last_step)
+        output_ptr += tl.program_id(1).to(tl.int64) * positions * (GROUPS * OUT_CHANNELS)
+    for step in range(first_step, last_step):
         tap, channel = tap_and_channel(step, CHANNELS, BLOCK_K, FLAT)
         across = tap[None, :] if FLAT else tap
         d = across // (KERNEL[1] * KERNEL[2]) * DILATION[0]
@@ -190,11 +200,13 @@ def first_tap(residue, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.c
     return tap
 
 
-@triton.jit(do_not_specialize=["batch_size", "tiles_m"], do_not_specialize_on_alignment=_SIZES)
+@triton.jit(do_not_specialize=["steps_of_part", "batch_size", "tiles_m"], do_not_specialize_on_alignment=_SIZES)
 def conv_grad_input_kernel(
     grad_ptr,  # [positions, out_channels], contiguous
     weight_ptr,  # [out_channels, CHANNELS, taps], of WEIGHT_STRIDES
-    output_ptr,  # [batch, *input_size, channels], contiguous; [batch, channels, *input_size] if not OUTPUT_LAST
+    output_ptr,  # [batch, *input_size, channels], contiguous; [batch, channels, *input_size] if not OUTPUT_LAST;
+    # [splits, batch, *input_size, channels] if SPLIT
+    steps_of_part,  # of the sum over taps and output channels, if SPLIT
     batch_size,
     tiles_m,
     input_depth,
@@ -207,6 +219,7 @@ def conv_grad_input_kernel(
     CHANNELS: tl.constexpr,  # of a group
     WEIGHT_STRIDES: tl.constexpr,
     OUTPUT_LAST: tl.constexpr,
+    SPLIT: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,  # of a group
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -220,7 +233,8 @@ def conv_grad_input_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per BLOCK_M input positions of a residue class and BLOCK_N channels of a group, the class slowest."""
+    """One program per BLOCK_M input positions of a residue class and BLOCK_N channels of a group, the class slowest;
+    with SPLIT, one for each part of the sum over taps and output channels too."""
     input_size = input_depth, input_height, input_width
     output_size = output_depth, output_height, output_width
     ACCUMULATOR: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -260,7 +274,13 @@ def conv_grad_input_kernel(
         out_c = (column + PADDING[2] - tap_c * DILATION[2]) // STRIDE[2]
 
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
-        for step in range(0, (taps * OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K):
+        first_step, last_step = 0, (taps * OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
+        if SPLIT:
+            first_step = tl.program_id(1) * steps_of_part
+            last_step = tl.minimum(first_step + steps_of_part, last_step)
+            size = input_depth * input_height * input_width
+            output_ptr += tl.program_id(1).to(tl.int64) * batch_size * size * (GROUPS * CHANNELS)
+        for step in range(first_step, last_step):
             number, channel = tap_and_channel(step, OUT_CHANNELS, BLOCK_K, FLAT)
             if FLAT:
                 real = number < taps

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -263,16 +263,18 @@ def persistent_matmul_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["splits", "M", "N"])
+@triton.jit(do_not_specialize=["splits", "M", "N", "positions"])
 def sum_of_splits_kernel(
     partial_ptr,  # [splits, M, N], contiguous
     bias_ptr,  # [N]
-    c_ptr,  # [M, N], contiguous
+    c_ptr,  # [M, N], contiguous; [M / positions, N, positions] if not LAST
     before_ptr,  # [M, N], contiguous: the results before the activation
     splits,
     M,
     N,
+    positions,
     UNIT: tl.constexpr,  # of N
+    LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_BEFORE: tl.constexpr,
@@ -291,6 +293,9 @@ def sum_of_splits_kernel(
         total += tl.load(c_ptr + elements)
     if SAVE_BEFORE:
         tl.store(before_ptr + elements, total.to(c_ptr.dtype.element_ty), mask=own)
+    if not LAST:
+        row = elements // N
+        elements = (row // positions * N + elements % N) * positions + row % positions
     tl.store(c_ptr + elements, activated(total, ACTIVATION).to(c_ptr.dtype.element_ty), mask=own)
 
 
@@ -334,6 +339,7 @@ def matmul(
 
 
 Epilogue: TypeAlias = tuple[bool, Activation, bool]  # has a bias; its activation; its results before that are stored
+NO_EPILOGUE: Final[Epilogue] = (False, NONE, False)
 
 
 def constants_of(epilogue: Epilogue) -> dict[str, Any]:
@@ -376,7 +382,7 @@ def product_plan(
     sizes: tuple[int, int, int],
     strides: tuple[tuple[int, ...], tuple[int, ...]],
     aligned_addresses: bool,
-    epilogue: Epilogue = (False, NONE, False),
+    epilogue: Epilogue = NO_EPILOGUE,
     config: Tile | None = None,
     add: bool = False,
 ) -> ProductPlan:
@@ -417,9 +423,7 @@ def product_plan(
         return ProductPlan(product)
 
     units = units_of(dtype, *known, *a_strides, *b_strides)
-    steps, exact = triton.cdiv(K, config.BLOCK_K), accumulator_dtype(dtype)
-    splits = inner_splits(device, tiles, steps, M * N * exact.itemsize, (M + N) * K * dtype.itemsize)
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is empty
+    splits, _ = split(kind, tiles, triton.cdiv(K, config.BLOCK_K), M * N, (M + N) * K)
     single = splits == 1
     product = Plan(
         matmul_kernel,
@@ -431,26 +435,50 @@ def product_plan(
         INPUT_PRECISION=precision,
         EVEN_K=inner and K % config.BLOCK_K == 0,
         GROUP_M=8,
-        **(constants if single else {"HAS_BIAS": False, "ACTIVATION": NONE, "SAVE_BEFORE": False}),
+        **constants_of(epilogue if single else NO_EPILOGUE),
         **config._asdict(),
         **register_limit(device, dtype is torch.float32 and precision == "ieee"),
     )
-    if single:
-        return ProductPlan(product, single)
+    return with_addition(kind, product, (M, N), epilogue, add=add)
+
+
+def split(kind: Kind, tiles: int, steps: int, result: int, operands: int) -> tuple[int, int]:
+    """Into how many parts the sum of a product is split, and how many of its ``steps`` each but the last has.
+
+    ``result`` and ``operands`` count elements.
+    """
+    exact, itemsize = accumulator_dtype(kind[1]).itemsize, kind[1].itemsize
+    each = triton.cdiv(steps, inner_splits(kind[0], tiles, steps, result * exact, operands * itemsize))
+    return triton.cdiv(steps, each), each  # none is empty
+
+
+def with_addition(
+    kind: Kind, product: Plan, shape: tuple[int, int], epilogue: Epilogue, positions: int = 0, add: bool = False
+) -> ProductPlan:
+    """The launches of a product [M, N] whose grid has one program for each tile and part of its sum.
+
+    The result of several parts is [M, N], or, with the ``positions`` of a sample, [M / positions, N, positions].
+    """
+    splits, (M, N) = product.grid[1], shape
+    if splits == 1:
+        return ProductPlan(product, True)
+    (unit,) = units_of(kind[1], N)
     block = 1024
     addition = Plan(
         sum_of_splits_kernel,
         (triton.cdiv(M * N, block),),
         splits,
         M,
-        N // units[1],
-        UNIT=units[1],
+        N // unit,
+        positions,
+        UNIT=unit,
+        LAST=positions == 0,
         ADD=add,
         BLOCK=block,
-        **constants,
-        **register_limit(device),
+        **constants_of(epilogue),
+        **register_limit(kind[0]),
     )
-    return ProductPlan(product, single, (splits, M, N), exact, addition)
+    return ProductPlan(product, False, (splits, M, N), accumulator_dtype(kind[1]), addition)
 
 
 def launch_with_descriptors(plan: Plan, *tensors: Tensor) -> None:

@@ -303,14 +303,16 @@ _TIMED: Final = {
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """Every tile of the tables; backward with all of one 16-bit dtype; few channels, odd ones, groups and volumes; few
-    positions, where weights are read as they lie; the first tile in channels-last too."""
+    """Every tile of the tables, and the one of sums in parts; backward with all of one 16-bit dtype; few channels, odd
+    ones, groups and volumes; few positions, where weights are read as they lie; the first tile in channels-last too."""
     conv, conv_backward = load(RELU)
     body, stride_2 = (8, 256, (28, 28), 256, (3, 3), 1, 1), (8, 128, (28, 28), 64, (3, 3), 2, 1)
+    deep = (8, 512, (7, 7), 512, (3, 3), 1, 1)
     others = (
         (8, 3, (64, 64), 64, (7, 7), 2, 1),  # a stem
         (8, 1, (32, 32), 6, (5, 5), 1, 1),  # one channel
-        (8, 256, (4, 4), 256, (3, 3), 1, 1),  # few positions
+        (8, 256, (4, 4), 256, (3, 3), 1, 1),  # few positions, sums in parts
+        (8, 24, (4, 4), 40, (3, 3), 1, 1),  # short sums
         (8, 24, (28, 28), 40, (3, 3), 1, 1),  # channels that are multiples of 8 alone
         (8, 6, (28, 28), 13, (5, 5), 1, 1),  # odd ones
         (8, 64, (28, 28), 128, (3, 3), 1, 2),
@@ -321,7 +323,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
     for dtype, precision, tiles, _ in audit.tables():
         if precision != "ieee" and audit.target.startswith("gfx"):
             continue  # `input_precision`: AMD's convolutions are float32
-        table: list[tuple[Any, tuple[Any, ...], bool]] = [(tile, body, False) for tile in tiles]
+        table: list[tuple[Any, tuple[Any, ...], bool]] = [*((tile, body, False) for tile in tiles), (None, deep, True)]
         if dtype is half:
             table += [(tiles[0], body, True), (tiles[0], stride_2, False), *((None, shape, False) for shape in others)]
         for tile, shape, last in table:
@@ -338,7 +340,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
             if tile == tiles[0] and shape == body:  # an activation with long code, and a second result
                 forward = load(("tanh",), y.movedim(1, -1).contiguous().movedim(-1, 1))[0]
                 found += launches(forward, x, w, b, *options)[1]
-            if dtype is half or tile == tiles[0]:
+            if dtype is half or tile in (None, tiles[0]):
                 found += launches(conv_backward, y, x, w, y, x.shape, w.shape, *options, True, True, True)[1]
             large = tile == tiles[0] and shape == body
             even = C // groups % 8 == 0 and out // groups % 8 == 0

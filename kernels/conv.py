@@ -220,7 +220,7 @@ class Sizes(NamedTuple):
             **self.geometry._asdict(),
             "INPUT_PRECISION": kind[2],
             "LARGE": is_large(self.positions(self.output), self.positions(self.input)),
-            **register_limit(kind[0]),
+            **register_limit(kind[0], kind[1] is torch.float32 and kind[2] == "ieee"),
         }
 
 

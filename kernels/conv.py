@@ -135,8 +135,9 @@ def conv_plan(
     config = conv_config(kind, positions, outputs, groups, channels, aligned)
     if epilogue[1] not in (NONE, RELU):
         config = narrowed(config, kind[0])
-    if not layouts[1] and config.BLOCK_N > 128:  # each element is stored by itself: their addresses would spill
-        config = config._replace(BLOCK_N=128)
+    if not layouts[1]:  # each element is stored by itself: their addresses would spill
+        widest = 64 if epilogue[2] and architecture(kind[0]) == "sm80" else 128  # beside results before the activation
+        config = config._replace(BLOCK_N=min(config.BLOCK_N, widest))
     tiles = triton.cdiv(positions, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * groups
     steps = triton.cdiv(math.prod(sizes.geometry.KERNEL) * channels, config.BLOCK_K)
     operands = sizes.positions(sizes.input) * groups * channels + math.prod(weight_shape)

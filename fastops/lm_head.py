@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_map
 
 from . import functional as FF
 from . import nn as fnn
+from .disguise import set_class
 from .nn.overrides import overrides, replaced
 from .promises import untouched, user_class
 from .source import LeftAlone
-from .swap import check, set_class, site_class, subclass, with_bases
+from .swap import check, site_class, subclass, with_bases
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _FUSED: Final = "_fastops_lm_head"

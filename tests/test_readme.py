@@ -84,6 +84,15 @@ def test_gradcheck_on_the_page_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     assert launched.keys() == {"matmul_kernel", "activation_backward_kernel"} and min(launched.values()) > 1
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """To files of the repository. Sphinx sees the links inside of the site alone."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s#:]+\.\w+)", text)
+    built = "_build/"  # where the pictures of kernels are drawn
+    assert not [link for link in links if built not in link and not (page.parent / link).exists()]
+
+
 def test_every_example_is_run() -> None:
     assert {script for words in EXAMPLES for script in words if script.endswith(".py")} == {
         path.name for path in (ROOT / "examples").glob("*.py")

@@ -173,10 +173,9 @@ def _cells(row: Row) -> list[str]:
     def figure(value: int | None, unit: float) -> str:
         return "-" if value is None else f"{value / unit:.2f}"
 
-    name = row.case
     times = [f"{row.milliseconds:.4f}", f"{row.ratio:.2f}", "{:.2f} - {:.2f}".format(*row.quartiles), row.verdict]
     launches = "-" if row.launches is None else str(row.launches)
-    return [name, row.contestant, row.way, *times, figure(row.bytes, 1e6), launches, figure(row.peak_bytes, 2**20)]
+    return [row.case, row.contestant, row.way, *times, figure(row.bytes, 1e6), launches, figure(row.peak_bytes, 2**20)]
 
 
 def _by_reason(left_out: list[tuple[str, str, str]]) -> dict[str, list[str]]:

@@ -155,7 +155,7 @@ def conv_plan(
         OUTPUT_LAST=layouts[1] or splits > 1,
         SPLIT=splits > 1,
         **constants_of(epilogue if splits == 1 else NO_EPILOGUE),
-        **sizes.constants(kind),
+        **(sizes.constants(kind) | register_limit(kind[0], kind[1] is torch.float32 and kind[2] == "ieee")),
         **config._asdict(),
     )
     in_sample = 0 if layouts[1] else math.prod(size)
@@ -221,7 +221,7 @@ class Sizes(NamedTuple):
             **self.geometry._asdict(),
             "INPUT_PRECISION": kind[2],
             "LARGE": is_large(self.positions(self.output), self.positions(self.input)),
-            **register_limit(kind[0], kind[1] is torch.float32 and kind[2] == "ieee"),
+            **register_limit(kind[0]),
         }
 
 

@@ -567,7 +567,7 @@ def test_fastops_that_fails_is_the_status(
         raise RuntimeError("no result")
 
     monkeypatch.setattr(fastops.functional, "mse_loss", broken)
-    case = cases._op_case(OPS["mse_loss"], OPS["mse_loss"].timed[0], False)
+    case = cases._op_case(OPS["mse_loss"], OPS["mse_loss"].timed[0], cases.FORWARD)
     monkeypatch.setattr(bench, "CASES", [case])
     assert main(["bench", "--pairs", "1", *ALONE]) == 1
     assert "left out, fastops: RuntimeError: no result: mse_loss/64x10/forward" in capsys.readouterr().out
@@ -617,7 +617,7 @@ def test_suite_runs(tmp_path: Path) -> None:
     process = pytest_process("bench", "-k", chosen, *SHORT, f"--benchmark-json={file}")
     assert process.returncode == 0, process.stdout + process.stderr
     groups = saved_rows(file)
-    names = [f"mse_loss/64x10/{kind}" for kind in ("forward", "forward+backward")]
+    names = [f"mse_loss/64x10/{kind}" for kind in ("forward", "backward", "forward+backward")]
     names += [f"TwoLayerNet-64/{kind}" for kind in ("step", "inference")]
     assert set(groups) == {f"{name}-{dtype}" for name in names for dtype in ("fp32", "bf16")}
     for group, rows in groups.items():

@@ -136,7 +136,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FF, "mse_loss", slow)
     example = OPS["mse_loss"].timed[0]
     monkeypatch.setattr(
-        bench, "CASES", [cases._op_case(OPS["mse_loss"], example, backward) for backward in (False, True)]
+        bench, "CASES", [cases._op_case(OPS["mse_loss"], example, part) for part in (cases.FORWARD, cases.BOTH)]
     )
 
 

@@ -54,10 +54,13 @@ class Case:
 # Ops ------------------------------------------------------------------------------------------------------------------
 
 
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+
+
 def op_call(
-    function: Callable[..., Tensor], arguments: Named, leaves: Sequence[Tensor], grad_output: Tensor, backward: bool
+    function: Callable[..., Tensor], arguments: Named, leaves: Sequence[Tensor], grad_output: Tensor, part: str
 ) -> Call:
-    """The call of an op without gradients, or with its backward pass to ``leaves``."""
+    """The call of an op without gradients, with its backward pass to ``leaves``, or that alone, its graph kept."""
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -66,11 +69,15 @@ def op_call(
     def forward_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(**arguments), leaves, grad_output)
 
-    return forward_backward if backward else forward
+    if part == BACKWARD:
+        output = function(**arguments)
+        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+    return forward if part == FORWARD else forward_backward
 
 
-def _op_case(op: Op, example: Example, backward: bool) -> Case:
-    """The op without gradients, or forward and backward, beside torch's own function."""
+def _op_case(op: Op, example: Example, part: str) -> Case:
+    """A part of the op, beside torch's own function."""
+    backward = part != FORWARD
 
     def prepare(device: torch.device, dtype: torch.dtype) -> Contest:
         variables, constants = draw(example, SMALL, torch.default_generator, dtype, device)
@@ -82,7 +89,7 @@ def _op_case(op: Op, example: Example, backward: bool) -> Case:
             """On values of its own: there are functions that overwrite their arguments."""
             function = make()
             own = {name: tensor.clone().requires_grad_(backward) for name, tensor in variables.items()}
-            return op_call(function, {**own, **constants, **example.options}, [*own.values()], grad_output, backward)
+            return op_call(function, {**own, **constants, **example.options}, [*own.values()], grad_output, part)
 
         def way() -> str:
             asked = {name: tensor.detach().requires_grad_(backward) for name, tensor in variables.items()}
@@ -91,7 +98,7 @@ def _op_case(op: Op, example: Example, backward: bool) -> Case:
         calls = {name: made_when_called(partial(call_of, make)) for name, make in functions_of(op).items()}
         return Contest(calls, way)
 
-    return Case(f"{op.name}/{example.name}/forward{'+backward' if backward else ''}", prepare, (*functions_of(op),))
+    return Case(f"{op.name}/{example.name}/{part}", prepare, (*functions_of(op),))
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -232,11 +239,11 @@ def _resnet_cases(*shape: int) -> list[Case]:
 # The lists ------------------------------------------------------------------------------------------------------------
 
 OP_CASES = [
-    _op_case(op, example, backward) for op in OPS.values() for example in op.timed for backward in (False, True)
+    _op_case(op, example, part) for op in OPS.values() for example in op.timed for part in (FORWARD, BACKWARD, BOTH)
 ]
 # The same rows and features with more and more classes: what a head's memory grows with.
 OP_CASES += [
-    _op_case(OPS["linear_cross_entropy"], timed_head(1024, 256, classes), True) for classes in (2000, 8000, 32000)
+    _op_case(OPS["linear_cross_entropy"], timed_head(1024, 256, classes), BOTH) for classes in (2000, 8000, 32000)
 ]
 MODEL_CASES = [
     *_model_cases("TwoLayerNet-64", TwoLayerNet, (64, 1000), 10, squared_error, 1e-6),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastops
 import fastops.functional as FF
 from fastops import dispatch
-from fastops.bench.cases import model_call, op_call
+from fastops.bench.cases import BOTH, FORWARD, model_call, op_call
 from fastops.bench.contestants import LIGER, compiled, functions_of, made_when_called, through, tried
 from fastops.bench.measure import peaks
 from fastops.cli.examples import draw, torch_function
@@ -140,7 +140,9 @@ def _op(
         """On values of its own: there are functions that overwrite their arguments."""
         own = {name: tensor.clone().requires_grad_(backward) for name, tensor in variables.items()}
         leaves = [*own.values()]
-        return op_call(function, {**own, **constants, **example.options}, leaves, grad_output, backward)
+        return op_call(
+            function, {**own, **constants, **example.options}, leaves, grad_output, BOTH if backward else FORWARD
+        )
 
     def by_compiler() -> Call:
         torch._dynamo.reset()

@@ -94,7 +94,7 @@ def _set_class(model: nn.Module, new: type) -> None:
 def _plain_class(found: type) -> type:
     """``found`` without what `fuse_lm_head` made of it, also where something else derived a class from that."""
     if _FUSED in vars(found):
-        return found.__bases__[1]
+        return found.__bases__[-1]
     bases = tuple(_plain_class(base) for base in found.__bases__)
     return found if bases == found.__bases__ else with_bases(found, bases)
 
@@ -238,7 +238,7 @@ class _Stand:
         return _Head(value, self._log) if name == self._name else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._model, name, value)
+        setattr(self._model, name, value.now(f"attribute {name}") if type(value) is _Logits else value)
 
     def loss_function(self, logits: Any, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
         if type(logits) is _Logits:
@@ -293,9 +293,9 @@ def _finished(output: Any) -> Any:
             return item
         return None if item.is_loss else item.now("output")
 
-    if isinstance(output, tuple):
-        return tuple(value(item) for item in output if type(item) is not _Logits or not item.is_loss)
-    return type(output)(**{name: value(item) for name, item in output.items()})
+    if type(output) is tuple:
+        output = tuple(item for item in output if type(item) is not _Logits or not item.is_loss)
+    return tree_map(value, output)
 
 
 def _fused_class(user: Any, head: str, evaluation: bool) -> type:
@@ -312,7 +312,10 @@ def _fused_class(user: Any, head: str, evaluation: bool) -> type:
             return user.forward(self, *args, **kwargs)
         return _finished(user.forward(_Stand(self, head), *args, **kwargs))
 
-    return subclass(user, (), {"forward": forward, _FUSED: (head, evaluation)})
+    try:
+        return subclass(user, (), {"forward": forward, _FUSED: (head, evaluation)})
+    except TypeError as error:
+        raise LeftAlone(f"its class cannot be subclassed ({error})") from None
 
 
 # Both ways ------------------------------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def _compare(model: Any, plain: Any, name: str) -> None:
         """The loss, and the gradients of the head and of its inputs, which the run notes in ``inputs``."""
         with _unchanged(model), torch.enable_grad():
             output = _finished(plain.forward(itself, input_ids=tokens, labels=labels))
-            loss = output["loss"] if isinstance(output, dict) else output[0]
+            loss = output if isinstance(output, Tensor) else output["loss" if isinstance(output, dict) else 0]
             leaves = [x for x in (*inputs, *head.parameters()) if isinstance(x, Tensor) and x.requires_grad]
             return [loss.detach(), *(torch.autograd.grad(loss, leaves) if leaves and loss.requires_grad else ())]
 

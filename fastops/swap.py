@@ -310,6 +310,14 @@ def is_users(found: type | FunctionType) -> bool:
     return package not in ("torch", *sys.stdlib_module_names) and not found.__module__.startswith(fnn.__name__)
 
 
+def _below_attributes(found: type) -> type | None:
+    """In the line of bases that lays out objects of ``found``, the last one whose own have no ``__dict__``."""
+    base: type | None = found
+    while base is not None and base.__dictoffset__:
+        base = base.__base__
+    return base
+
+
 def rewritten_method(user: type, name: str) -> Rewritten | None:
     """Code and call sites of a method that ``user`` itself defines, None if that is no method.
 
@@ -319,7 +327,7 @@ def rewritten_method(user: type, name: str) -> Rewritten | None:
     value = vars(user)[name]
     if isinstance(value, staticmethod):
         raise LeftAlone("it is a static method")
-    if not isinstance(value, FunctionType):
+    if not isinstance(value, FunctionType) or not is_users(value):  # typing.Protocol puts some of its own there
         return None
     if name.startswith("__") and name.endswith("__") and not _names(value) & {"type", "__class__"}:
         return None  # a constructor and the like
@@ -417,12 +425,36 @@ def subclass(user: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> 
         **namespace,
         **(disguised(user) if issubclass(user, nn.Module) else {}),
     }
-    # `type.__new__` and not a call of the user's metaclass, so that nothing of the user's runs: no ``__new__``,
-    # ``__init__`` or ``__init_subclass__``. Each class needs a base of its own that keeps the last one silent, to have
-    # it first.
-    layout = (nn.Module,) if issubclass(user, nn.Module) else ()
-    silent = type("_Silent", layout, {"__slots__": (), "__init_subclass__": classmethod(lambda cls: None)})
-    new = type.__new__(type(user), user.__name__, (silent, user, *bases), namespace)
+    # To keep the user's ``__init_subclass__`` silent, a class needs a base of its own, to have it first.
+    before = () if _is_silent(user) else (_silent(user),)
+    return _made(type(user), user.__name__, (*before, user, *bases), namespace)
+
+
+def _made(metaclass: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
+    """A class without a call of the metaclass, so that nothing of the user's runs: no ``__new__``, no ``__init__``."""
+    new: type = type.__new__(metaclass, name, bases, namespace)
     if isinstance(new, abc.ABCMeta):
-        abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with ``user``
+        abc._abc_init(new)  # type: ignore[attr-defined]  # else it would share the caches of isinstance with a base
     return new
+
+
+def _is_silent(found: type) -> bool:
+    """Whether to derive a class from ``found`` runs nothing of the user's."""
+    owner = next(base for base in found.__mro__ if "__init_subclass__" in vars(base))
+    return owner.__module__ in ("builtins", "typing")
+
+
+def _silent(user: type) -> type:
+    """A base with an ``__init_subclass__`` that does nothing, and objects laid out as those of ``user``.
+
+    Else these could not become objects of a class that is derived from both.
+    """
+    layout: tuple[type, ...] = ()
+    if issubclass(user, nn.Module):  # mixins have no objects of their own
+        below = _below_attributes(user)
+        layout = (nn.Module,) if below in (None, object) else (below, nn.Module)
+        if not _is_silent(layout[0]):
+            raise TypeError(f"its base {layout[0].__name__} lays out objects in a way of its own")
+    metaclass = type(layout[0]) if layout else type
+    silence = {"__slots__": (), "__init_subclass__": classmethod(lambda cls: None)}
+    return _made(metaclass, "_Silent", layout, silence)

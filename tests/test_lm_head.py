@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import inspect
 import pickle
@@ -337,3 +338,46 @@ def test_subclass_that_calls_super() -> None:
     model = fastops.fuse_lm_head(copy.deepcopy(plain))
     assert model(**batch()).logits is None
     torch.testing.assert_close(step(model, **batch(), weight=3.0), step(plain, **batch(), weight=3.0))
+
+
+def test_a_base_before_the_model() -> None:
+    class Own(abc.ABC, transformers.LlamaForCausalLM):  # type: ignore[misc]
+        pass
+
+    plain = Own(make().config).train()
+    model = fastops.fuse_lm_head(copy.deepcopy(plain))
+    assert model(**batch()).logits is None
+    torch.testing.assert_close(step(model, **batch()), step(plain, **batch()))
+    assert type(fastops.unfuse_lm_head(model)) is Own
+
+
+class Loss(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return super().forward(input_ids=input_ids, labels=labels).loss
+
+
+class Deep(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        output = super().forward(input_ids=input_ids, labels=labels)
+        return {"loss": output.loss, "more": {"logits": [output.logits]}}
+
+
+class Keeps(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        output = super().forward(input_ids=input_ids, labels=labels)
+        self.last = output.logits
+        return output
+
+
+def test_logits_in_other_places() -> None:
+    """A forward may return the loss alone, or put the logits deeper; one that keeps them wants them: refused."""
+    for kind in (Loss, Deep):
+        plain = kind(make().config).train()
+        model = fastops.fuse_lm_head(copy.deepcopy(plain))
+        output, expected = model(**batch()), plain(**batch())
+        if kind is Deep:
+            assert output["more"] == {"logits": [None]}
+            output, expected = output["loss"], expected["loss"]
+        torch.testing.assert_close(output, expected)
+    with pytest.raises(ValueError, match="does more with the logits than hand them to its loss: attribute last"):
+        fastops.fuse_lm_head(Keeps(make().config))

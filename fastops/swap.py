@@ -175,6 +175,8 @@ _HARMLESS: Final = {
 
 def layer_class(found: type) -> type | None:
     """The layer or loss of torch that ``found`` is or is derived from, if it has a counterpart."""
+    if issubclass(found, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # MultiheadAttention takes its weights and never calls it
     return next((original for original in COUNTERPARTS if issubclass(found, original)), None)
 
 

@@ -209,6 +209,12 @@ number = 3
 def broken():
     raise ValueError("two\\nlines")
 
+def stops():
+    raise SystemExit(4)
+
+def scripted():
+    return torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.ReLU()))
+
 def norm():
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
 """
@@ -266,7 +272,10 @@ def test_a_model_that_is_swapped_is_beside_its_plain_self(own: str) -> None:
         ("{own}:nothing --input 3", "{own} has no nothing"),
         ("{own}:number --input 3", "{own}:number is no nn.Module and makes none: it is of type int"),
         ("{own}:broken --input 3", "{own}:broken() raises ValueError: two lines"),
+        ("{own}:scripted --input 3,6", "{own}:scripted is scripted, which fastops cannot swap"),
+        ("{own}:stops --input 3", "{own}:stops() raises SystemExit: 4"),
         ("{own}:dict --input 3", "{own} has no dict"),
+        ("{own}:factory --input 3,6 --json one --html one", "--json and --html are both one"),
         ("{own}:torch.Size --input 3", "{own}:torch.Size() returns no nn.Module but Size"),
         ("{own}:Alone --input 3", "the model cannot be copied for each contestant: TypeError: cannot pickle"),
         (

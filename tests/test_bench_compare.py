@@ -15,7 +15,7 @@ from commands import fail
 from torch import Tensor
 
 import fastops.functional as FF
-from fastops.bench import cases
+from fastops.bench import cases, measure
 from fastops.bench.compare import FEWEST_TURNS, MARGIN, compare, content, key, text_of
 from fastops.bench.measure import SPREAD, Measured, Row
 from fastops.cli import bench, main
@@ -141,10 +141,25 @@ def slowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_op_that_sleeps_is_flagged(
-    old: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    no_interpreter: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """By a clock that only sleeping moves on, and 10 microseconds for each call: no other program can disturb it."""
+    slept = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(slept[-1] + seconds))
+
+    def timed(calls: dict[str, Any], turns: int, *_: object) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for name in list(calls) * turns:
+            start = slept[-1]
+            calls[name]()
+            times[name].append(1e-5 + slept[-1] - start)
+        return times
+
+    monkeypatch.setattr(measure, "timed", timed)
+    old, page = tmp_path / "old.json", tmp_path / "page.html"
+    assert main([*WORDS, "--pairs", "15", "--json", str(old)]) == 0
+    assert main([*WORDS, "--pairs", "15", "--compare", str(old)]) == 0
     slowed(monkeypatch)
-    page = tmp_path / "page.html"
     capsys.readouterr()
     assert main([*WORDS, "--pairs", "15", "--compare", str(old), "--html", str(page)]) == 1
     printed = capsys.readouterr().out
@@ -201,6 +216,13 @@ def test_another_version_of_fastops_is_compared(
     assert "0 slower, 0 faster, 2 rows judged, 0 not" in capsys.readouterr().out
 
 
+def with_row(**wrong: Any) -> str:
+    return json.dumps({"schema": 2, "environment": {}, "rows": [row(STEADY) | wrong]})
+
+
+WRONG: list[tuple[str, Any]] = [("turns", "y"), ("spread", [1]), ("spread", ["a", 1]), ("ratio", None), ("case", ["a"])]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -213,6 +235,7 @@ def test_another_version_of_fastops_is_compared(
         ('{"schema": 2, "environment": {}, "rows": [{}]}', "{file} is no file of `fastops bench --json`"),
         ('{"schema": 2, "environment": [], "rows": []}', "{file} is no file of `fastops bench --json`"),
         ('{"schema": 2, "environment": {}, "rows": 3}', "{file} is no file of `fastops bench --json`"),
+        *((with_row(**{name: wrong}), "{file} is no file of `fastops bench --json`") for name, wrong in WRONG),
     ],
 )
 @pytest.mark.usefixtures("no_interpreter")

@@ -442,7 +442,9 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     )
     assert 75 < eager < 100
     assert abs(swapped - eager) <= 0.3
-    costs = re.findall(r"^one training step, (\w+): ([\d.]+) MB moved, (\d+) launches$", printed, re.MULTILINE)
+    costs = re.findall(
+        r"^one training step and its optimizer's, (\w+): ([\d.]+) MB moved, (\d+) launches$", printed, re.MULTILINE
+    )
     (first, moved, _), (second, no_more, _) = costs
     assert (first, second) == ("eager", "swapped") and 0 < float(no_more) <= float(moved)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

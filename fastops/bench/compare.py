@@ -85,13 +85,22 @@ def read(path: Path, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
         old, rows = found["environment"], found["rows"]
         names = [name for name in {**environment, **old} if name not in MAY_DIFFER]
         for row in rows:
-            Row(**row)
-    except (KeyError, TypeError) as error:
+            _check(Row(**row))
+    except (KeyError, TypeError, ValueError) as error:
         raise CommandError(f"{path} is no file of `fastops bench --json`") from error
     others = [f"{n} {old.get(n)!r} and {environment.get(n)!r}" for n in names if old.get(n) != environment.get(n)]
     if others:
         raise CommandError(f"{path} is of another environment: {'; '.join(others)}")
     return list(rows)
+
+
+def _check(row: Row) -> None:
+    """Raise `ValueError` if what is compared of a row is of another type than it is written with."""
+    words, numbers = (row.case, row.contestant, row.dtype), [row.ratio, row.turns, *(row.spread or (0, 0))]
+    if not all(isinstance(word, str) for word in words) or len(numbers) != 4:
+        raise ValueError
+    if not all(isinstance(number, (int, float)) and number >= 0 for number in numbers):
+        raise ValueError
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -54,10 +54,12 @@ def load(name: str) -> nn.Module:
             raise CommandError(f"{name} is no nn.Module and makes none: it is of type {type(found).__name__}")
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CommandError(f"{name}() raises {one_line(error)}") from error
     if not isinstance(found, nn.Module):
         raise CommandError(f"{name}() returns no nn.Module but {type(found).__name__}")
+    if isinstance(found, torch.jit.ScriptModule):
+        raise CommandError(f"{name} is scripted, which fastops cannot swap: hand over the module that it was made of")
     return found
 
 

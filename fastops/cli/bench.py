@@ -56,8 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time the cases and print their rows; return 1 if fastops failed in one or became slower."""
+    """Time the cases and print their rows; return 1 if fastops failed in one, became slower or was not compared."""
     refuse_interpreter()
+    if args.json is not None and args.json == args.html:
+        raise CommandError(f"--json and --html are both {args.json}")
     device = pick_device(args.device)
     backend = args.backend or dispatch.selected_backend()
     with fastops.backend(backend):
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nfastops: {', '.join(f'{count} {verdict}' for verdict, count in counts.items()) or 'not timed'}")
     for reason, names in _by_reason(left_out).items():
         print(f"left out, {reason}: {', '.join(names)}")
+    if not rows:
+        raise CommandError("nothing could be timed")
     changes = None
     if old is not None:
         changes = bench.confirmed(compare(old, [vars(row) for row in rows]), old, cases)
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         with writing(args.html) as file:
             file.write(page(found, changes).encode())
-    return 1 if failed or (changes is not None and changes.slower) else 0
+    return 1 if failed or (changes is not None and (changes.slower or not changes.judged)) else 0
 
 
 def chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:

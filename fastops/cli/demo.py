@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     eager, swapped = (make_learner(name, task, LR, SEED, device) for name in ("eager", "swapped"))
 
     print(f"FashionMLP on {device}, {data.name}: 4 000 images to train on, 1 000 to test on")
-    print(f"cross-entropy, SGD with learning rate {LR}, batches of {BATCH_SIZE}, {args.epochs} epochs")
+    epochs = f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
+    print(f"cross-entropy, SGD with learning rate {LR}, batches of {BATCH_SIZE}, {epochs}")
     print("\nwhat fastops.swap(model) changed:")
     print(fastops.report(swapped.model))
     print("\nwhich backend computes it:")
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         f"swapped {1e3 * median(swapped.seconds):.2f} ms, ratio {ratio:.2f}"
     )
     for name, cost in costs.items():
-        print(f"one training step, {name}: {cost_in_words(cost)}")
+        print(f"one training step and its optimizer's, {name}: {cost_in_words(cost)}")
     save_curves([eager, swapped], args.output / "curves.png", costs)
     print(f"curves: {args.output / 'curves.png'}")
     return 0

@@ -78,7 +78,7 @@ def _head(first: fx.Node, chain: tuple[fx.Node, ...], last: fx.Node) -> _Call | 
 
 _VIEWS: Final = ("view", "reshape", "flatten", "squeeze")
 _ROWS: Final = (*_VIEWS[:3], "contiguous", "float", operator.getitem)  # what logits may pass through
-_INERT: Final = (*_VIEWS, "contiguous", "float", "to", operator.getitem, F.pad, torch._C._nn.pad)
+_INERT: Final = (*_VIEWS, "contiguous", "float", "to", operator.getitem, F.pad, private.PAD)
 
 
 def _value(node: fx.Node) -> Any:

@@ -49,6 +49,7 @@ has_global_hooks: Final = _torchs("nn.modules.module._has_any_global_hook", _yes
 tracing_state: Final = _torchs("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)  # type: ignore[attr-defined]
 is_zero_tensor: Final = _torchs("Tensor._is_zerotensor", lambda tensor: False)
 dispatch_modes: Final = _torchs("utils._python_dispatch._get_current_dispatch_mode_stack", list)
+PAD: Final = _torchs("_C._nn.pad", torch.nn.functional.pad)  # as Dynamo names it in a graph
 VMAP_MODE: Final = _torchs("_C._dispatch_key_parse", lambda name: None)("VmapMode")
 
 

@@ -183,6 +183,7 @@ def check(source: str) -> None:
     compare(source)
 
 
+@settings(max_examples=2 * settings.default.max_examples)  # type: ignore[union-attr]
 @given(sources())
 def check_choices(source: str) -> None:
     note(source)

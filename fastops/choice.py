@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .promises import plain_class
+from .recognition import plain_class
 
 Pattern = str | type[nn.Module]
 Patterns = Pattern | Iterable[Pattern]

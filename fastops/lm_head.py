@@ -23,7 +23,7 @@ from . import functional as FF
 from . import nn as fnn
 from .disguise import set_class
 from .nn.overrides import overrides, replaced
-from .promises import untouched, user_class
+from .recognition import untouched, user_class
 from .source import LeftAlone
 from .swap import check, site_class, subclass, with_bases
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import BuiltinFunctionType, BuiltinMethodType, FunctionType
 from typing import Any, Final
@@ -23,21 +23,28 @@ from .dispatch import explain, is_left_to_torch, on_plain_cpu
 from .fold import folded_weights
 from .fusions import (
     LAYER_FUNCTIONS,
-    LAYERS,
     NORMS,
-    ORIGINALS,
     Layer,
-    activation_of_function,
-    activation_of_module,
     fused_op,
     options_of,
 )
-from .kernels import private
 from .kernels.activation import RELU, Activation
 from .kernels.geometry import memory_format_of
 from .nn.norm import normalized
-from .nn.overrides import MODULE_CALL, MODULE_CALL_IMPL, overrides, replaced
-from .ops.activations import METHODS, MODULES
+from .nn.overrides import overrides, replaced
+from .ops.activations import METHODS
+from .recognition import (
+    MODULE_OF,
+    activation_of,
+    evaluates,
+    forward_that_holds,
+    is_plain,
+    is_pool,
+    joins,
+    layer_of,
+    untouched,
+    user_class,
+)
 
 _NORMS: Final = tuple(NORMS)
 _Apply = Callable[[Any], Any]  # what applies an activation as the user wrote it
@@ -65,7 +72,7 @@ class LayerPromise:
 
     def with_norm(self, norm: Any) -> LayerPromise | None:
         """A promise of the batch norm behind the layer, if it may be folded into that."""
-        if self.weights is not None or not isinstance(self.layer, nn.modules.conv._ConvNd) or not _evaluates(norm):
+        if self.weights is not None or not isinstance(self.layer, nn.modules.conv._ConvNd) or not evaluates(norm):
             return None
         known = layer_of(norm)
         weights = None if known is None or known.op != "batch_norm" else folded_weights(self.layer, norm, self.input)
@@ -187,7 +194,7 @@ class ReLUPromise:
 
     def pooled(self, pool: nn.MaxPool2d) -> Any:
         input = self.promise.value()
-        if not _is_plain(input):
+        if not is_plain(input):
             return pool(self.function(input))
         return FF.relu_max_pool2d(input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
 
@@ -195,113 +202,12 @@ class ReLUPromise:
 _PROMISES: Final = (LayerPromise, FunctionPromise, SumPromise, ReLUPromise)
 
 
-# What a callable is ---------------------------------------------------------------------------------------------------
-
-
-LEFT_ALONE: Final = "_fastops_left_alone"  # the attribute of a module that `fastops.swap` was to leave alone: why
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does nothing but run the forward of its class, and fastops may do it instead."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or LEFT_ALONE in module.__dict__
-        or module._compiled_call_impl is not None
-        or type(module).__call__ is not MODULE_CALL
-        or nn.Module._call_impl is not MODULE_CALL_IMPL
-        or private.has_global_hooks()
-    )
-
-
-def layer_of(module: Any) -> Layer | None:
-    """How ``module`` runs, if it is a layer of ours that nobody watches or changed."""
-    forward = getattr(type(module), "forward", None)
-    layer = LAYERS.get(forward) if type(forward) is FunctionType else None
-    if layer is None or not untouched(module) or replaced(layer.original) or "_conv_forward" in module.__dict__:
-        return None
-    return layer
-
-
-def activation_of(
-    function: Any, options: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
-) -> Activation | None:
-    """The activation that ``function(x, *options, **keywords)`` is and nothing else, None if it is none."""
-    kind = type(function)
-    if kind in MODULES:
-        if options or keywords or not untouched(function) or replaced(kind):
-            return None
-        return activation_of_module(function)
-    activation = None if isinstance(function, nn.Module) else activation_of_function(function, options, keywords)
-    if activation is None or function is F_RELU:  # that one is whole, whatever became of `torch.nn.ReLU`
-        return None if activation is not None and replaced(F_RELU) else activation
-    return None if replaced(_MODULES[activation[0]]) else activation
-
-
-F_RELU: Final = nn.functional.relu
-_MODULES: Final = {**{name: kind for kind, name in MODULES.items()}, "gelu_tanh": nn.GELU}
-
-
-def is_pool(function: Any) -> bool:
-    """Whether ``function`` is a maximum pooling, before which or behind which a ReLU gives the same."""
-    return (
-        type(function) is nn.MaxPool2d
-        and not function.return_indices
-        and untouched(function)
-        and not replaced(nn.MaxPool2d)
-    )
-
-
-def forward_that_holds(module: Any) -> Callable[[Any, Any], Any] | None:
-    """The forward of ``module`` that may return a promise, if `fastops.swap` made one and nobody watches the call."""
-    held = getattr(getattr(type(module), "forward", None), "_fastops_holds", None)
-    if held is None or not untouched(module) or private.tracing_state() is not None:
-        return None
-    result: Callable[[Any, Any], Any] = held
-    return result
-
-
-def is_fresh(function: Any) -> bool:
-    """Whether ``function`` is a module whose result is new memory that nothing else knows."""
-    kind = type(function)
-    if (
-        isinstance(function, nn.Sequential)
-        and getattr(kind.forward, "__wrapped__", None) is sequential_forward
-        and function._modules
-    ):
-        return untouched(function) and is_fresh(next(reversed(function._modules.values())))
-    if kind in _NORMS:
-        return untouched(function) and not replaced(kind)
-    return layer_of(function) is not None
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) is Tensor or (isinstance(value, Tensor) and not overrides(value))
-
-
-def _joins(following: Any, *attribute: str) -> bool:
-    """Whether holding a call back pays if ``following``, or its ``attribute``, is what comes next.
-
-    An attribute that is missing is an error of the statement that looks for it, not of this one.
-    """
-    function = getattr(following, attribute[0], None) if attribute else following
-    return activation_of(function) is not None or _evaluates(function) or type(function) is nn.Identity
-
-
-def _evaluates(function: Any) -> bool:
-    """Whether ``function`` is a batch norm in evaluation mode, which may be folded into the convolution before it."""
-    return isinstance(function, nn.modules.batchnorm._BatchNorm) and not function.training
-
-
 # What rewritten methods call ------------------------------------------------------------------------------------------
 
 
 def hold(layer: Any, input: Any, *following: Any) -> Any:
     """``layer(input)``, or a promise of it. ``following``, if given, is what will be applied to it (see `_joins`)."""
-    if _is_plain(input) and (not following or _joins(*following)):
+    if is_plain(input) and (not following or joins(*following)):
         if (kind := layer_of(layer)) is not None:
             return LayerPromise(kind, layer, input, None)
         if (forward := forward_that_holds(layer)) is not None:
@@ -311,7 +217,7 @@ def hold(layer: Any, input: Any, *following: Any) -> Any:
 
 def hold_keyword(layer: Any, *, input: Any) -> Any:
     """``layer(input=input)``, or a promise of it."""
-    if _is_plain(input) and (kind := layer_of(layer)) is not None:
+    if is_plain(input) and (kind := layer_of(layer)) is not None:
         return LayerPromise(kind, layer, input, None)
     return layer(input=input)
 
@@ -370,7 +276,7 @@ def hold_sum_in_place(left: Any, right: Any, is_fresh: bool) -> Any:
 
 
 def _may_wait(value: Any) -> bool:
-    return type(value) in _PROMISES or _is_plain(value)
+    return type(value) in _PROMISES or is_plain(value)
 
 
 def _summands(left: Any, right: Any) -> tuple[Any, Any]:
@@ -378,7 +284,7 @@ def _summands(left: Any, right: Any) -> tuple[Any, Any]:
     for promise, other in ((left, right), (right, left)):
         if type(promise) in _PROMISES:
             input = promise.to_normalize()
-            if input is None or not _is_plain(other) or other is input or not _is_alike(input, other):
+            if input is None or not is_plain(other) or other is input or not _is_alike(input, other):
                 return now(left), now(right)
     return left, right
 
@@ -406,7 +312,7 @@ def link(function: Any, value: Any, *following: Any) -> Any:
 
 def link_layer(function: Any, layer: Any, input: Any, *following: Any) -> Any:
     """``link(function, link(layer, input), *following)``. Nothing joins behind an activation: that needs no promise."""
-    activation = activation_of(function) if _is_plain(input) else None
+    activation = activation_of(function) if is_plain(input) else None
     kind = None if activation is None else layer_of(layer)
     if activation is not None and kind is not None and fused_op(activation, kind.op) is not None:
         return _activated(activation, function, kind, layer, input)
@@ -429,7 +335,7 @@ def apply(function: Any, value: Any, *options: Any, **keywords: Any) -> Any:
 
 def join(function: Any, layer: Any, input: Any) -> Any:
     """``function(layer(input))``: `apply` and `hold` in one, which needs no promise for an activation."""
-    if not _is_plain(input) or not ((activation := activation_of(function)) is not None or _evaluates(function)):
+    if not is_plain(input) or not ((activation := activation_of(function)) is not None or evaluates(function)):
         return function(layer(input))
     kind = layer_of(layer)
     if kind is not None and activation is not None and fused_op(activation, kind.op) is not None:
@@ -441,7 +347,7 @@ def method(value: Any, name: str) -> Any:
     """``value.relu()``, ``value.sigmoid_()`` and so on, where ``value`` may be a promise."""
     if type(value) in _PROMISES:
         activation = (METHODS[name],)
-        if not replaced(_MODULES[activation[0]]):
+        if not replaced(MODULE_OF[activation[0]]):
             return value.activated(activation, lambda result: getattr(result, name)())
         value = value.value()
     return getattr(value, name)()
@@ -480,6 +386,20 @@ def shown(value: Any, before: Any) -> Any:
     return before if type(value) in _PROMISES else value
 
 
+def is_fresh(function: Any) -> bool:
+    """Whether ``function`` is a module whose result is new memory that nothing else knows."""
+    kind = type(function)
+    if (
+        isinstance(function, nn.Sequential)
+        and getattr(kind.forward, "__wrapped__", None) is sequential_forward
+        and function._modules
+    ):
+        return untouched(function) and is_fresh(next(reversed(function._modules.values())))
+    if kind in _NORMS:
+        return untouched(function) and not replaced(kind)
+    return layer_of(function) is not None
+
+
 def mark(function: Any, value: Any) -> tuple[Any, bool]:
     """``function(value)`` or a promise of it, and whether that is new memory that nothing else knows."""
     fresh = is_fresh(function)
@@ -508,17 +428,6 @@ def _link_in_row(function: Any, value: Any) -> Any:
 
 
 _PLANES: Final = ("conv2d", "batch_norm")  # what gives images
-
-
-def user_class(found: Any) -> Any:
-    """The class that the user wrote, for a class that `fastops.swap` made of it."""
-    return vars(found).get("_fastops_user_class", found) if isinstance(found, type) else found
-
-
-def plain_class(found: type) -> type:
-    """The class that the user wrote, or torch's, for a class that `fastops.swap` gave to a module."""
-    original: type = ORIGINALS.get(found) or user_class(found)
-    return original
 
 
 def sequential_forward(self: nn.Sequential, input: Any) -> Any:

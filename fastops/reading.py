@@ -21,7 +21,8 @@ from .choice import NOT_INCLUDED
 from .fusions import COUNTERPARTS, LAYER_FUNCTIONS, LAYERS, NORMS, SIGNATURES, activation_of_module, fused_op
 from .kernels.activation import Activation
 from .ops.activations import METHODS, MODULES, activation_of
-from .promises import LEFT_ALONE, is_fresh, plain_class, untouched
+from .promises import is_fresh
+from .recognition import LEFT_ALONE, plain_class, untouched
 from .source import LeftAlone
 from .swap import hides_an_activation, is_users, layer_class, rewritten_method, site_class, swapped_class
 

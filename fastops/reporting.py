@@ -20,8 +20,8 @@ from . import nn as fnn
 from .collapse import collapsed
 from .ops.activations import MODULES
 from .ops.conv import is_channels_last
-from .promises import LEFT_ALONE, plain_class
 from .reading import NORM_LAYERS, OTHERS, RELUS, findings, group_of, is_scripted
+from .recognition import LEFT_ALONE, plain_class
 from .source import LeftAlone
 from .swap import check, layer_class, swapped_class
 from .tuning import Example, calls_of

@@ -9,7 +9,7 @@
    whether they run as one (`fastops.promises`).
 
 Nothing is stored on the modules or beside them: what was swapped is written in their classes alone. Only a module that
-was to be left alone keeps the reason, in an attribute (`fastops.promises.LEFT_ALONE`).
+was to be left alone keeps the reason, in an attribute (`fastops.recognition.LEFT_ALONE`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ from .ops.activations import METHODS
 from .promises import (
     HELPERS,
     HELPERS_FOR_LAYERS,
-    LEFT_ALONE,
     chain,
-    plain_class,
     run_what_waited,
     sequential_forward,
-    user_class,
 )
+from .recognition import LEFT_ALONE, plain_class, user_class
 from .source import LeftAlone, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -225,7 +223,7 @@ def _method(
 ) -> Callable[..., Any]:
     """``twin``, a rewritten method, as long as the user's class still has the one that it was made from.
 
-    ``holding`` is one that may return a promise, for callers that look for it (`fastops.promises.forward_that_holds`).
+    ``holding`` is one that may return a promise, for callers that look for it (`recognition.forward_that_holds`).
     """
     original = vars(user)[name]
 

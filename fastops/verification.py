@@ -19,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from . import dispatch, functional
 from .accuracy import error_share
 from .ops.op import failures_raised
-from .promises import LEFT_ALONE
+from .recognition import LEFT_ALONE
 from .swap import check, original_class, swap, unswap
 from .tuning import random_state_kept
 

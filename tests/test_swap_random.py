@@ -20,7 +20,7 @@ from swap_models import count_fused, words
 from torch import Tensor, nn
 
 import fastops
-from fastops.promises import LEFT_ALONE
+from fastops.recognition import LEFT_ALONE
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 

@@ -227,6 +227,8 @@ def _is_unknown(module: nn.Module) -> bool:
         return False
     if next(module.children(), None) is not None:
         return isinstance(module, nn.MultiheadAttention)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):  # part of the one above
+        return False
     home = kind.__module__
     return home.startswith("torch.nn.modules.") or "activation" in home.rpartition(".")[2] or bool(module._parameters)
 

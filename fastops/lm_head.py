@@ -61,7 +61,7 @@ def fuse_lm_head(model: _Model, *, evaluation: bool = True) -> _Model:
     except LeftAlone as reason:
         set_class(model, found)
         raise ValueError(f"the head of {found.__name__} cannot be fused with its loss: {reason}") from None
-    except BaseException:
+    except BaseException:  # an interrupt too: a model must not stay without its class; it is raised again
         set_class(model, found)
         raise
     return model

@@ -338,6 +338,8 @@ def depthwise_grad_weight_kernel(
     BOXES_C: tl.constexpr = (KERNEL[2] + OWN[1] - 1) // OWN[1]
     TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     SOURCES: tl.constexpr = CHANNELS // MULTIPLIER
+    ROWS: tl.constexpr = OWN[0]  # by name: in a loop Triton 3.6 takes an element of a tuple for no constant
+    OWN_TAPS: tl.constexpr = OWN[0] * OWN[1]
     S: tl.constexpr = STRIDE[2]
     P: tl.constexpr = PADDING[2]
     D: tl.constexpr = DILATION[2]
@@ -353,7 +355,7 @@ def depthwise_grad_weight_kernel(
     channel = own[None, :]
 
     sums = ()  # type: Any
-    for _i in tl.static_range(OWN[0] * OWN[1]):
+    for _i in tl.static_range(OWN_TAPS):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), ACC),)
     begin = part.to(tl.int64 if LARGE else tl.int32) * patches_per_part
     end = tl.minimum(begin + patches_per_part, patches)
@@ -370,7 +372,7 @@ def depthwise_grad_weight_kernel(
         depth = places[0] * STRIDE[0] + (tap_d * DILATION[0] - PADDING[0])
         column = places[2] * (PATCH * S) + tap_c * D
         real &= (depth >= 0) & (depth < source_depth)
-        for r in tl.static_range(OWN[0]):
+        for r in tl.static_range(ROWS):
             row = places[1] * STRIDE[1] + ((tap_r + r) * DILATION[1] - PADDING[1])
             met_r = real & (row >= 0) & (row < source_height)
             position = ((sample * source_depth + depth) * source_height + row) * source_width + column
@@ -380,7 +382,7 @@ def depthwise_grad_weight_kernel(
                 met = met_r & (column + e >= 0) & (column + e < source_width)
                 x = tl.load(input_ptrs + e * SOURCES, mask=met, other=0.0).to(ACC)
                 new = ()  # type: Any
-                for t in tl.static_range(OWN[0] * OWN[1]):
+                for t in tl.static_range(OWN_TAPS):
                     total = sums[t]  # type: Any
                     for i in tl.static_range(PATCH):
                         if t // OWN[1] == r and tap_between(i, n, PATCH, OWN[1], S, P, D, False) == t % OWN[1]:
@@ -390,7 +392,7 @@ def depthwise_grad_weight_kernel(
                 sums = new
 
     partial_ptrs = partial_ptr + (part.to(tl.int64) * CHANNELS + own) * (KERNEL[0] * KERNEL[1] * KERNEL[2])
-    for t in tl.static_range(OWN[0] * OWN[1]):
+    for t in tl.static_range(OWN_TAPS):
         r = tap_r + t // OWN[1]
         c = tap_c + t % OWN[1]
         total = tl.sum(sums[t], 0).to(partial_ptr.dtype.element_ty)

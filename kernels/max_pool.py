@@ -97,9 +97,10 @@ def relu_max_pool_kernel(
     x = x * STRIDE[1] - PADDING[1]
     best = tl.full((BLOCK_R, BLOCK_C), float("-inf"), ACC)
     tap = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
+    WIDTH: tl.constexpr = KERNEL[1]  # by name: in a loop Triton 3.6 takes an element of a tuple for no constant
     for i in range(KERNEL[0]):
         h = y + i * DILATION[0]
-        for j in tl.static_range(KERNEL[1]):
+        for j in tl.static_range(WIDTH):
             w = x + j * DILATION[1]
             inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
             value = tl.load(input_ptr + offset_of(outer, h, w, column, height, width, columns, LAST)).to(ACC)
@@ -153,9 +154,10 @@ def relu_max_pool_backward_kernel(
     y += PADDING[0]
     x += PADDING[1]
     total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    ACROSS: tl.constexpr = WINDOWS[1]  # by name, as above
     for i in range(WINDOWS[0]):
         h, top = window_of(y, WINDOWS[0] - 1 - i, out_height, KERNEL[0], STRIDE[0], DILATION[0])
-        for j in tl.static_range(WINDOWS[1]):
+        for j in tl.static_range(ACROSS):
             w, left = window_of(x, WINDOWS[1] - 1 - j, out_width, KERNEL[1], STRIDE[1], DILATION[1])
             offsets = offset_of(outer, h, w, column, out_height, out_width, columns, LAST)
             tap = tl.load(taps_ptr + offsets).to(tl.int32)

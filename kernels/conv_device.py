@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activated
-from .tiles import tile_positions
+from .tiles import multiply_add, tile_positions
 
 # Sizes that vary from one batch of images to the next, so that no kernel is made for some of them; but a size of 1 is.
 _SIZES = [f"{tensor}_{side}" for tensor in ("input", "output") for side in ("depth", "height", "width")]
@@ -170,7 +170,7 @@ def conv_kernel(
             w = tl.load(weight_rows + offsets[:, None], mask=real[:, None], other=0.0)
         else:
             w = tl.load(weight_rows + (tap * WEIGHT_STRIDES[2] + channel * WEIGHT_STRIDES[1])[:, None])
-        accumulator = tl.dot(x, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+        accumulator = multiply_add(x, w, accumulator, INPUT_PRECISION)
 
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + columns).to(ACCUMULATOR)[None, :]
@@ -306,7 +306,7 @@ def conv_grad_input_kernel(
             position = tl.where(met, flat_position(batch, out_depth, out_row, out_column, output_size), 0)
             grad_ptrs = grad_ptr + position.to(tl.int64) * (GROUPS * OUT_CHANNELS) + out_channel[None, :]
             grad = tl.load(grad_ptrs, mask=met, other=0.0)
-            accumulator = tl.dot(grad, w, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+            accumulator = multiply_add(grad, w, accumulator, INPUT_PRECISION)
 
         result = accumulator.to(output_ptr.dtype.element_ty)
         own = own_rows < members
@@ -416,7 +416,7 @@ def conv_grad_weight_kernel(
         position = tl.where(met, flat_position(batch, depth, row, column, input_size), 0).to(tl.int64)
         x_ptrs = input_ptr + position * (GROUPS * CHANNELS) + (group * CHANNELS + channel)[None, :]
         x = tl.load(x_ptrs, mask=met, other=0.0)
-        accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+        accumulator = multiply_add(grad, x, accumulator, INPUT_PRECISION)
 
     if SPLIT:
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

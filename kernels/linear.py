@@ -40,7 +40,7 @@ from .configs import (
 )
 from .epilogue import activated
 from .launch import Plan, accumulator_dtype, input_precision, launch, reshaped, units_of
-from .tiles import tile_positions
+from .tiles import multiply_add, tile_positions
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def product_tile(
         start = tl.cast(step * BLOCK_K, tl.int64)
         a = tl.load(a_ptrs + start * k_strides[0])
         b = tl.load(b_ptrs + start * k_strides[1])
-        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+        accumulator = multiply_add(a, b, accumulator, INPUT_PRECISION)
     if not EVEN_K and full < last_step:  # not in the loop, where each mask takes four instructions
         lanes = tl.arange(0, BLOCK_K)
         inside = lanes < K - full * BLOCK_K
@@ -84,7 +84,7 @@ def product_tile(
         starts = tl.minimum(full * BLOCK_K, K - UNIT - lanes // UNIT * UNIT).to(tl.int64)
         a = tl.load(a_ptrs + (starts * k_strides[0])[None, :], mask=inside[None, :], other=0.0)
         b = tl.load(b_ptrs + (starts * k_strides[1])[:, None], mask=inside[:, None], other=0.0)
-        accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+        accumulator = multiply_add(a, b, accumulator, INPUT_PRECISION)
     return accumulator
 
 
@@ -250,7 +250,7 @@ def persistent_matmul_kernel(
         for step in range(0, tl.cdiv(K, BLOCK_K)):
             a = described_tile(a_tiles, row, step * BLOCK_K, A_TRANSPOSED)
             b = described_tile(b_tiles, step * BLOCK_K, column, B_TRANSPOSED)
-            accumulator = tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=ACCUMULATOR)
+            accumulator = multiply_add(a, b, accumulator, INPUT_PRECISION)
 
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, COLUMNS)), (0, 2, 1)))

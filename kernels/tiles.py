@@ -1,4 +1,4 @@
-"""Tiles of a dimension whose every address lies inside: which positions they have, and which of these are their own."""
+"""What the tiles of all products share: positions of which every address lies inside, and a step of the product."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ def covering_tile(index, size, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
         positions = tl.multiple_of(start, ALIGNMENT) + lanes
         fresh = positions >= index * BLOCK
     return positions, fresh
+
+
+@triton.jit
+def multiply_add(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
+    """``accumulator`` and the product of two tiles, of one step of a sum.
+
+    In float32 outside of matrix units a step is added up by itself: error grows with the number of additions in a row,
+    and this makes of a sum of 4096 terms, in steps of 16, one of 256.
+    """
+    if INPUT_PRECISION == "ieee" and accumulator.dtype == tl.float32 and a.dtype == tl.float32:
+        step = tl.dot(a, b, input_precision=INPUT_PRECISION, out_dtype=tl.float32)
+        return tl.fma(step, 1.0, accumulator)  # an addition would be merged into the product
+    else:
+        return tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION, out_dtype=accumulator.dtype)
 
 
 def tile_alignment(size: int, block: int, row: int = 0) -> int:

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, torch's settings for float32 products and convolutions on a GPU are "ieee" or "tf32"."""
+    cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
+    settings = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = precision
+        yield
+    finally:
+        for setting, own in zip(settings, before, strict=True):
+            setting.fp32_precision = own
 
 
 def error_share(result: Tensor, expected: Tensor, exact: Tensor) -> float:

@@ -83,7 +83,7 @@ def conv(
     One to three spatial dimensions and as many strides, paddings and dilations. The result has ``memory_format``. What
     it was before the activation is written to ``before`` if given, in the result's shape with the channels last.
     """
-    kind = input.device, input.dtype, input_precision(input, "conv")
+    kind = input.device, input.dtype, input_precision(input, "conv", math.gcd(*weight.shape[:2]))
     options = tuple(stride), tuple(padding), tuple(dilation), groups
     contiguous = memory_format is torch.contiguous_format
     layouts, epilogue = (weight.is_contiguous(), not contiguous), (bias is not None, activation, before is not None)
@@ -264,7 +264,7 @@ def conv_backward(
         )
         return grad_input, grad_weight, grad_bias if sums is None else sums
 
-    kind = grad_output.device, grad_output.dtype, input_precision(grad_output, "conv")
+    kind = grad_output.device, grad_output.dtype, input_precision(grad_output, "conv", math.gcd(*shapes[1][:2]))
     needs = weight is not None, input is not None, need_bias
     layouts = weight is not None and weight.is_contiguous(), not contiguous
     plan = conv_backward_plan(kind, shapes, options, NONE if saved is None else activation, needs, layouts)

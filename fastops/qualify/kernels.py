@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import fastops
 import fastops.functional as FF
+from fastops.accuracy import float32_products
 from fastops.bench.cases import model_call
 from fastops.cli import verify
-from fastops.cli.examples import draw
+from fastops.cli.examples import draw, torch_function
 from fastops.cli.verify import CheckError, check_accuracy, value_and_gradients
 from fastops.guard import run_guarded, same_bits
 from fastops.models import FashionMLP, LeNet
@@ -130,6 +131,35 @@ def _errors(
     return round(error, 3)
 
 
+def _rounded(case: verify.Case, device: torch.device) -> Figures:
+    """Products of float32 numbers rounded to tf32: largest errors, as shares of what two roundings can do.
+
+    Triton cuts operands off behind the eleventh bit, which errs by 2**-10 at most, and there are two.
+    """
+    if not on_a_gpu(device):
+        raise NotRun("on a CPU float32 stays float32")
+    function, options, shares = getattr(FF, case.op.name), case.example.options, dict[str, float]()
+
+    def results(of: Callable[..., Tensor], arguments: Named) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in arguments.values()]
+        value = of(**dict(zip(arguments, leaves, strict=True)), **options)
+        return [value.detach(), *torch.autograd.grad(value, leaves, torch.ones_like(value))]
+
+    for name, (sizes, layout) in arrangements(case.op, device).items():
+        drawn, _ = draw(case.example, sizes, torch.Generator().manual_seed(0), torch.float32, device)
+        variables = {label: layout(tensor) for label, tensor in drawn.items()}
+        with float32_products("tf32"), fastops.backend("triton", strict=True), failures_raised():
+            ours = results(function, variables)
+        exact = {label: tensor.double() for label, tensor in variables.items()}
+        reference = torch_function(case.op)
+        largest = results(reference, {label: tensor.abs() for label, tensor in exact.items()})
+        found = zip(ours, results(reference, exact), largest, strict=True)
+        shares[name] = max(((own - right).abs() / (1.02 * 2**-9 * bound)).max().item() for own, right, bound in found)
+        if not shares[name] <= 1:
+            raise CheckError(f"{name}: the error is {shares[name]:.3g} times that of two roundings to tf32")
+    return {"shares of two roundings to tf32": {name: round(share, 3) for name, share in shares.items()}}
+
+
 def _far(case: verify.Case, dtype: torch.dtype, device: torch.device) -> Figures:
     """The first argument, and others of its shape, take memory of ``INT32`` elements each."""
     need_memory(5 * INT32 * dtype.itemsize, device)
@@ -176,6 +206,7 @@ def cases(device: torch.device) -> list[Case]:
     graphs = {"FashionMLP": (FashionMLP, (64, 784)), "LeNet": (LeNet, (64, 1, 32, 32))}
     return [
         *(kernel(case, dtype) for dtype in DTYPES for case in first),
+        *(Case(f"{c.name} / tf32", partial(_rounded, c)) for c in first if c.op.name in ("linear", "conv2d")),
         *(Case(f"{name} / CUDA graph", partial(_graph, *words)) for name, words in graphs.items()),
         *(kernel(case, dtype) for dtype in DTYPES for case in others),
         *(

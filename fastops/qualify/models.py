@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastops
+from fastops.accuracy import float32_products
 from fastops.cli import verify
 from fastops.cli.verify import CheckError
 from fastops.models import FashionMLP, LeNet
@@ -91,6 +92,7 @@ def train(training: Training, model: nn.Module, criterion: nn.Module, device: to
     return torch.cat([tensor.double().flatten() for tensor in state])
 
 
+@float32_products("ieee")  # as in `check_accuracy`
 def _compare(training: Training, device: torch.device) -> Figures:
     """The distance from float64 of swapped models, as a multiple of the eager one's."""
     model = training.build().to(device)

@@ -226,7 +226,11 @@ def _differentiate(
 ) -> None:
     """A tile of ``exp(z - maximum)`` becomes the gradient of its logits."""
     z.mul_((scale * mass / exponentials)[:, None])
-    if target.dense:
+    if (
+        target.probabilities
+    ):  # without a fused multiply-add, so that what is equal cancels: of one class nothing is left
+        z.sub_(target.distribution(rows, classes, z.dtype).mul_(scale[:, None]))
+    elif target.dense:
         z.addcmul_(target.distribution(rows, classes, z.dtype).expand_as(z), scale[:, None], value=-1)
     if not target.probabilities:
         index, inside = _index(target, rows, classes)

@@ -390,11 +390,12 @@ def timed(rows: int, features: int, classes: int) -> Example:
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
-    """The first tile of every table, class indices or all options of probabilities; sizes of 16, of 8, odd ones."""
+    """Class indices or all options of probabilities; sizes of 16, of 8, odd ones, and ones that fill a GPU."""
     kernels, half = _kernels(), audit.half_dtypes[0]
-    aligned, eighths, odd = (512, 768, 1024), (512, 1000, 1000), (509, 783, 1021)
+    aligned, eighths, odd, large = (512, 768, 1024), (512, 1000, 1000), (509, 783, 1021), (4096, 1024, 32000)
     for dtype, precision, *_ in audit.tables():
-        for sizes, dense in [(aligned, True), *([(eighths, False), (odd, False)] if dtype is half else [])]:
+        of_half = [(eighths, False), (odd, False), (large, False)] if dtype is half else []
+        for sizes, dense in [(aligned, True), (large, True), *of_half]:
             M, K, N = sizes
             x, w, b = (audit.empty(*shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
             truth = audit.empty(M, N, dtype=dtype) if dense else audit.empty(M, dtype=torch.int64)
@@ -418,7 +419,8 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     fuses=("linear", "cross_entropy"),
     accepts=_accepts,
     cpu=_cpu,
-    gpu=lambda *_: FUSES,
+    gpu=lambda *call: FUSES if _exceeds_budget(*call) else _LOGITS_FIT,
+    saved_bytes=lambda *_: math.inf,
     onednn=True,
     saves_memory=_exceeds_budget,
     expression=_expression,

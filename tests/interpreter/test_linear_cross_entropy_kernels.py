@@ -274,7 +274,7 @@ def test_splits_of_classes() -> None:
     device = SimpleNamespace(type="cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "multiprocessors", lambda _: 100)
-        assert [configs.class_splits(device, rows, 250) for rows in (1, 32, 100, 1000)] == [200, 7, 2, 1]
+        assert [configs.class_splits(device, rows, 250) for rows in (1, 32, 100, 1000)] == [200, 6, 2, 1]
         assert configs.class_splits(device, 1, 3) == 3
 
 
@@ -284,7 +284,8 @@ def test_operands_that_are_not_aligned_have_their_own_tile(
     which: int, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Addresses one by one take registers: the smallest tile, shared by more warps, in short steps."""
-    monkeypatch.setattr(configs, "architecture", lambda _: "sm90")
+    for module in (configs, kernels):
+        monkeypatch.setattr(module, "architecture", lambda _: "sm90")
     monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)
     memory, aligned = torch.empty(128 * 129, dtype=torch.bfloat16), torch.empty(128, 128, dtype=torch.bfloat16)
     operands = [aligned, aligned]

@@ -299,7 +299,7 @@ def judge(call: Call, torchs: Callable[..., Tensor], ours: list[Tensor], expecte
                 del exact[-1], own[-1]
                 break
         shares = [
-            _share(result, [each[number] for each in own], [each[number] for each in exact])
+            _share(result, [each[number] for each in own], [each[number] for each in exact], _slack(call, number))
             for number, result in enumerate(ours)
         ]
         if max(shares) <= 1:
@@ -313,7 +313,19 @@ def _near(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def _slack(call: Call, number: int) -> float:
+    """One rounding of the largest number that goes into a running mean.
+
+    The sum of a few 16-bit numbers is exact in float32, and torch's error nothing, whatever numbers are drawn. What is
+    left of a mean beside the mean so far can be far smaller than both.
+    """
+    if number != 1 or "running_mean" not in call.tensors or not call.options.get("training"):
+        return 0.0
+    given = call.tensors["input"].tensor().double().nan_to_num(0, 0, 0)
+    return torch.finfo(torch.float32).eps / 2 * given.abs().max().item()
+
+
+def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor], slack: float) -> float:
     """Of the error that is allowed, where torch's own result stands for ours but for the first one.
 
     Where torch's own is no number though the exact one is, or the other way round, ours may be either of the two.
@@ -332,6 +344,7 @@ def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor]) -> fl
         owns = torch.where(results.isfinite() & ~owns.isfinite(), rounded, owns)
     odd = ~owns.isfinite() | ~rounded.isfinite()
     exempt = odd & ((results == rounded) | (results.isnan() & rounded.isnan()))
+    exempt |= (results - exacts).abs() <= slack * (results.element_size() == 4)
     return error_share(*(tensor.masked_fill(exempt, 0) for tensor in (results, owns, exacts)))
 
 

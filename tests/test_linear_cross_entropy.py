@@ -84,6 +84,16 @@ def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
     torch.testing.assert_close([v.grad for v in variables], [0.5 * gradient for gradient in expected])
 
 
+@pytest.mark.parametrize("backend", ["onednn", "triton"])
+def test_of_one_class_nothing_is_left(backend: str) -> None:
+    """Its softmax is 1 whatever the logit, so that what remains of the gradient is rounding alone: torch's is 0."""
+    x, w, target = torch.randn(3, 3, requires_grad=True), torch.randn(1, 3, requires_grad=True), torch.rand(3, 1)
+    with fastops.backend(backend, strict=True):
+        loss = FF.linear_cross_entropy(x, w, target)
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (x, w)))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("faster", [None, onednn.Gain(1), onednn.Gain(1, products=False)])
 def test_products_of_either_library(bias: bool, faster: onednn.Gain | None, monkeypatch: pytest.MonkeyPatch) -> None:

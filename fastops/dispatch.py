@@ -22,7 +22,17 @@ from torch import Tensor
 from . import measured, tuning_cache
 from .kernels import onednn, private
 from .ops.accepts import PLAIN
-from .ops.op import OPS, STRICT, Explanation, Op, failed, fallback_error, has_failed
+from .ops.op import (
+    HOST_TAKES_LONGER,
+    LEAST_SAVED,
+    OPS,
+    STRICT,
+    Explanation,
+    Op,
+    failed,
+    fallback_error,
+    has_failed,
+)
 
 BACKENDS: Final = ("auto", "triton", "onednn", "torch")
 ONEDNN_DTYPES = (torch.float32,)
@@ -139,14 +149,16 @@ def on_plain_cpu(input: Tensor) -> bool:
     return input.is_cpu and not selection.strict and not (_INTERPRETER and selection.backend in ("auto", "triton"))
 
 
-def is_left_to_torch(input: Tensor) -> bool:
+def is_left_to_torch(input: Tensor, passes: float = 0) -> bool:
     """Whether ops without a product for oneDNN take the torch expression for ``input``, and nobody looks on.
 
-    A short way for layers on a CPU, where the host's time for a small one shows beside the computation.
+    A short way for layers, where the host's time for a small one shows. ``passes``: how many passes over the input a
+    kernel saves on a GPU at most (`Op.saved_bytes`).
     """
     selection = _thread.selection
+    small = input.is_cuda and not tuned and passes * input.numel() * input.element_size() < LEAST_SAVED
     return (
-        input.is_cpu
+        (input.is_cpu or small)
         and not _INTERPRETER
         and selection.backend != "triton"
         and not (selection.strict or selection.explaining or selection.counters)
@@ -171,10 +183,13 @@ def call(op: Op, *arguments: Any) -> Any:
     if (  # all that `_way` would find out, at once: beside a small layer on the CPU every step shows
         selection.backend == "auto"
         and type(input) is Tensor
-        and input.is_cpu
         and not (tuned or _INTERPRETER or selection.explaining or selection.counters)
         and selection.asked is None
-        and op.cpu(*arguments).backend == "torch"
+        and (
+            op.cpu(*arguments).backend == "torch"
+            if input.is_cpu
+            else input.is_cuda and op.saved_bytes(*arguments) < LEAST_SAVED
+        )
     ):
         return op.expression(*arguments)
     if _is_any_autocast_enabled() and (dtype := autocast_dtype(op.autocast, arguments[0])) is not None:
@@ -306,6 +321,9 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         return _TRANSFORMED
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
+    if found is None and op.saved_bytes(*arguments) < LEAST_SAVED:
+        bare = op.gpu(*arguments)
+        found = bare if bare.backend == "torch" else HOST_TAKES_LONGER
     if found is None and kinds_measured:
         found = _measured_on_its_kind(op, arguments)
     found = found or op.gpu(*arguments)

@@ -32,6 +32,7 @@ from .kernels.activation import RELU, Activation
 from .kernels.geometry import memory_format_of
 from .nn.norm import normalized
 from .nn.overrides import overrides, replaced
+from .ops import batch_norm, conv
 from .ops.activations import METHODS
 from .recognition import (
     MODULE_OF,
@@ -458,8 +459,16 @@ HELPERS_FOR_LAYERS: Final[dict[str, Callable[..., Any]]] = HELPERS | {
 }
 
 
+def _passes_saved(layer: Any) -> float:
+    """Over its input, at most, by a convolution or a batch norm and its activation in one kernel on a GPU."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return conv.PASSES * layer.out_channels / layer.in_channels
+    return batch_norm.PASSES
+
+
 def _activated(activation: Activation, apply: _Apply, kind: Layer, layer: Any, input: Tensor) -> Any:
-    if kind.with_options is not None and is_left_to_torch(input):  # a convolution or a batch norm: new memory
+    # A convolution or a batch norm: new memory.
+    if kind.with_options is not None and is_left_to_torch(input, _passes_saved(layer)):
         output = kind.original.forward(layer, input)
         return output.relu_() if activation == RELU else apply(output)
     own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed

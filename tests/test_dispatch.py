@@ -107,6 +107,10 @@ def test_rule_on_the_cpu(machine: Machine, selected: str, triton: bool, interpre
     assert all(explanation.reason for explanation in (*explanations, *convolutions))
 
 
+def on_a_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64]
 )
@@ -116,21 +120,21 @@ def test_rule_on_a_gpu(machine: Machine, dtype: torch.dtype, triton: bool) -> No
     machine.has(triton=triton, interpreter=False)
     has_kernel = triton and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     with FakeTensorMode():
-        a, weight = torch.empty(4, 3, dtype=dtype, device="cuda"), torch.empty(2, 3, dtype=dtype, device="cuda")
-        target = torch.empty(4, dtype=torch.int64, device="cuda")
-    image, kernel = a.view(1, 3, 2, 2), weight.view(2, 3, 1, 1)
-    fuses = "triton" if has_kernel else "torch"
-    for selected, bare, fused in (
-        ("auto", "torch", fuses),
-        ("triton", fuses, fuses),
-        ("onednn", "torch", "torch"),
-        ("torch", "torch", "torch"),
+        a, weight = torch.empty(1 << 22, 32, dtype=dtype, device="cuda"), on_a_gpu(32, 32, dtype=dtype)
+        target = torch.empty(1 << 22, dtype=torch.int64, device="cuda")
+    image, kernel = a.view(1 << 20, 32, 2, 2), weight.view(32, 32, 1, 1)
+    fuses, product = "triton" if has_kernel else "torch", "triton" if has_kernel and dtype.itemsize == 2 else "torch"
+    for selected, bare, with_relu, fused in (
+        ("auto", "torch", product, fuses),
+        ("triton", fuses, fuses, fuses),
+        ("onednn", "torch", "torch", "torch"),
+        ("torch", "torch", "torch", "torch"),
     ):
         if selected == "triton" and not triton:
             continue  # `test_triton_that_cannot_run_says_so`
         with fastops.backend(selected):
             assert fastops.explain("linear", a, weight).backend == bare
-            assert fastops.explain("linear_relu", a, weight).backend == fused
+            assert fastops.explain("linear_relu", a, weight).backend == with_relu
             assert fastops.explain("conv2d", image, kernel, stride=2).backend == bare
             assert fastops.explain("add_relu", a, a).backend == fused
             assert fastops.explain("mse_loss", a, a).backend == fused
@@ -138,15 +142,11 @@ def test_rule_on_a_gpu(machine: Machine, dtype: torch.dtype, triton: bool) -> No
             assert fastops.explain("cross_entropy", a, target).backend == fused
 
 
-def on_a_gpu(*shape: int) -> Tensor:
-    return torch.empty(shape, device="cuda")
-
-
 def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
     """Forward and backward, each with a reason: a product alone fuses nothing, masking and summing a gradient does."""
     machine.has(triton=True, interpreter=False)
     with FakeTensorMode():
-        image, layer = on_a_gpu(2, 64, 8, 8), (on_a_gpu(4, 16), on_a_gpu(8, 16), on_a_gpu(8))
+        image, layer = on_a_gpu(512, 64, 64, 64), (on_a_gpu(1 << 20, 16), on_a_gpu(128, 16), on_a_gpu(128))
         last = image.to(memory_format=torch.channels_last)
         table = [
             ("linear", layer, {}, "torch", "torch", "product alone"),
@@ -158,10 +158,10 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
             ("conv_relu2d", (last, on_a_gpu(64, 1, 7, 7)), {"groups": 64}, "torch", "torch", "so many taps"),
             ("conv2d", (last, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "convolution alone"),
             ("conv_relu2d", (image[:, :3], on_a_gpu(32, 3, 3, 3)), {}, "torch", "torch", "few channels"),
-            ("conv_relu1d", (image[..., 0], on_a_gpu(32, 64, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_relu1d", (image.flatten(2), on_a_gpu(32, 64, 3)), {}, "triton", "vendor", "epilogue"),
             ("add_relu", (image, image), {}, "triton", "triton", "one kernel"),
             ("mse_loss", (image, image), {}, "triton", "triton", "one kernel"),
-            ("linear_cross_entropy", (*layer[:2], layer[0][:, :8].softmax(1)), {}, "triton", "triton", "one kernel"),
+            ("linear_cross_entropy", (*layer[:2], on_a_gpu(1 << 20, 128)), {}, "triton", "triton", "one kernel"),
         ]
         for op, arguments, options, forward, backward, reason in table:
             found = fastops.explain(op, *arguments, **options)
@@ -171,6 +171,32 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
             with fastops.backend("triton"):
                 found = fastops.explain(op, *arguments, **options)
                 assert (found.backend, found.backward) == ("triton", "triton"), op
+
+
+def test_auto_leaves_small_calls_and_exact_products_on_a_gpu_to_torch(machine: Machine) -> None:
+    """Where the host takes longer to call a kernel than the GPU gains, and where the vendor's products are faster."""
+    machine.has(triton=True, interpreter=False)
+    with FakeTensorMode():
+        image, logits, rows = on_a_gpu(8, 64, 56, 56), on_a_gpu(512, 1000), on_a_gpu(512, 16)
+        statistics, target = (on_a_gpu(64), on_a_gpu(64)), torch.empty(512, dtype=torch.int64, device="cuda")
+        exact = on_a_gpu(1 << 20, 64, dtype=torch.float32)
+        for op, arguments, reason in (
+            ("linear_relu", (rows, on_a_gpu(32, 16)), "cost the host"),
+            ("linear_act", (rows, on_a_gpu(32, 16), None, "gelu"), "cost the host"),
+            ("conv_relu2d", (image, on_a_gpu(64, 64, 3, 3)), "cost the host"),
+            ("batch_norm_relu", (image, *statistics), "cost the host"),
+            ("add_relu", (image, image), "cost the host"),
+            ("relu_max_pool2d", (image, 2), "cost the host"),
+            ("mse_loss", (logits, logits), "cost the host"),
+            ("cross_entropy", (logits, target), "cost the host"),
+            ("linear_cross_entropy", (rows, on_a_gpu(1000, 16), target), "fit into the memory budget"),
+            ("linear_relu", (exact, on_a_gpu(1024, 64, dtype=torch.float32)), "vendor's library multiplies float32"),
+        ):
+            found = fastops.explain(op, *arguments)
+            assert (found.backend, found.backward) == ("torch", "torch"), op
+            assert reason in found.reason, op
+            with fastops.backend("triton"):
+                assert fastops.explain(op, *arguments).backend == "triton", op
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_INTERPRETER", False)
     monkeypatch.setattr(dispatch, "triton_installed", True)
     monkeypatch.setattr(dispatch, "kinds_measured", True)
+    monkeypatch.setattr(dispatch, "LEAST_SAVED", 0)  # no call is too small
     monkeypatch.setattr(measured, "name_of", lambda device: GPU)
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     monkeypatch.setattr(tuning_cache, "_versions", dict)
@@ -60,7 +61,7 @@ def test_no_figures_of_a_gpu_are_made_up() -> None:
 
 
 def test_the_table_goes_before_the_rule(tmp_path: Path) -> None:
-    x, w = fake(64, 512), fake(256, 512)
+    x, w = fake(64, 512, dtype=torch.bfloat16), fake(256, 512, dtype=torch.bfloat16)
     assert fastops.explain("linear_relu", x, w).backward == "vendor"  # the rule: there is no table yet
     write(tmp_path, ("linear_relu", (x, w, None), "torch"), ("linear", (x, w, None), "triton"))
     assert (str(fastops.explain("linear_relu", x, w)), fastops.explain("linear", x, w).way) == (
@@ -70,6 +71,14 @@ def test_the_table_goes_before_the_rule(tmp_path: Path) -> None:
     write(tmp_path, ("linear", (x, w, None), "vendor"))
     found = fastops.explain("linear", x, w)
     assert (found.backend, found.backward, found.reason, found.way) == ("triton", "vendor", REASON, "vendor")
+
+
+def test_calls_that_are_too_small_go_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = fake(64, 512)
+    write(tmp_path, ("add_relu", (x, x), "triton"))
+    assert fastops.explain("add_relu", x, x).backend == "triton"
+    monkeypatch.setattr(dispatch, "LEAST_SAVED", 2 * 64 * 512 * 4 + 1)
+    assert "cost the host" in fastops.explain("add_relu", x, x).reason
 
 
 def test_what_was_tuned_here_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
-from .op import Op, masked
+from .op import Op, masked, passes
 
 
 def _accepts(input: Tensor, other: Tensor) -> str | None:
@@ -61,6 +61,7 @@ ADD_RELU: Final = Op(
     name="add_relu",
     fuses=("add", "relu"),
     accepts=_accepts,
+    saved_bytes=passes(2),
     expression=_expression,
     gradients=_gradients,
     load=_load,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .accepts import REDUCTIONS, Tensors, constant, loss_options, mismatch
 from .examples import Audit, Example, Named, Sizes
-from .op import Op, wanted
+from .op import Op, passes, wanted
 from .pair import fake_gradients, timed_pairs
 
 
@@ -113,6 +113,7 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS: Final = Op(
     module=torch.nn.BCEWithLogitsLoss,
     accepts=_accepts,
     autocast="float32",
+    saved_bytes=passes(4),
     expression=_expression,
     gradients=_gradients,
     load=_load,

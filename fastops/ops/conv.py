@@ -23,11 +23,12 @@ from torch import Tensor
 from ..kernels import onednn
 from ..kernels.activation import NONE, RELU, Activation
 from ..kernels.geometry import conv_output_size
+from ..kernels.launch import is_exact
 from ..kernels.private import memory_format
 from . import flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
-from .op import Explanation, Op
+from .op import EXACT, Explanation, Op, passes
 
 Numbers = tuple[int, ...]
 
@@ -121,6 +122,7 @@ _MANY_TAPS: Final = Explanation(
 _CONVERTED: Final = Explanation(
     "torch", "to convert a depthwise one to channels-last would move more than its ReLU: cuDNN or MIOpen computes it"
 )
+PASSES: Final = 4  # over the output that kernels save, forward alone: cuDNN adds the bias in a pass of its own
 _MOST_TAPS: Final = 25  # 5 x 5
 _LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are padded
 
@@ -128,12 +130,21 @@ _LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are pad
 def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Explanation:
     if not relu:
         return _BARE
+    if is_exact(input, "conv"):
+        return EXACT
     if weight.shape[1] == 1 and options.groups > 1:
         if math.prod(weight.shape[2:]) > _MOST_TAPS:
             return _MANY_TAPS
         batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
         return _DEPTHWISE if is_channels_last(batch, weight) else _CONVERTED
     return _STEM if weight.shape[1] < _LEAST_CHANNELS else _EPILOGUE
+
+
+def _saved_bytes(input: Any, weight: Any, bias: Any, options: ConvOptions) -> float:
+    if options.numbers is None or not isinstance(weight, Tensor) or weight.dim() < 3 or not input.numel():
+        return 0
+    outputs = input.numel() / math.prod(options.numbers[0]) * weight.shape[0] / (weight.shape[1] * options.groups or 1)
+    return PASSES * outputs * input.element_size()
 
 
 # Computation ----------------------------------------------------------------------------------------------------------
@@ -392,6 +403,7 @@ def _make(dimensions: int, relu: bool) -> Op:
         accepts=partial(_accepts, dimensions),
         cpu=lambda *_: _ATEN_IS_ONEDNN,
         gpu=partial(_gpu, relu),
+        saved_bytes=_saved_bytes if relu else passes(0),
         onednn=True,
         autocast="lower",
         expression=partial(_expression, function, relu),

@@ -23,7 +23,7 @@ from ..kernels import private
 from ..kernels.launch import reshaped
 from .accepts import REDUCTIONS, Tensors, constant, loss_options, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
-from .op import Op, wanted
+from .op import Op, passes, wanted
 
 
 def is_index(value: Any) -> bool:
@@ -305,6 +305,7 @@ CROSS_ENTROPY: Final = Op(
     module=torch.nn.CrossEntropyLoss,
     accepts=_accepts,
     autocast="float32",
+    saved_bytes=passes(4),
     expression=_expression,
     gradients=_gradients,
     load=lambda: (_launch, _launch_backward),

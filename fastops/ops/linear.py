@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..kernels import onednn, private
 from ..kernels.activation import NONE, RELU, Activation
+from ..kernels.launch import is_exact
 from . import flops
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
-from .op import ATEN_IS_FASTER, Explanation, Op, masked
+from .op import ATEN_IS_FASTER, EXACT, Explanation, Op, masked, passes
 
 
 def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -46,6 +47,19 @@ _EPILOGUE: Final = Explanation(
     "one kernel masks and sums the gradient; two products alone fuse nothing, and the vendor's library computes them",
 )
 onednn_from = onednn.FASTER_FROM
+
+
+def _gpu(relu: bool, input: Tensor, *_: Any) -> Explanation:
+    if not relu:
+        return _BARE
+    return EXACT if is_exact(input) else _EPILOGUE
+
+
+def _saved_bytes(input: Any, weight: Any, *_: Any) -> float:
+    """Two passes over the output."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.shape[1]:
+        return 0
+    return 2 * input.numel() * input.element_size() * weight.shape[0] / weight.shape[1]
 
 
 def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
@@ -211,7 +225,8 @@ def _make(relu: bool) -> Op:
         fuses=("linear", "relu") if relu else None,
         accepts=_accepts,
         cpu=_cpu,
-        gpu=lambda *_: _EPILOGUE if relu else _BARE,
+        gpu=partial(_gpu, relu),
+        saved_bytes=_saved_bytes if relu else passes(0),
         onednn=True,
         autocast="lower",
         expression=_linear_relu if relu else F.linear,

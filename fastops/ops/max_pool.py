@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.geometry import CHANNELS_LAST, Window, memory_format_of
 from .accepts import Tensors, mismatch
 from .examples import Audit, Example, Named, Sizes
-from .op import Op
+from .op import Op, passes
 
 DEAD: Final = 255  # the tap of a window that ReLU lets no gradient through to
 MOST_TAPS: Final = 64  # of a window: kernels look at one after the other
@@ -229,6 +229,7 @@ RELU_MAX_POOL2D: Final = Op(
     name="relu_max_pool2d",
     fuses=("relu", "max_pool2d"),
     accepts=_accepts,
+    saved_bytes=passes(3),
     expression=_expression,
     gradients=_gradients,
     load=_load,

@@ -64,9 +64,17 @@ class Explanation:
 
 
 ATEN_IS_FASTER: Final = Explanation("torch", "on this processor ATen is at least as fast at this size")
+LEAST_SAVED: Final = 2**28  # bytes: an H100 moves them in 90 us
+HOST_TAKES_LONGER: Final = Explanation("torch", "at this size kernels save the GPU less time than they cost the host")
+EXACT: Final = Explanation("torch", "the vendor's library multiplies float32 and float64 numbers several times as fast")
 FUSES: Final = Explanation("triton", "one kernel does what takes torch several passes over memory")
 
 # The record -----------------------------------------------------------------------------------------------------------
+
+
+def passes(number: float) -> Callable[..., float]:
+    """`Op.saved_bytes` of kernels that save so many passes over the first argument."""
+    return lambda input, *_: number * input.numel() * input.element_size()
 
 
 def save_all(
@@ -100,12 +108,15 @@ class Op:
     # "auto" does there, of the call: `cpu` is asked before `accepts`, `gpu` after. `onednn`: whether there is a product
     # that oneDNN could take. `autocast`: "lower" (the dtype that autocast has), "float32", or None (as it comes).
     # `cpu` comes first because it is asked most often and decides alone on a CPU: it must bear wrong arguments.
+    # `saved_bytes(*call)`: how many bytes less than the torch expression kernels move on a GPU, forward and backward, or
+    # what takes as long; it is asked before `accepts` too.
     # `saves_memory(*call)`: whether the torch expression would take more memory than the user allows.
     accepts: Callable[..., str | None]
     cpu: Callable[..., Explanation] = lambda *_: ATEN_IS_FASTER
     gpu: Callable[..., Explanation] = lambda *_: FUSES
     onednn: bool = False
     autocast: str | None = None
+    saved_bytes: Callable[..., float] = lambda *_: 0
     saves_memory: Callable[..., bool] | None = None
 
     # `expression(*call)` is the differentiable torch expression, and `gradients(grad_output, ...)` that of its

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .accepts import Tensors, loss_options, mismatch
 from .examples import Audit, Example, Named, Sizes, transposed
-from .op import Op, wanted
+from .op import Op, passes, wanted
 
 
 def pair_loss(
@@ -76,6 +76,7 @@ def pair_loss(
         module=module,
         accepts=accepts,
         autocast="float32",
+        saved_bytes=passes(4),
         expression=expression,
         gradients=gradients,
         load=load,

@@ -165,6 +165,7 @@ def with_activation(
         accepts=accepts,
         cpu=with_relu.cpu,
         gpu=lambda *call: with_relu.gpu(*call[:-1]),
+        saved_bytes=lambda *call: with_relu.saved_bytes(*call[:-1]),
         onednn=True,
         autocast=product.autocast,
         expression=expression,

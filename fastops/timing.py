@@ -21,6 +21,7 @@ Clock = Callable[[Call, int], float]  # the seconds of one call, of so many
 SAMPLE_SECONDS: Final = 1e-3  # A shorter call is repeated to fill this: clocks and synchronizations cost microseconds.
 LONGER_SAMPLE: Final = 1e-2  # Where nobody else takes turns with the call that a few samples decide about.
 FLUSHED: Final = 2**28  # bytes written between two calls on a GPU: more than any L2 cache has
+FLUSHES: Final = 6  # an H100 takes 0.1 ms for one
 
 
 class Ratio(NamedTuple):
@@ -73,11 +74,12 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def _events(flushed: torch.Tensor, call: Call, calls: int) -> float:
-    """Meanwhile the host runs ahead: what it takes to launch is hidden behind the flush, if that is longer."""
+    """Meanwhile the host runs ahead: what it takes to launch is hidden behind the flushes, unless that is longer."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     with torch.cuda.device(flushed.device):
         for start, end in pairs:
-            flushed.zero_()
+            for _ in range(FLUSHES):
+                flushed.zero_()
             start.record()
             call()
             end.record()

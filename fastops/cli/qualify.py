@@ -19,7 +19,7 @@ from fastops.qualify.report import Report
 # Until which share of the time each part may go on. What is left of the first two comes again at the end.
 PLAN = (("kernels", 0.35), ("models", 0.5), ("compilations", 0.6), ("speed", 1.0), ("kernels", 1.0), ("models", 1.0))
 SIDE_BY_SIDE = ("kernels", "models", "compilations")  # parts that time nothing
-MOST_PROCESSES = 8
+MOST_PROCESSES = 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def _run_part(part: str, names: list[str], pool: Pool, report: Report, device: t
     """Run the cases that there is time for."""
     processes = 1
     if on_a_gpu(device) and part in SIDE_BY_SIDE:
-        processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+        processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
     report.begin(part, names)
     try:
         for result in tracked(pool.results(names, processes), len(names), lambda result: result.name):

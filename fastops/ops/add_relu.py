@@ -43,8 +43,13 @@ def _draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
     return {name: torch.randn(shape, generator=generator) for name in ("input", "other")}, {}
 
 
-def _block(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
-    return {name: torch.randn(8, 64, 56, 56, generator=generator) for name in ("input", "other")}, {}
+def timed(*shape: int) -> Example:
+    """A sum of this shape."""
+
+    def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
+        return {name: torch.randn(shape, generator=generator) for name in ("input", "other")}, {}
+
+    return Example("x".join(map(str, shape)), draw)
 
 
 def _audit(audit: Audit) -> Iterator[Any]:
@@ -76,6 +81,6 @@ ADD_RELU: Final = Op(
     variables=2,
     save=_save,
     examples=(Example("two tensors", _draw),),
-    timed=(Example("8x64x56x56", _block),),
+    timed=[timed(8, 64, 56, 56)],
     audit=_audit,
 )

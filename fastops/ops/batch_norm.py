@@ -280,7 +280,9 @@ def _examples(residual: bool) -> Iterator[Example]:
     yield example("evaluation", training=False)
 
 
-def _timed(residual: bool, batch: int, channels: int, size: int, channels_last: bool = False) -> Example:
+def timed(residual: bool, batch: int, channels: int, size: int, channels_last: bool = False) -> Example:
+    """In training, of images of this size."""
+
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         names = ("input", "other") if residual else ("input",)
         variables = {name: torch.randn(batch, channels, size, size, generator=generator) for name in names}
@@ -344,13 +346,13 @@ def _audit(audit: Audit) -> Iterator[Any]:
 
 def _make(residual: bool, act: bool) -> Op:
     examples = list(_examples(residual))
-    timed = [_timed(residual, 8, 64, 56), _timed(residual, 8, 64, 56, True), _timed(residual, 8, 512, 7)]
+    sizes = [timed(residual, 8, 64, 56), timed(residual, 8, 64, 56, True), timed(residual, 8, 512, 7)]
     if act:
         first, *_ = examples
         examples = [example._replace(options={**example.options, "activation": "gelu"}) for example in examples]
         for name in ("hardswish", "leaky_relu", "tanh"):
             examples.append(first._replace(name=name, options={**first.options, "activation": name}))
-        timed = [example._replace(options={**example.options, "activation": "silu"}) for example in timed]
+        sizes = [example._replace(options={**example.options, "activation": "silu"}) for example in sizes]
     return Op(
         name=f"batch_norm_{'add_' if residual else ''}{'act' if act else 'relu'}",
         fuses=None if act else ("batch_norm", "add", "relu") if residual else ("batch_norm", "relu"),
@@ -375,7 +377,7 @@ def _make(residual: bool, act: bool) -> Op:
         raw_arguments=_raw_arguments,
         save=_save,
         examples=examples,
-        timed=timed,
+        timed=sizes,
         audit=None if residual or act else _audit,
     )
 

@@ -195,7 +195,7 @@ def _examples() -> Iterator[Example]:
     yield example("2, stride 1, dilation 2, ceil_mode", kernel_size=2, stride=1, dilation=2, ceil_mode=True)
 
 
-def _timed(batch: int, channels: int, size: int, channels_last: bool = False, **options: int) -> Example:
+def timed(batch: int, channels: int, size: int, channels_last: bool = False, **options: int) -> Example:
     def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Named, Named]:
         input = torch.randn(batch, channels, size, size, generator=generator)
         return {"input": input.to(memory_format=torch.channels_last) if channels_last else input}, {}
@@ -246,9 +246,9 @@ RELU_MAX_POOL2D: Final = Op(
     save=_save,
     examples=tuple(_examples()),
     timed=[
-        _timed(64, 6, 30, kernel_size=2),  # LeNet
-        _timed(8, 64, 112, kernel_size=3, stride=2, padding=1),  # ResNet-18
-        _timed(8, 64, 112, True, kernel_size=3, stride=2, padding=1),
+        timed(64, 6, 30, kernel_size=2),  # LeNet
+        timed(8, 64, 112, kernel_size=3, stride=2, padding=1),  # ResNet-18
+        timed(8, 64, 112, True, kernel_size=3, stride=2, padding=1),
     ],
     audit=_audit,
 )

@@ -108,8 +108,8 @@ class Op:
     # "auto" does there, of the call: `cpu` is asked before `accepts`, `gpu` after. `onednn`: whether there is a product
     # that oneDNN could take. `autocast`: "lower" (the dtype that autocast has), "float32", or None (as it comes).
     # `cpu` comes first because it is asked most often and decides alone on a CPU: it must bear wrong arguments.
-    # `saved_bytes(*call)`: how many bytes less than the torch expression kernels move on a GPU, forward and backward, or
-    # what takes as long; it is asked before `accepts` too.
+    # `saved_bytes(*call)`: how many bytes less than the torch expression kernels move on a GPU, forward and backward,
+    # or what takes as long; it is asked before `accepts` too.
     # `saves_memory(*call)`: whether the torch expression would take more memory than the user allows.
     accepts: Callable[..., str | None]
     cpu: Callable[..., Explanation] = lambda *_: ATEN_IS_FASTER

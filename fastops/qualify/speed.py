@@ -20,10 +20,8 @@ from fastops.bench.contestants import LIGER, compiled, functions_of, made_when_c
 from fastops.bench.measure import peaks
 from fastops.cli.examples import draw, torch_function
 from fastops.models import FashionMLP, LeNet
-from fastops.ops import OPS, Op
-from fastops.ops.cross_entropy import timed as timed_cross_entropy
+from fastops.ops import OPS, Op, add_relu, batch_norm, conv, cross_entropy, linear, linear_cross_entropy, max_pool, pair
 from fastops.ops.examples import SMALL, Example
-from fastops.ops.linear_cross_entropy import timed as timed_head
 from fastops.timing import Call, clock_of, host_seconds, ratio, timed
 
 from .cases import Case, Figures, NotRun, on_a_gpu
@@ -56,26 +54,37 @@ def _networks(device: torch.device) -> dict[str, Network]:
             "LeNet-2": Network(LeNet, (2, 1, 32, 32)),
             "MLP-16-2": Network(partial(_mlp, 16), (2, 16), 1000),
         }
-    images = (32, 3, 224, 224)
     return {
-        "ResNet-50-32": Network(partial(resnet, "resnet50"), images, 1000),
-        "MLP-4096-256": Network(partial(_mlp, 4096), (256, 4096), 1000),
+        "ResNet-50-128": Network(partial(resnet, "resnet50"), (128, 3, 224, 224), 1000),
+        "MLP-4096-4096": Network(partial(_mlp, 4096), (4096, 4096), 1000),
         "FashionMLP-64": Network(FashionMLP, (64, 784)),
         "LeNet-64": Network(LeNet, (64, 1, 32, 32)),
-        "ResNet-18-32": Network(partial(resnet, "resnet18"), images, 1000),
+        "ResNet-18-32": Network(partial(resnet, "resnet18"), (32, 3, 224, 224), 1000),
+        "MLP-4096-256": Network(partial(_mlp, 4096), (256, 4096), 1000),
         "FashionMLP-512": Network(FashionMLP, (512, 784)),
-        "MLP-4096-4096": Network(partial(_mlp, 4096), (4096, 4096), 1000),
     }
 
 
 def _examples(device: torch.device) -> list[tuple[Op, Example]]:
     if not on_a_gpu(device):
         return [(op, op.examples[0]) for op in OPS.values()]
-    heads = {
-        "linear_cross_entropy": [timed_head(4096, 1024, 128000)],
-        "cross_entropy": [timed_cross_entropy(4096, 32000), timed_cross_entropy(1024, 128000)],
+    large: dict[str, list[Example]] = {  # which fill a GPU
+        "linear_cross_entropy": [linear_cross_entropy.timed(4096, 1024, 128000)],
+        "cross_entropy": [cross_entropy.timed(4096, 32000), cross_entropy.timed(1024, 128000)],
+        "batch_norm_relu": [batch_norm.timed(False, 64, 256, 56, last) for last in (False, True)],
+        "batch_norm_add_relu": [batch_norm.timed(True, 64, 256, 56, last) for last in (False, True)],
+        "add_relu": [add_relu.timed(128, 256, 56, 56)],
+        "linear_relu": [linear.timed(32768, 1024, 4096)],
+        "linear_act": [linear.timed(32768, 1024, 4096)._replace(options={"activation": "gelu"})],
+        "conv_relu2d": [conv.timed(64, 112, 64, 64, 3, last, padding=1) for last in (False, True)],
+        "relu_max_pool2d": [
+            max_pool.timed(64, 64, 112, last, kernel_size=3, stride=2, padding=1) for last in (False, True)
+        ],
+        "binary_cross_entropy_with_logits": pair.timed_pairs(torch.rand, (16384, 4096)),
+        "mse_loss": pair.timed_pairs(torch.randn, (16384, 4096)),
     }
-    return [(op, example) for op in OPS.values() for example in (*heads.get(op.name, ()), *op.timed)]
+    small = [(op, example) for op in OPS.values() for example in op.timed]
+    return [(OPS[name], example) for name, examples in large.items() for example in examples] + small
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -246,14 +255,16 @@ def compilations(device: torch.device) -> list[Case]:
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Peaks; in each dtype which way wins for each call, networks and single ops; torch.compile; and tune."""
+    """Peaks; networks; in each dtype single ops and which way wins for each call; torch.compile; and tune."""
     dtypes = (half(device), torch.float32)
     found = [Case("peaks", _peaks)]
     for dtype in dtypes:
+        found += _named("step", dtype, device, _network, False)
+    for dtype in dtypes:
+        found += _named("forward+backward", dtype, device, _op, True, False)
         found += _named("ways", dtype, device, _op_ways, True)
         found += _named("ways", dtype, device, _ways, True)
-        found += _named("step", dtype, device, _network, False)
-        found += _named("forward+backward", dtype, device, _op, True, False)
+    for dtype in dtypes:
         found += _named("forward", dtype, device, _op, False, False)
     for dtype in dtypes:
         found += _named("step, torch.compile", dtype, device, _network, True)

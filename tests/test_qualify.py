@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from commands import fail
 from torch import Tensor, nn
 
 import fastops
+import fastops.functional as FF
 from fastops import measured, progress, timing
 from fastops.cli import main, matrix, qualify, verify
 from fastops.cli.verify import CheckError
@@ -517,9 +519,29 @@ def test_no_class_is_told_without_a_gpu() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+def test_products_of_tf32_are_held_to_two_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole product of absolute values. A CPU does not round: so the shares are small until something is."""
+    small: Any = {"odd sizes": (kernels.SMALL, kernels.padded)}
+    monkeypatch.setattr(kernels, "arrangements", lambda op, device: small)
+    monkeypatch.setattr(kernels, "on_a_gpu", lambda device: True)
+    case = next(case for case in kernels.verify.CASES if case.name == "linear / matrix")
+    (share,) = kernels._rounded(case, CPU)["shares of two roundings to tf32"].values()
+    assert 0 <= share < 0.01
+    product = FF.linear
+    for scale, fails in ((1 + 2**-10, False), (1 + 2**-6, True)):
+        monkeypatch.setattr(FF, "linear", lambda *words, by=scale, **named: by * product(*words, **named))
+        with pytest.raises(CheckError, match="times that of two roundings") if fails else nullcontext():
+            kernels._rounded(case, CPU)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_report_of_made_up_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of what the device reaches, the table of ways, and the page: of a GPU that there is not."""
     made = report.Report(CPU, 8.0, tmp_path / "q.json", tmp_path / "q.html", tmp_path)
+    made.begin("kernels", ["op / float32", "op / tf32"])
+    made.add("kernels", Result("op / float32", HOLDS, "", 1.0, {"errors in units of torch's": {"odd sizes": 0.4}}))
+    made.add("kernels", Result("op / tf32", HOLDS, "", 1.0, {"shares of two roundings to tf32": {"odd sizes": 0.3}}))
+    made.end("kernels")
     made.begin("speed", ["peaks", "op", "ways", "later"])
     made.add("speed", Result("peaks", HOLDS, "", 1.0, {"rates": {"copy": 1e12, "float32": 4e12}}))
     times = {
@@ -541,7 +563,15 @@ def test_report_of_made_up_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = json.loads((tmp_path / "Made-up-GPU.json").read_text())
     assert table == data["table"] and table["gpu"] == "Made-up GPU" and table["torch"] == torch.__version__
     page = (tmp_path / "q.html").read_text()
-    for text in ("0.50 (0.50 - 0.50)", "20 %", "50 %", "op: Liger: absent", "linear float32  2x4", "later"):
+    for text in (
+        "0.50 (0.50 - 0.50)",
+        "20 %",
+        "50 %",
+        "op: Liger: absent",
+        "linear float32  2x4",
+        "later",
+        "to tf32 odd sizes 0.3",
+    ):
         assert text in page
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     measured.of.cache_clear()

@@ -488,3 +488,22 @@ def test_kernel_fallback_is_noticed_every_time(monkeypatch: pytest.MonkeyPatch) 
     with fastops.backend("triton"):
         outcomes = [verify.check(case, "float32", torch.device("cpu")) for _ in range(2)]
     assert [outcome.cell for outcome in outcomes] == ["FAILED", "FAILED"]
+
+
+def test_a_result_that_rounding_takes_across_zero_has_two_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sum is 0, one that is off by less than a rounding has ReLU's other slope: which is no wrong gradient."""
+    case = next(case for case in verify.CASES if case.op.name == "add_relu")
+
+    def drawn(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        input, other = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
+        other[5] = -input[5]
+        return {"input": input, "other": other}, {}
+
+    monkeypatch.setattr(verify.FF, "add_relu", lambda input, other: torch.relu(input + other + 1e-9))
+    assert verify.check_accuracy(case, torch.float32, drawn, 1)[0] <= 1
+    monkeypatch.setattr(verify.FF, "add_relu", lambda input, other: torch.relu(input + other).sqrt().square())
+    with pytest.raises(verify.CheckError, match="the error of the gradient"):
+        verify.check_accuracy(case, torch.float32, drawn, 1)
+    monkeypatch.setattr(verify.FF, "add_relu", lambda input, other: torch.relu(input + other - 1e-3))
+    with pytest.raises(verify.CheckError, match="the error of the value"):
+        verify.check_accuracy(case, torch.float32, drawn, 1)

@@ -10,6 +10,7 @@ from fastops.timing import shown
 
 from .cases import FAILED, NOT_RUN, PARTS
 
+ERRORS: Final = "errors in units of torch's"
 CONTESTANTS: Final = ("fastops", "triton", "torch.compile", "Liger")
 
 
@@ -46,10 +47,11 @@ def _failures(data: dict[str, Any]) -> list[str]:
 
 def _errors(results: list[dict[str, Any]]) -> list[str]:
     """Errors of kernels in units of torch's, by arrangement."""
-    found = [(r["name"], r["figures"]["errors in units of torch's"]) for r in results if r["figures"]]
+    found = [(r["name"], r["figures"][ERRORS]) for r in results if ERRORS in r["figures"]]
+    others = [result for result in results if result["figures"] and ERRORS not in result["figures"]]
     arrangements = list(dict.fromkeys(name for _, errors in found for name in errors))
     rows = ((name, *(f"{errors[one]:.2f}" if one in errors else "" for one in arrangements)) for name, errors in found)
-    return table(("largest error in units of torch's own", *arrangements), rows)
+    return [*table(("largest error in units of torch's own", *arrangements), rows), *_figures(others)]
 
 
 def _figures(results: list[dict[str, Any]]) -> list[str]:

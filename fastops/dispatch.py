@@ -81,13 +81,34 @@ except ValueError as error:
 
 
 class _Thread(threading.local):
-    """Where each thread has its selection. As a class attribute, Dynamo up to torch 2.11 would see that alone."""
+    """Where each thread has its selection. As a class attribute, Dynamo up to torch 2.11 would see that alone.
+
+    Threads that Python did not start, autograd's for each GPU among them, have that of the thread that began the
+    backward pass: checkpoints compute a forward pass anew there, and what they save must be what was saved before.
+    """
+
+    selection: _Selection
 
     def __init__(self) -> None:
-        self.selection = _default
+        self.is_pythons = not (private.hand_down and isinstance(threading.current_thread(), threading._DummyThread))
+        if self.is_pythons:
+            self.selection = _default
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "selection":
+            raise AttributeError(name)
+        return private.handed_down(_NAME, _default)
 
 
+_NAME: Final = "fastops.selection"
 _thread = _Thread()
+
+
+def _select(selection: _Selection) -> None:
+    if _thread.is_pythons:
+        _thread.selection = selection
+    if private.hand_down and not _is_dynamo_compiling():
+        private.hand_down(_NAME, selection)
 
 
 class backend(contextlib.ContextDecorator):
@@ -118,7 +139,7 @@ class backend(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         outer = _thread.selection
-        _thread.selection = _Selection(self._name, outer, self._strict, counters=outer.counters)
+        _select(_Selection(self._name, outer, self._strict, counters=outer.counters))
 
     def __exit__(self, *_: object) -> None:
         leave()
@@ -128,14 +149,14 @@ def leave() -> None:
     """Select again what was selected before the innermost `backend` or `count`."""
     outer = _thread.selection.outer
     assert outer is not None
-    _thread.selection = outer
+    _select(outer)
 
 
 def count(counter: Counter[tuple[str, str]]) -> None:
     """Count the calls of this thread by op and way, until `leave`."""
     outer = _thread.selection
     counters = tuple(known for known in outer.counters if known is not counter)
-    _thread.selection = outer._replace(outer=outer, counters=(*counters, counter))
+    _select(outer._replace(outer=outer, counters=(*counters, counter)))
 
 
 def selected_backend() -> str:
@@ -252,11 +273,11 @@ def explain(op: str, *arguments: Any, **keywords: Any) -> Explanation:
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}: expected one of {', '.join(map(repr, OPS))}")
     outer = _thread.selection
-    _thread.selection = outer._replace(explaining=True)
+    _select(outer._replace(explaining=True))
     try:
         explanation: Explanation = getattr(functional, op)(*arguments, **keywords)
     finally:
-        _thread.selection = outer
+        _select(outer)
     return explanation
 
 
@@ -366,11 +387,11 @@ def by_the_rule() -> Iterator[list[tuning_cache.Key]]:
     """Inside, calls of this thread go by the rule, whatever was measured. What they would have looked for is listed."""
     asked: list[tuning_cache.Key] = []
     outer = _thread.selection
-    _thread.selection = outer._replace(asked=asked)
+    _select(outer._replace(asked=asked))
     try:
         yield asked
     finally:
-        _thread.selection = outer
+        _select(outer)
 
 
 def _measured(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanation | None:

@@ -106,21 +106,23 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def input_precision(tensor: Tensor, op: str = "matmul", channels: int = 0) -> str:
     """How "matmul" or "conv" may round float32 operands: what torch's own setting says for this device.
 
-    ``channels``: what the numbers of them of a convolution have in common. cuDNN rounds where that is a multiple of 4.
-    """
-    if is_exact(tensor, op) or channels % 4:
-        return "ieee"
-    return reduced_precision(architecture(tensor.device)) if tensor.dtype is torch.float32 else "ieee"
-
-
-def is_exact(tensor: Tensor, op: str = "matmul") -> bool:
-    """Whether torch multiplies the operands of "matmul" or "conv" as they are, in more than 16 bits.
-
     torch's setting is "ieee" or "tf32"; `set_float32_matmul_precision` "high" and "medium" mean "tf32" too. AMD's
-    convolutions are always exact: torch's setting for convolutions is cuDNN's, "tf32" by default.
+    convolutions are always "ieee": torch's setting for convolutions is cuDNN's, "tf32" by default. ``channels``: what
+    the numbers of them of a convolution have in common. cuDNN rounds where that is a multiple of 4.
     """
     if tensor.dtype is not torch.float32 or not tensor.is_cuda or (op == "conv" and torch.version.hip is not None):
-        return tensor.dtype.itemsize >= 4
+        return "ieee"
     cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
+    setting = cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    if setting.fp32_precision != "tf32" or channels % 4:
+        return "ieee"
+    return reduced_precision(architecture(tensor.device))
+
+
+def is_exact(dtype: torch.dtype, op: str = "matmul") -> bool:
+    """Whether torch multiplies operands of "matmul" or "conv" on a GPU as they are, in more than 16 bits."""
+    if dtype is not torch.float32 or (op == "conv" and torch.version.hip is not None):
+        return dtype.itemsize >= 4
+    cudnn: Any = torch.backends.cudnn
     setting = cudnn.conv if op == "conv" else torch.backends.cuda.matmul
     return bool(setting.fp32_precision != "tf32")

@@ -79,6 +79,17 @@ keeps_graph: Final = _torchs("_C._autograd._get_current_graph_task_keep_graph", 
 is_any_autocast_enabled: Final = _torchs(
     "_C._is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda", "xpu")))
 )
+# What a thread leaves here under a name, autograd's own threads find while they run a backward pass of that thread.
+_is_handed_down: Final[Any] = _torchs("_C._is_key_in_tls", None)
+hand_down: Final = _torchs("_C._stash_obj_in_tls", None) if _is_handed_down else None
+_handed_down: Final[Any] = _torchs("_C._get_obj_in_tls", None) if hand_down else None
+
+
+def handed_down(name: str, otherwise: Any) -> Any:
+    """What a thread was handed down, if it was anything."""
+    return _handed_down(name) if _is_handed_down(name) else otherwise
+
+
 # The ``__torch_function__`` of a class that overrides nothing.
 overrides_nothing: Final = _torchs("_C._disabled_torch_function_impl", torch.nn.Parameter.__torch_function__)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +446,45 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
     )
     result = run_python(code)
     assert result.stdout.split() == ["False"], result.stderr
+
+
+class _Nested(torch.autograd.Function):
+    """A backward pass in a backward pass, and so on: behind some sixty of them autograd takes a thread of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, found: list[tuple[str, bool]]) -> Tensor:
+        ctx.rest = depth, found
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        depth, found = ctx.rest
+        if depth:
+            with torch.enable_grad():
+                x = torch.ones((), requires_grad=True)
+                _Nested.apply(x, depth - 1, found).backward()
+        else:
+            inner = fastops.backend("torch")
+            for around in (nullcontext(), inner, nullcontext()):
+                with around:
+                    ours = threading.current_thread() is threading.main_thread()
+                    found.append((dispatch.selected_backend(), ours))
+        return grad, None, None
+
+
+@pytest.mark.parametrize("depth", [0, 100])
+def test_autograds_threads_have_the_selection_of_the_one_that_began(depth: int) -> None:
+    """There each GPU has such a thread, in which checkpoints compute a forward pass again."""
+    found: list[tuple[str, bool]] = []
+
+    def run() -> None:
+        _Nested.apply(torch.ones((), requires_grad=True), depth, found).backward()
+
+    here = depth == 0
+    run()
+    for name in ("onednn", "torch", "auto"):
+        with fastops.backend(name):
+            run()
+    run()
+    outer = ["auto", "onednn", "torch", "auto", "auto"]
+    assert found == [(name, here) for own in outer for name in (own, "torch", own)]

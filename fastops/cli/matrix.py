@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastops
 import fastops.functional as FF
+from fastops.accuracy import float32_products
 from fastops.cli.examples import Function, draw, torch_function
 from fastops.cli.table import MarkdownTable
 from fastops.cli.verify import NOTHING_RAN
@@ -131,7 +132,8 @@ class _Module(nn.Module):
         self.others = nn.ParameterList(subject.tensors[subject.batched :])
 
     def forward(self, *batched: Tensor) -> Tensor:
-        return self.function(*batched, *self.others)
+        # By number: Dynamo of torch 2.11 unpacks no such list.
+        return self.function(*batched, *(self.others[n] for n in range(len(self.others))))
 
 
 def _functional_call(subject: Subject) -> Any:
@@ -319,6 +321,7 @@ def _same_error(property: Property, ours: Subject, expected: NotImplementedError
     return f"no error, but torch: {expected}"
 
 
+@float32_products("ieee")  # as in `check_accuracy`
 def failure_of(property: Property, ours: Subject, torchs: Subject) -> str | None:
     """What is wrong, or `NOT_IN_TORCH` if torch lacks it and fastops says so in torch's words."""
     try:

@@ -130,7 +130,7 @@ _LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are pad
 def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Explanation:
     if not relu:
         return _BARE
-    if is_exact(input, "conv"):
+    if is_exact(input.dtype, "conv"):
         return EXACT
     if weight.shape[1] == 1 and options.groups > 1:
         if math.prod(weight.shape[2:]) > _MOST_TAPS:

@@ -52,7 +52,7 @@ onednn_from = onednn.FASTER_FROM
 def _gpu(relu: bool, input: Tensor, *_: Any) -> Explanation:
     if not relu:
         return _BARE
-    return EXACT if is_exact(input) else _EPILOGUE
+    return EXACT if is_exact(input.dtype) else _EPILOGUE
 
 
 def _saved_bytes(input: Any, weight: Any, *_: Any) -> float:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Inside, torch's settings for float32 products and convolutions on a GPU are "ieee" or "tf32"."""
+    """Inside, torch's settings for float32 products and convolutions on a GPU are "ieee" or "tf32".
+
+    cuDNN's for recurrent networks goes along: where the two differ torch refuses to read the older setting of both.
+    """
     cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
-    settings = (torch.backends.cuda.matmul, cudnn.conv)
+    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

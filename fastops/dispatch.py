@@ -90,25 +90,27 @@ class _Thread(threading.local):
     selection: _Selection
 
     def __init__(self) -> None:
-        self.is_pythons = not (private.hand_down and isinstance(threading.current_thread(), threading._DummyThread))
+        self.is_pythons = not isinstance(threading.current_thread(), threading._DummyThread)
         if self.is_pythons:
             self.selection = _default
+            private.hand_down(_NAME, self.__dict__)
 
     def __getattr__(self, name: str) -> Any:
         if name != "selection":
             raise AttributeError(name)
-        return private.handed_down(_NAME, _default)
+        return (private.handed_down(_NAME) or {}).get(name, _default)
 
 
-_NAME: Final = "fastops.selection"
+_NAME: Final = "fastops"
 _thread = _Thread()
 
 
 def _select(selection: _Selection) -> None:
-    if _thread.is_pythons:
-        _thread.selection = selection
-    if private.hand_down and not _is_dynamo_compiling():
-        private.hand_down(_NAME, selection)
+    if not _thread.is_pythons:  # what was handed down is not kept, but looked for each time
+        _thread.__dict__.pop("selection", None)
+        if selection is _thread.selection:
+            return
+    _thread.selection = selection
 
 
 class backend(contextlib.ContextDecorator):

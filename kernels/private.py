@@ -7,8 +7,10 @@ dispatcher or take the torch expression that need not. Triton is imported where 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -79,15 +81,25 @@ keeps_graph: Final = _torchs("_C._autograd._get_current_graph_task_keep_graph", 
 is_any_autocast_enabled: Final = _torchs(
     "_C._is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda", "xpu")))
 )
-# What a thread leaves here under a name, autograd's own threads find while they run a backward pass of that thread.
-_is_handed_down: Final[Any] = _torchs("_C._is_key_in_tls", None)
-hand_down: Final = _torchs("_C._stash_obj_in_tls", None) if _is_handed_down else None
-_handed_down: Final[Any] = _torchs("_C._get_obj_in_tls", None) if hand_down else None
+# What a thread leaves under a name, autograd's own threads find while they run a backward pass of that thread.
+_find: Final[Any] = _torchs("_C._get_obj_in_tls", None)
+_is_there: Final[Any] = _torchs("_C._is_key_in_tls", None) if _find else None
+_leave: Final[Any] = _torchs("_C._stash_obj_in_tls", None) if _is_there else None
 
 
-def handed_down(name: str, otherwise: Any) -> Any:
-    """What a thread was handed down, if it was anything."""
-    return _handed_down(name) if _is_handed_down(name) else otherwise
+def hand_down(name: str, value: object) -> None:
+    """Leave ``value``, which no other takes the place of."""
+    if _leave is None:
+        return
+    references = sys.getrefcount(value)
+    _leave(name, value)
+    if sys.getrefcount(value) == references:  # torch up to 2.11 keeps what it does not own
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def handed_down(name: str) -> Any:
+    """What was left, or None."""
+    return _find(name) if _leave and _is_there(name) else None
 
 
 # The ``__torch_function__`` of a class that overrides nothing.

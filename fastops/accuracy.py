@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +13,16 @@ from torch import Tensor
 def float32_products(precision: str) -> Iterator[None]:
     """Inside, torch's settings for float32 products and convolutions on a GPU are "ieee" or "tf32".
 
-    cuDNN's for recurrent networks goes along: where the two differ torch refuses to read the older setting of both.
+    cuDNN's is set for convolutions and recurrent networks at once, by its older name: torch refuses to read that where
+    the two differ.
     """
-    cudnn: Any = torch.backends.cudnn  # whose type does not name its parts
-    settings = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [setting.fp32_precision for setting in settings]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision, cudnn.allow_tf32
+    matmul.fp32_precision, cudnn.allow_tf32 = precision, precision == "tf32"
     try:
-        for setting in settings:
-            setting.fp32_precision = precision
         yield
     finally:
-        for setting, own in zip(settings, before, strict=True):
-            setting.fp32_precision = own
+        matmul.fp32_precision, cudnn.allow_tf32 = before
 
 
 def error_share(result: Tensor, expected: Tensor, exact: Tensor) -> float:

@@ -14,6 +14,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from fastops import __version__
+from fastops.qualify.page import page as qualified
 
 sys.path.insert(0, str(Path(__file__).parent))
 import figures
@@ -92,7 +93,15 @@ class NotebookParser(MystParser):
         super().parse("\n\n".join(parts), document)
 
 
+def write_what_a_gpu_found(app: Sphinx, error: Exception | None) -> None:
+    """The page that `fastops qualify` would make of the results that docs/gpu.md tells of."""
+    if error is None and app.builder.format == "html":
+        data = json.loads((Path(app.srcdir) / "h100.json").read_text())
+        (Path(app.outdir) / "h100.html").write_text(qualified(data))
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("build-finished", write_what_a_gpu_found)
     app.connect("builder-inited", lambda app: figures.draw(Path(app.srcdir) / "_build" / "figures"))
     app.connect("missing-reference", torch_reference)
     app.add_directive("options", Options)

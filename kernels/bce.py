@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import planned
+from .configs import planned, register_limit
 from .elementwise import (
     Elements,
     LossBackwardPlan,
@@ -191,6 +191,7 @@ def bce_plan(
         "WEIGHT_DENSE": w.period == size,
         "HAS_POS_WEIGHT": shapes[1] is not None,
         "POS_WEIGHT_DENSE": v.period == size,
+        **register_limit(elements.device),
     }
     return choose(kernel, elements, *words, *w[1:], *v[1:], **constants), w, v
 

@@ -154,13 +154,14 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
             ("linear", layer, {}, "torch", "torch", "product alone"),
             ("linear_relu", layer, {}, "triton", "vendor", "epilogue"),
             ("conv2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "convolution alone"),
-            ("conv_relu2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_relu2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "to channels-last"),
+            ("conv_relu2d", (last, on_a_gpu(32, 64, 3, 3)), {}, "triton", "vendor", "epilogue"),
             ("conv_relu2d", (image, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "to channels-last"),
             ("conv_relu2d", (last, on_a_gpu(64, 1, 5, 5)), {"groups": 64}, "triton", "vendor", "depthwise"),
             ("conv_relu2d", (last, on_a_gpu(64, 1, 7, 7)), {"groups": 64}, "torch", "torch", "so many taps"),
             ("conv2d", (last, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "convolution alone"),
-            ("conv_relu2d", (image[:, :3], on_a_gpu(32, 3, 3, 3)), {}, "torch", "torch", "few channels"),
-            ("conv_relu1d", (image.flatten(2), on_a_gpu(32, 64, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_relu2d", (last[:, :3], on_a_gpu(32, 3, 3, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_relu1d", (image.flatten(2), on_a_gpu(32, 64, 3)), {}, "torch", "torch", "to channels-last"),
             ("add_relu", (image, image), {}, "triton", "triton", "one kernel"),
             ("mse_loss", (image, image), {}, "triton", "triton", "one kernel"),
             ("linear_cross_entropy", (*layer[:2], on_a_gpu(1 << 20, 128)), {}, "triton", "triton", "one kernel"),
@@ -179,7 +180,8 @@ def test_auto_leaves_small_calls_and_exact_products_on_a_gpu_to_torch(machine: M
     """Where the host takes longer to call a kernel than the GPU gains, and where the vendor's products are faster."""
     machine.has(triton=True, interpreter=False)
     with FakeTensorMode():
-        image, logits, rows = on_a_gpu(8, 64, 56, 56), on_a_gpu(512, 1000), on_a_gpu(512, 16)
+        image = on_a_gpu(8, 64, 56, 56).to(memory_format=torch.channels_last)
+        logits, rows = on_a_gpu(512, 1000), on_a_gpu(512, 16)
         statistics, target = (on_a_gpu(64), on_a_gpu(64)), torch.empty(512, dtype=torch.int64, device="cuda")
         exact = on_a_gpu(1 << 20, 64, dtype=torch.float32)
         for op, arguments, reason in (

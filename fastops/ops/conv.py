@@ -103,7 +103,6 @@ def _accepts(dimensions: int, input: Tensor, weight: Tensor, bias: Tensor | None
 
 _ATEN_IS_ONEDNN: Final = Explanation("torch", "ATen's convolution on a CPU is oneDNN's already")
 _BARE: Final = Explanation("torch", "a convolution alone fuses nothing: cuDNN or MIOpen computes it")
-_STEM: Final = Explanation("torch", "so few channels would waste most of a tile: cuDNN or MIOpen computes it")
 _EPILOGUE: Final = Explanation(
     "triton",
     "bias and ReLU run in the epilogue of the convolution",
@@ -120,11 +119,10 @@ _MANY_TAPS: Final = Explanation(
     "torch", "a depthwise one of so many taps computes for longer than it moves memory: cuDNN or MIOpen computes it"
 )
 _CONVERTED: Final = Explanation(
-    "torch", "to convert a depthwise one to channels-last would move more than its ReLU: cuDNN or MIOpen computes it"
+    "torch", "to convert it to channels-last would move more than its ReLU: cuDNN or MIOpen computes it"
 )
 PASSES: Final = 4  # over the output that kernels save, forward alone: cuDNN adds the bias in a pass of its own
 _MOST_TAPS: Final = 25  # 5 x 5
-_LEAST_CHANNELS: Final = 8  # a 16-byte access of 16-bit elements: fewer are padded
 
 
 def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Explanation:
@@ -132,12 +130,13 @@ def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options
         return _BARE
     if is_exact(input.dtype, "conv"):
         return EXACT
-    if weight.shape[1] == 1 and options.groups > 1:
-        if math.prod(weight.shape[2:]) > _MOST_TAPS:
-            return _MANY_TAPS
-        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
-        return _DEPTHWISE if is_channels_last(batch, weight) else _CONVERTED
-    return _STEM if weight.shape[1] < _LEAST_CHANNELS else _EPILOGUE
+    depthwise = weight.shape[1] == 1 and options.groups > 1
+    if depthwise and math.prod(weight.shape[2:]) > _MOST_TAPS:
+        return _MANY_TAPS
+    batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    if not is_channels_last(batch, weight):
+        return _CONVERTED
+    return _DEPTHWISE if depthwise else _EPILOGUE
 
 
 def _saved_bytes(input: Any, weight: Any, bias: Any, options: ConvOptions) -> float:

@@ -9,6 +9,7 @@ that runs as it stands: CONTRIBUTING.md says how.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import zlib
@@ -314,15 +315,21 @@ def _near(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _slack(call: Call, number: int) -> float:
-    """One rounding of the largest number that goes into a running mean.
+    """Beyond the rule, of running statistics: one rounding of the largest number, and as many of a variance as the root
+    of how many squares it is a sum of.
 
-    The sum of a few 16-bit numbers is exact in float32, and torch's error nothing, whatever numbers are drawn. What is
-    left of a mean beside the mean so far can be far smaller than both.
+    The sum of a few 16-bit numbers is exact in float32, and a CPU's torch adds up in float64 where the numbers of a
+    channel are side by side: its error is nothing then, whatever is drawn. A GPU's torch adds up in float32 as well.
     """
-    if number != 1 or "running_mean" not in call.tensors or not call.options.get("training"):
+    if number not in (1, 2) or "running_mean" not in call.tensors or not call.options.get("training"):
         return 0.0
-    given = call.tensors["input"].tensor().double().nan_to_num(0, 0, 0)
-    return torch.finfo(torch.float32).eps / 2 * given.abs().max().item()
+    given, rounding = call.tensors["input"].tensor().double().nan_to_num(0, 0, 0), torch.finfo(torch.float32).eps / 2
+    if not given.numel():
+        return 0.0
+    if number == 1:
+        return rounding * given.abs().max().item()
+    channels = given.transpose(0, 1).flatten(1)
+    return rounding * math.sqrt(channels.shape[1]) * channels.var(1).max().item()
 
 
 def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor], slack: float) -> float:

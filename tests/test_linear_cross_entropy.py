@@ -84,6 +84,33 @@ def test_gradients_of_the_forward_pass_are_scaled_anew_each_time() -> None:
     torch.testing.assert_close([v.grad for v in variables], [0.5 * gradient for gradient in expected])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize("target_dtype", [torch.float16, torch.float32])
+def test_float32_beside_16_bits_makes_a_float32_loss(
+    target_dtype: torch.dtype, weight_dtype: torch.dtype | None, reduction: str
+) -> None:
+    """As torch promotes class probabilities and weights of classes, and logits with them."""
+    x, w = (torch.randn(shape, dtype=torch.float16, requires_grad=True) for shape in ((4, 3), (5, 3)))
+    target = torch.rand(4, 5).softmax(1).to(target_dtype)
+    weight = None if weight_dtype is None else torch.rand(5, dtype=weight_dtype)
+
+    def outcome(backend: str) -> list[Tensor]:
+        with fastops.backend(backend):
+            loss = FF.linear_cross_entropy(x, w, target, weight=weight, reduction=reduction)
+        return [loss, *torch.autograd.grad(loss.sum(), (x, w))]
+
+    for ours, torchs in zip(outcome("triton"), outcome("torch"), strict=True):
+        assert ours.dtype is torchs.dtype
+        torch.testing.assert_close(ours, torchs, rtol=2e-3, atol=2e-3)
+
+
+def test_class_indices_with_weights_of_another_dtype_are_torchs_error() -> None:
+    x, w, target = torch.randn(4, 3).half(), torch.randn(5, 3).half(), torch.tensor([0, 1, 2, 4])
+    with fastops.backend("triton"), pytest.raises(RuntimeError, match="expected scalar type Half but found Float"):
+        FF.linear_cross_entropy(x, w, target, weight=torch.rand(5))
+
+
 @pytest.mark.parametrize("backend", ["onednn", "triton"])
 def test_of_one_class_nothing_is_left(backend: str) -> None:
     """Its softmax is 1 whatever the logit, so that what remains of the gradient is rounding alone: torch's is 0."""

@@ -58,6 +58,15 @@ def test_small_tiles_leave_the_matrix_units_busy(target: str, op: str, words: tu
         assert machine.issue_bound >= least
 
 
+def test_every_kernel_compiles() -> None:
+    """With whatever Triton is here, one specialization of each: code that one version takes another may not."""
+    half = [launch for launch in launches("sm90", AUDITED) if launch.dtype == "bf16"]
+    each = {launch.kernel: launch for launch in half}
+    found = zip(each, machine_code([launch.request for launch in each.values()], jobs=1), strict=True)
+    assert {kernel: machine for kernel, machine in found if not isinstance(machine, Machine)} == {}
+    assert len(each) > 20
+
+
 def test_the_rules_see_what_they_look_for() -> None:
     """Each kind of code that a rule reads is there where it must be: an instruction name that changes is no pass."""
     found = {target: launches(target, ["linear"]) for target in TARGETS}

@@ -33,7 +33,9 @@ from .op import FUSES, Explanation, Op, wanted
 
 
 def _accepts(*call: Any) -> str | None:
-    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, _ = call
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options, original = (
+        call
+    )
     unfit = (
         mismatch(input, linear_weight, optional=(linear_bias,))
         or mismatch(input, target, indices=target)
@@ -57,9 +59,9 @@ def _accepts(*call: Any) -> str | None:
         return "target shape does not match the input"
     if ignore_index is not None and not is_index(ignore_index):
         return "ignore_index is not a 64-bit integer"
-    if weight is not None and (
-        weight.shape != linear_weight.shape[:1] or weight.dtype not in (input.dtype, torch.float32)
-    ):
+    # float32 beside 16 bits comes from autocast; where nobody has cast, torch takes it with class probabilities alone.
+    dtypes = (input.dtype,) if target.dtype is torch.int64 and original is None else (input.dtype, torch.float32)
+    if weight is not None and (weight.shape != linear_weight.shape[:1] or weight.dtype not in dtypes):
         return "weight does not have one element of the input's dtype per class"
     if not (options is None or isinstance(options, LinearCrossEntropyOptions)):
         return "options are not of torch's class"
@@ -152,7 +154,7 @@ def _raw_arguments(way: str, *call: Any) -> tuple[Any, ...]:
         reduction,
         -100 if ignore_index is None else ignore_index,
         label_smoothing,
-        original is not None,
+        original is not None or torch.float32 in (target.dtype, None if weight is None else weight.dtype),
         _budget(input, linear_weight, options),
         *makes,
     )

@@ -98,6 +98,8 @@ class _Thread(threading.local):
     def __getattr__(self, name: str) -> Any:
         if name != "selection":
             raise AttributeError(name)
+        if _is_dynamo_compiling():  # which cannot trace what follows
+            return _default
         return (private.handed_down(_NAME) or {}).get(name, _default)
 
 
@@ -110,6 +112,8 @@ def _select(selection: _Selection) -> None:
         _thread.__dict__.pop("selection", None)
         if selection is _thread.selection:
             return
+    elif not _is_dynamo_compiling() and private.handed_down(_NAME) is None:  # it was first asked in a backward pass
+        private.hand_down(_NAME, _thread.__dict__)
     _thread.selection = selection
 
 
@@ -179,15 +183,19 @@ def is_left_to_torch(input: Tensor, passes: float = 0) -> bool:
     kernel saves on a GPU at most (`Op.saved_bytes`).
     """
     selection = _thread.selection
-    small = input.is_cuda and not tuned and passes * input.numel() * input.element_size() < LEAST_SAVED
     return (
-        (input.is_cpu or small)
+        (input.is_cpu or (input.is_cuda and not tuned and _saves_little(passes * input.numel() * input.element_size())))
         and not _INTERPRETER
         and selection.backend != "triton"
         and not (selection.strict or selection.explaining or selection.counters)
         and selection.asked is None
         and not (_is_mode_active() or _is_dynamo_compiling())
     )
+
+
+def _saves_little(size: float) -> bool:
+    """Whether a kernel that saves a GPU so many bytes costs the host more (`Op.saved_bytes`)."""
+    return private.surely(size < LEAST_SAVED)
 
 
 def refuse_fallback(op: str, reason: str) -> None:
@@ -211,7 +219,9 @@ def call(op: Op, *arguments: Any) -> Any:
         and (
             op.cpu(*arguments).backend == "torch"
             if input.is_cpu
-            else input.is_cuda and op.saved_bytes(*arguments) < LEAST_SAVED
+            else input.is_cuda
+            and not (op.autocast == "float32" and _is_any_autocast_enabled())  # which takes twice the bytes
+            and _saves_little(op.saved_bytes(*arguments))
         )
     ):
         return op.expression(*arguments)
@@ -344,7 +354,7 @@ def _way(op: Op, arguments: tuple[Any, ...], selection: _Selection) -> Explanati
         return _TRANSFORMED
     if (unfit := op.accepts(*arguments)) is not None:
         return Explanation("torch", unfit)
-    if found is None and op.saved_bytes(*arguments) < LEAST_SAVED:
+    if found is None and _saves_little(op.saved_bytes(*arguments)):
         bare = op.gpu(*arguments)
         found = bare if bare.backend == "torch" else HOST_TAKES_LONGER
     if found is None and kinds_measured:

@@ -462,13 +462,13 @@ HELPERS_FOR_LAYERS: Final[dict[str, Callable[..., Any]]] = HELPERS | {
 def _passes_saved(layer: Any) -> float:
     """Over its input, at most, by a convolution or a batch norm and its activation in one kernel on a GPU."""
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return conv.PASSES * layer.out_channels / layer.in_channels
+        return conv.PASSES * layer.out_channels / max(layer.in_channels, 1)
     return batch_norm.PASSES
 
 
 def _activated(activation: Activation, apply: _Apply, kind: Layer, layer: Any, input: Tensor) -> Any:
     # A convolution or a batch norm: new memory.
-    if kind.with_options is not None and is_left_to_torch(input, _passes_saved(layer)):
+    if kind.with_options is not None and is_left_to_torch(input, _passes_saved(layer) if input.is_cuda else 0):
         output = kind.original.forward(layer, input)
         return output.relu_() if activation == RELU else apply(output)
     own = layer._parameters  # past `nn.Module.__getattr__`, unless they are computed

@@ -358,7 +358,7 @@ def inner_splits(device: torch.device, tiles: int, steps: int, partial: int, ope
 
 
 def class_splits(device: torch.device, row_tiles: int, class_tiles: int) -> int:
-    """How many programs share the classes of a block of rows: at most two programs for every multiprocessor in all."""
+    """How many programs share the classes of a block of rows: two for every multiprocessor in all, or fewer."""
     if device.type == "cpu":  # the interpreter gains nothing: two, so that tests merge results
         return min(2, class_tiles)
     return max(1, min(2 * multiprocessors(device) // row_tiles, class_tiles))

@@ -119,8 +119,9 @@ def input_precision(tensor: Tensor, op: str = "matmul", channels: int = 0) -> st
     return reduced_precision(architecture(tensor.device))
 
 
+@private.constant_to_dynamo
 def is_exact(dtype: torch.dtype, op: str = "matmul") -> bool:
-    """Whether torch multiplies operands of "matmul" or "conv" on a GPU as they are, in more than 16 bits."""
+    """Whether torch's setting lets no "matmul" or "conv" on a GPU round operands, and they have more than 16 bits."""
     if dtype is not torch.float32 or (op == "conv" and torch.version.hip is not None):
         return dtype.itemsize >= 4
     cudnn: Any = torch.backends.cudnn

@@ -306,7 +306,7 @@ class Logits(NamedTuple):
         )
 
     def constants(self, tall: bool = False) -> tuple[dict[str, bool | float | str], MatmulConfig]:
-        """Those that both kernels take, and the tile: no wider than high if it is to be ``tall``."""
+        """Those that both kernels take, and the tile: no wider than high if it is to be ``tall`` and has the rows."""
         (M, N, K), (row, inner, class_, inner_too) = self.sizes, self.strides
         wide = inner == inner_too == 1 and math.gcd(row, class_, K) * self.dtype.itemsize % 16 == 0
         kind, on_cpu = (self.device, self.dtype, self.precision), self.device.type == "cpu"
@@ -317,7 +317,7 @@ class Logits(NamedTuple):
         most = self.results_per_warp(wide) * config.num_warps
         if config.BLOCK_M * config.BLOCK_N > most:
             config = config._replace(BLOCK_N=most // config.BLOCK_M)
-        if tall and config.BLOCK_N > config.BLOCK_M:
+        if tall and M > config.BLOCK_M < config.BLOCK_N:
             config = config._replace(BLOCK_M=config.BLOCK_N, BLOCK_N=config.BLOCK_M)
         constants: dict[str, bool | float | str] = {
             "INPUT_PRECISION": self.precision,

@@ -226,9 +226,8 @@ def _differentiate(
 ) -> None:
     """A tile of ``exp(z - maximum)`` becomes the gradient of its logits."""
     z.mul_((scale * mass / exponentials)[:, None])
-    if (
-        target.probabilities
-    ):  # without a fused multiply-add, so that what is equal cancels: of one class nothing is left
+    if target.probabilities:
+        # Without a fused multiply-add what is equal cancels: of one class nothing is left.
         z.sub_(target.distribution(rows, classes, z.dtype).mul_(scale[:, None]))
     elif target.dense:
         z.addcmul_(target.distribution(rows, classes, z.dtype).expand_as(z), scale[:, None], value=-1)

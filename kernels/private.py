@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # torch ----------------------------------------------------------------------------------------------------------------
 
@@ -93,8 +96,14 @@ def hand_down(name: str, value: object) -> None:
         return
     references = sys.getrefcount(value)
     _leave(name, value)
-    if sys.getrefcount(value) == references:  # torch up to 2.11 keeps what it does not own
+    if sys.getrefcount(value) == references:  # torch up to 2.11 keeps what it does not own: so it stays for good
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def constant_to_dynamo(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that Dynamo calls once instead of tracing it: `torch.compiler` has that too, but imports Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def handed_down(name: str) -> Any:
@@ -164,6 +173,15 @@ def compiler(name: str, mode: str, options: dict[str, Any]) -> Callable[..., Cal
     elif mode != "default":
         words["mode"] = mode
     return functools.partial(lookup_backend(name), **words)
+
+
+def surely(condition: Any) -> bool:
+    """Whether it holds; of sizes that are symbols to a compiler, whether it does for all of them. No guard is made."""
+    if isinstance(condition, (bool, Tensor)) and not torch.compiler.is_dynamo_compiling():
+        return bool(condition)  # `jit.trace` makes tensors of sizes
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes a second, and is there by now
+
+    return statically_known_true(condition)
 
 
 # Triton ---------------------------------------------------------------------------------------------------------------

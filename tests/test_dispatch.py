@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastops
 import fastops.functional as FF
 from fastops import dispatch
-from fastops.kernels import onednn
+from fastops.kernels import onednn, private
+from fastops.ops import OPS
 from fastops.ops import linear as linear_op
 
 ROOT = Path(__file__).parents[1]
@@ -490,3 +492,46 @@ def test_autograds_threads_have_the_selection_of_the_one_that_began(depth: int) 
     run()
     outer = ["auto", "onednn", "torch", "auto", "auto"]
     assert found == [(name, here) for own in outer for name in (own, "torch", own)]
+
+
+def test_the_short_way_agrees_with_explain_under_autocast(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss is computed in float32 there, of twice the bytes, which decide."""
+    machine.has(triton=True, interpreter=False)
+    monkeypatch.setattr(dispatch, "_is_any_autocast_enabled", lambda: True)
+    monkeypatch.setattr(dispatch, "autocast_dtype", lambda rule, input: torch.float32 if rule == "float32" else None)
+    ways: list[str] = []
+    monkeypatch.setattr(
+        dispatch, "_way", lambda op, arguments, selection: ways.append(op.name) or dispatch._SELECTED_TORCH
+    )
+    with FakeTensorMode():
+        logits = on_a_gpu(4096, 6000)
+        assert OPS["mse_loss"].saved_bytes(logits) < dispatch.LEAST_SAVED < 2 * OPS["mse_loss"].saved_bytes(logits)
+        monkeypatch.setattr(dispatch, "Tensor", type(logits))  # the short way is for plain tensors
+        dispatch.call(OPS["add_relu"], on_a_gpu(8, 8), on_a_gpu(8, 8))
+        assert ways == []
+        dispatch.call(OPS["mse_loss"], logits, logits, None, "mean")
+        assert ways == ["mse_loss"]
+
+
+def test_compiling_in_a_thread_that_python_did_not_start() -> None:
+    """Such as autograd's for a GPU: which backend is selected is looked for in a way that Dynamo does not know."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(torch.compile(FF.add_relu, backend="eager", fullgraph=True)(torch.ones(3), torch.ones(3)))
+        except Exception as error:
+            found.append(error)
+        finally:
+            done.release()
+
+    torch._dynamo.reset()
+    done = threading.Semaphore(0)
+    _thread.start_new_thread(run, ())
+    done.acquire()
+    assert torch.equal(found[0], torch.full((3,), 2.0))
+
+
+def test_sizes_that_are_no_numbers() -> None:
+    """A compiler's are symbols, of which the answer is what holds for all; `jit.trace` has tensors for them."""
+    assert [private.surely(condition) for condition in (True, False, torch.tensor(True))] == [True, False, True]

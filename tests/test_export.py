@@ -12,8 +12,11 @@ import pytest
 import torch
 from cases import no_fallback
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastops
+import fastops.functional as FF
+from fastops import dispatch
 from fastops import nn as fnn
 
 pytestmark = [no_fallback, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -90,3 +93,38 @@ def test_exported_program_can_be_trained(backend: str) -> None:
         module(x).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.testing.assert_close({name: p.grad for name, p in program.named_parameters()}, expected)
+
+
+class OnGPU(nn.Module):
+    """Calls of which `auto` decides by their size, with parameters that a GPU would have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = {"device": "cuda", "dtype": torch.bfloat16}
+        self.features = nn.Parameter(torch.empty(16, 16, **half))  # type: ignore[arg-type]
+        self.classes = nn.Parameter(torch.empty(1000, 16, **half))  # type: ignore[arg-type]
+        self.exact = nn.Parameter(torch.empty(16, 16, device="cuda"))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        hidden = FF.linear_relu(FF.add_relu(input, input), self.features)
+        exact = FF.linear_relu(hidden.float(), self.exact)  # which is torch's whatever the size
+        return FF.linear_cross_entropy(exact.bfloat16(), self.classes, target)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_auto_asks_nothing_of_a_batch_of_any_size_on_a_gpu(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which way is faster depends on it: so kernels it is, and no guard. Here fake tensors are a GPU's."""
+    monkeypatch.setattr(dispatch, "_INTERPRETER", False)
+    batch = torch.export.Dim("batch", min=1)
+    with FakeTensorMode(allow_non_fake_inputs=True), fastops.backend("auto"):
+        arguments = (
+            torch.empty(8, 16, device="cuda", dtype=torch.bfloat16),
+            torch.empty(8, dtype=torch.int64, device="cuda"),
+        )
+        program = torch.export.export(OnGPU(), arguments, dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
+        fixed = torch.export.export(OnGPU(), arguments, strict=strict)
+    names = [
+        [str(node.target) for node in each.graph.nodes if "fastops" in str(node.target)] for each in (program, fixed)
+    ]
+    assert [name.split(".")[1] for name in names[0]] == ["add_relu", "linear_relu", "linear_cross_entropy"]
+    assert names[1] == []

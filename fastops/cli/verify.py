@@ -161,18 +161,20 @@ def check_accuracy(
         own_dtype = torch.float32 if dtype is torch.float64 else dtype
         plain = {name: _plain(tensor) for name, tensor in variables.items()}
         calls = (ours, variables, dtype), (reference, plain, own_dtype), (reference, plain, torch.float64)
-        three = [value_and_gradients(of, given, constants, options, own) for of, given, own in calls]
-        for name, tensor in (variables | constants).items():
-            if not torch.equal(tensor, before[name]):
-                raise CheckError(f"{name} was modified")
+        three = []
+        for of, given, own in calls:
+            three.append(value_and_gradients(of, given, constants, options, own))
+            for name, tensor in (variables | constants).items():
+                if not torch.equal(tensor, before[name]):
+                    raise CheckError(f"{name} was modified")
+        for label, result, right in zip(labels, three[0], three[2], strict=True):
+            if result.shape != right.shape or result.dtype is not dtype:
+                raise CheckError(f"{label} is {result.dtype} {tuple(result.shape)}, not {dtype} {tuple(right.shape)}")
         positive = [found[0] > 0 for found in three]
         counted = (positive[0] == positive[2]) & (positive[1] == positive[2])
         if not counted.all():  # rounding takes a result to the other side of 0, where ReLU's slope is another
             three = [value_and_gradients(of, given, constants, options, own, counted) for of, given, own in calls]
         results, expected, exact = three
-        for label, result, right in zip(labels, results, exact, strict=True):
-            if result.shape != right.shape or result.dtype is not dtype:
-                raise CheckError(f"{label} is {result.dtype} {tuple(result.shape)}, not {dtype} {tuple(right.shape)}")
         draws.append((results, expected, exact))
         if len(draws) < draws_at_first:
             continue

@@ -128,21 +128,24 @@ _MOST_TAPS: Final = 25  # 5 x 5
 def _gpu(relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Explanation:
     if not relu:
         return _BARE
-    if is_exact(input.dtype, "conv"):
-        return EXACT
     depthwise = weight.shape[1] == 1 and options.groups > 1
     if depthwise and math.prod(weight.shape[2:]) > _MOST_TAPS:
         return _MANY_TAPS
     batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
     if not is_channels_last(batch, weight):
         return _CONVERTED
-    return _DEPTHWISE if depthwise else _EPILOGUE
+    if depthwise:
+        return _DEPTHWISE
+    rounded = weight.shape[0] % 4 == weight.shape[1] % 4 == 0 or input.dtype.itemsize == 2  # `input_precision`
+    return EXACT if is_exact(input.dtype, "conv") or not rounded else _EPILOGUE
 
 
 def _saved_bytes(input: Any, weight: Any, bias: Any, options: ConvOptions) -> float:
-    if options.numbers is None or not isinstance(weight, Tensor) or weight.dim() < 3 or not input.numel():
+    if options.numbers is None or not isinstance(weight, Tensor) or weight.dim() < 3 or not weight.shape[1]:
         return 0
-    outputs = input.numel() / math.prod(options.numbers[0]) * weight.shape[0] / (weight.shape[1] * options.groups or 1)
+    if type(options.groups) is not int or options.groups < 1:
+        return 0
+    outputs = input.numel() / math.prod(options.numbers[0]) * weight.shape[0] / (weight.shape[1] * options.groups)
     return PASSES * outputs * input.element_size()
 
 

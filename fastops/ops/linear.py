@@ -66,7 +66,7 @@ def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
     if onednn_from is None or not isinstance(weight, Tensor) or weight.numel() < onednn_from.weight:
         return ATEN_IS_FASTER
     pays = input.numel() * weight.shape[:1].numel() >= onednn_from.multiply_adds
-    return _ONEDNN_PAYS if pays else ATEN_IS_FASTER
+    return _ONEDNN_PAYS if private.surely(pays) else ATEN_IS_FASTER
 
 
 # By name: a lookup through modules at each call adds up.

@@ -81,8 +81,17 @@ def _budget(input: Tensor, linear_weight: Tensor, options: LinearCrossEntropyOpt
 
 def _exceeds_budget(input: Tensor, linear_weight: Tensor, *rest: Any) -> bool:
     """Whether all logits at once would be more than was asked for, of a call that kernels accept."""
-    logits = input.shape[:-1].numel() * linear_weight.shape[:-1].numel() * input.element_size()
-    return logits > _budget(input, linear_weight, rest[-2])
+    return _logits_size(input, linear_weight) > _budget(input, linear_weight, rest[-2])
+
+
+def _surely_fit(input: Tensor, linear_weight: Tensor, *rest: Any) -> bool:
+    return private.surely(_logits_size(input, linear_weight) <= _budget(input, linear_weight, rest[-2]))
+
+
+def _logits_size(input: Tensor, linear_weight: Tensor) -> int:
+    """Of all of them, in bytes."""
+    rows, classes = input.numel() // input.shape[-1], linear_weight.numel() // linear_weight.shape[-1]
+    return rows * classes * input.element_size()
 
 
 _BUDGET_HOLDS: Final = Explanation("onednn", "all logits at once would exceed the memory budget")
@@ -92,7 +101,11 @@ _LOGITS_FIT: Final = Explanation("torch", "all logits fit into the memory budget
 def _cpu(*call: Any) -> Explanation:
     if (unfit := _accepts(*call)) is not None:
         return Explanation("torch", unfit)
-    return _BUDGET_HOLDS if _exceeds_budget(*call) else _LOGITS_FIT
+    return _LOGITS_FIT if _surely_fit(*call) else _BUDGET_HOLDS
+
+
+def _gpu(*call: Any) -> Explanation:
+    return _LOGITS_FIT if _surely_fit(*call) else FUSES
 
 
 # torch's expression ---------------------------------------------------------------------------------------------------
@@ -144,6 +157,9 @@ def _raw_arguments(way: str, *call: Any) -> tuple[Any, ...]:
     rows = 1 if input.dim() == 1 else input.shape[0]
     indices = target.dtype is torch.int64
     may_make = way.startswith("onednn") and torch.is_grad_enabled() and not target.requires_grad
+    budget = _budget(input, linear_weight, options)
+    if may_make and not _rows_fit(input, classes, budget):
+        may_make = False  # said here, so that a graph for batches of any size says it for all of them
     makes = (may_make and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, bias))
     return (
         input.reshape(rows, -1),
@@ -155,7 +171,7 @@ def _raw_arguments(way: str, *call: Any) -> tuple[Any, ...]:
         -100 if ignore_index is None else ignore_index,
         label_smoothing,
         original is not None or torch.float32 in (target.dtype, None if weight is None else weight.dtype),
-        _budget(input, linear_weight, options),
+        budget,
         *makes,
     )
 
@@ -289,7 +305,13 @@ def _makes_gradients(*arguments: Any) -> bool:
     input, linear_weight, _, target, _, reduction, *_, budget = arguments[:-3]
     if not any(arguments[-3:]) or reduction == "none" or target.shape[-1] != 1:
         return False
-    return min(len(input), ROWS_AT_ONCE) * len(linear_weight) * input.element_size() <= budget
+    return _rows_fit(input, linear_weight.shape[0], budget)
+
+
+def _rows_fit(input: Tensor, classes: int, budget: int) -> bool:
+    """Whether the logits of all rows, or of `ROWS_AT_ONCE`, do."""
+    each = classes * input.element_size()
+    return ROWS_AT_ONCE * each <= budget or private.surely(input.shape[0] * each <= budget)
 
 
 def is_finite(scalar: Tensor) -> bool:
@@ -421,7 +443,7 @@ LINEAR_CROSS_ENTROPY: Final = Op(
     fuses=("linear", "cross_entropy"),
     accepts=_accepts,
     cpu=_cpu,
-    gpu=lambda *call: FUSES if _exceeds_budget(*call) else _LOGITS_FIT,
+    gpu=_gpu,
     saved_bytes=lambda *_: math.inf,
     onednn=True,
     saves_memory=_exceeds_budget,

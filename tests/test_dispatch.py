@@ -25,7 +25,7 @@ import fastops
 import fastops.functional as FF
 from fastops import dispatch
 from fastops.kernels import onednn, private
-from fastops.ops import OPS
+from fastops.ops import OPS, Explanation, Op
 from fastops.ops import linear as linear_op
 
 ROOT = Path(__file__).parents[1]
@@ -498,19 +498,23 @@ def test_the_short_way_agrees_with_explain_under_autocast(machine: Machine, monk
     """A loss is computed in float32 there, of twice the bytes, which decide."""
     machine.has(triton=True, interpreter=False)
     monkeypatch.setattr(dispatch, "_is_any_autocast_enabled", lambda: True)
-    monkeypatch.setattr(dispatch, "autocast_dtype", lambda rule, input: torch.float32 if rule == "float32" else None)
-    ways: list[str] = []
-    monkeypatch.setattr(
-        dispatch, "_way", lambda op, arguments, selection: ways.append(op.name) or dispatch._SELECTED_TORCH
-    )
+    monkeypatch.setattr(dispatch, "autocast_dtype", lambda rule, input: None)
+    asked: list[str] = []
+
+    def way(op: Op, *_: Any) -> Explanation:
+        asked.append(op.name)
+        return dispatch._SELECTED_TORCH
+
+    monkeypatch.setattr(dispatch, "_way", way)
     with FakeTensorMode():
         logits = on_a_gpu(4096, 6000)
-        assert OPS["mse_loss"].saved_bytes(logits) < dispatch.LEAST_SAVED < 2 * OPS["mse_loss"].saved_bytes(logits)
+        size = OPS["mse_loss"].saved_bytes(logits)
+        assert size < dispatch.LEAST_SAVED < 2 * size
         monkeypatch.setattr(dispatch, "Tensor", type(logits))  # the short way is for plain tensors
         dispatch.call(OPS["add_relu"], on_a_gpu(8, 8), on_a_gpu(8, 8))
-        assert ways == []
+        assert asked == []
         dispatch.call(OPS["mse_loss"], logits, logits, None, "mean")
-        assert ways == ["mse_loss"]
+        assert asked == ["mse_loss"]
 
 
 def test_compiling_in_a_thread_that_python_did_not_start() -> None:

@@ -1,8 +1,8 @@
 """Which way won on a kind of GPU: the tables in kernels/measured, which ``fastops qualify`` writes and which ship.
 
 A table knows classes of shapes, not single ones: sizes up to 8 as they are and larger ones to the nearest power of two,
-and the order of the dimensions in memory. What `fastops.tune` measured on this very GPU goes before it, and where it
-has no entry the rule decides.
+and the order of the dimensions in memory. What `fastops.tune` measured on this very GPU goes before it; bare
+products, calls that save too little (`Op.saved_bytes`) and those that it has no entry for go by the rule.
 """
 
 from __future__ import annotations

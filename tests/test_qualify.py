@@ -27,7 +27,6 @@ from fastops.qualify.cases import FAILED, HOLDS, NOT_RUN, Case, NotRun, Result
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ADD_RELU = verify.Case(OPS["add_relu"], OPS["add_relu"].examples[0])
-Launcher = Callable[..., Any]
 
 # The command ----------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,8 @@ from fastops.ops.op import ATEN_IS_FASTER, FUSES
 from fastops.qualify import cases, graphs, kernels, report, speed, ways
 from fastops.qualify.cases import HOLDS, NotRun, Result
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ADD_RELU = verify.Case(OPS["add_relu"], OPS["add_relu"].examples[0])
-Launcher = Callable[..., Any]
 
 
 @pytest.fixture

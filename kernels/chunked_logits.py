@@ -52,7 +52,7 @@ class Target(NamedTuple):
         kept = self.kept()
         if self.weight is None:
             return kept.to(dtype)
-        safe = self.target.where(kept & (self.target >= 0) & (self.target < len(self.weight)), 0)
+        safe = self.target.where((self.target >= 0) & (self.target < len(self.weight)), 0)
         return self.weight.to(dtype)[safe].where(kept, 0)
 
     def distribution(self, rows: slice, classes: slice, dtype: torch.dtype) -> Tensor:

@@ -347,11 +347,15 @@ def _share(result: Tensor, own: Sequence[Tensor], exact: Sequence[Tensor], slack
     rounded = exacts.to(results.dtype)
     if result.dtype is torch.float64:  # float32's error alone counts, not where it overflows
         owns = torch.where(owns.isfinite() & exacts.isfinite(), owns.double(), exacts)
+    error = (results - exacts).abs()
+    exempt = error <= slack * (result.element_size() == 4)
     if result.element_size() == 2:  # torch rounds between its steps, and overflows there: nobody has to
-        owns = torch.where(results.isfinite() & ~owns.isfinite(), rounded, owns)
+        overflown = results.isfinite() & ~owns.isfinite()
+        owns = torch.where(overflown, rounded, owns)
+        # What its error would be is not known then. One rounding of the largest: others may be what is left of such.
+        exempt |= overflown & (error <= torch.finfo(result.dtype).eps / 2 * exacts.nan_to_num(0, 0, 0).abs().max())
     odd = ~owns.isfinite() | ~rounded.isfinite()
-    exempt = odd & ((results == rounded) | (results.isnan() & rounded.isnan()))
-    exempt |= (results - exacts).abs() <= slack * (results.element_size() == 4)
+    exempt |= odd & ((results == rounded) | (results.isnan() & rounded.isnan()))
     return error_share(*(tensor.masked_fill(exempt, 0) for tensor in (results, owns, exacts)))
 
 

@@ -174,7 +174,8 @@ FAMILIES = {
     ("bce",): "binary or bce",
     ("cross_entropy",): "cross_entropy",
     ("linear_cross_entropy", "chunked_logits"): "linear_cross_entropy",
-    ("conv", "conv_act", "conv_device", "depthwise", "depthwise_device", "channels_last", "geometry"): "conv",
+    ("conv", "conv_act", "conv_device", "depthwise", "depthwise_device", "channels_last"): "conv",
+    ("geometry",): "conv or batch_norm or pool",
     ("batch_norm", "batch_norm_device"): "batch_norm",
     ("max_pool",): "pool",
     ("add_relu",): "add_relu",
@@ -189,7 +190,8 @@ def groups_of(file: str) -> tuple[tuple[str, ...], ...]:
     stem = Path(file).stem
     words = next((words for stems, words in FAMILIES.items() if stem in stems), "")
     chosen = ("-k", words) if words else ()
-    own = tuple(name for name in names if stem.removesuffix("_device") in name)
+    subjects = {stem.removesuffix("_device"), *words.split(" or ")} - {""}
+    own = tuple(name for name in names if any(subject in Path(name).stem for subject in subjects))
     kernels = tuple(name for name in names if name.startswith("tests/interpreter") and name not in own)
     general = tuple(f"tests/test_{name}.py" for name in GENERAL[Path(file).parent.name])
     groups = [("tests/test_fuzz.py", *chosen), own, () if words or own else kernels, (*general, *chosen)]

@@ -191,7 +191,8 @@ def groups_of(file: str) -> tuple[tuple[str, ...], ...]:
     words = next((words for stems, words in FAMILIES.items() if stem in stems), "")
     chosen = ("-k", words) if words else ()
     subjects = {stem.removesuffix("_device"), *words.split(" or ")} - {""}
-    own = tuple(name for name in names if any(subject in Path(name).stem for subject in subjects))
+    stems = {name: Path(name).stem for name in names if "swap" not in name}
+    own = tuple(name for name, stem in stems.items() if any(subject in stem for subject in subjects))
     kernels = tuple(name for name in names if name.startswith("tests/interpreter") and name not in own)
     general = tuple(f"tests/test_{name}.py" for name in GENERAL[Path(file).parent.name])
     groups = [("tests/test_fuzz.py", *chosen), own, () if words or own else kernels, (*general, *chosen)]

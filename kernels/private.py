@@ -8,6 +8,7 @@ dispatcher or take the torch expression that need not. Triton is imported where 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import sys
@@ -291,14 +292,18 @@ def binder(function: Any, backend: Any) -> Callable[..., Any]:
 
 @functools.cache
 def mend_interpreter() -> None:
-    """Let a number of Triton's interpreter, an array of one element, be the bound of a loop.
+    """Make Triton's interpreter twice as fast, and let a number of it, an array of one element, be the bound of a loop.
 
-    Up to 3.6 Triton calls ``int`` on it, which numpy refuses since 2.4.
+    It computes in int64 whether integers overflow, for an assertion that only its option ``debug`` lets it make. And up
+    to 3.6 it calls ``int`` on the bounds of a loop, which numpy refuses since 2.4.
     """
-    if triton_version() not in ("3.5", "3.6"):
-        return
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    if triton_version() not in ("3.5", "3.6"):
+        return
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> Any:

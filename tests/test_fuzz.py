@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from fuzz_calls import FAMILIES, Call, Given, calls, check
+from fuzz_calls import Call, Given, check
+from fuzz_strategies import FAMILIES, calls
 from hypothesis import given
 
 from fastops.ops import OPS

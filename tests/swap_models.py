@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,20 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+import fastops
 import fastops.functional as FF
 from fastops.fusions import Layer
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.fc(x))
 
 
 class Functional(nn.Module):
@@ -357,6 +370,16 @@ def count_fused(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     patch.setattr(Layer, "run", counted)
     return calls
+
+
+def fused(model: nn.Module, *inputs: Tensor) -> int:
+    """How many fused calls run, which must not change the result."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = count_fused(patch)
+        found = model(*inputs)
+    expected = fastops.unswap(copy.deepcopy(model))(*inputs)
+    assert torch.equal(found, expected)
+    return len(calls)
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""A swapped model that several threads use at a time."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from swap_models import Net, X
+from torch import nn
+
+import fastops
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    with fastops.backend("torch"):
+        yield
+
+
+def test_threads_serve_while_others_swap_and_report() -> None:
+    served, other = nn.Sequential(Net(), nn.Linear(4, 4), nn.ReLU()), fastops.swap(Net())
+    expected, errors, stop = (served(X), other(X)), [], threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                with fastops.backend("torch"):  # in each thread anew
+                    assert torch.equal(served(X), expected[0]) and torch.equal(other(X), expected[1])
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        fastops.report(fastops.swap(served))
+        fastops.unswap(served)
+        copy.deepcopy(other)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_two_threads_that_copy_leave_the_model_swapped() -> None:
+    model = fastops.swap(Net())
+    kind = type(model)
+    threads = [threading.Thread(target=lambda: [copy.deepcopy(model) for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert type(model) is kind

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastops.kernels import add_relu, configs, elementwise, linear
+from fastops.kernels import add_relu, configs, elementwise, matmul
 from fastops.kernels.launch import Plan, launch
 from fastops.timing import interleave
 
@@ -46,7 +46,7 @@ def main() -> None:
     tile = configs.matmul_candidates("sm90", x.dtype, "ieee")[1]
     launchers: dict[Any, Callable[[], object]] = {
         add_relu: lambda: add_relu.add_relu(x, x),
-        linear: lambda: linear.matmul(x, x, config=tile),
+        matmul: lambda: matmul.matmul(x, x, config=tile),
     }
     print(f"{'':18} {'Triton':>8} {'fastops':>8}  ratio {'launcher':>10}")
     with (  # the tables of sm90, for tensors of the CPU

@@ -116,7 +116,7 @@ def elementwise() -> Figure:
 
 
 def tile_of_program(program: int, tiles_m: int, tiles_n: int, group_m: int) -> tuple[int, int]:
-    """As in `kernels/linear.py`."""
+    """As in `kernels/matmul.py`."""
     group, within = divmod(program, group_m * tiles_n)
     rows = min(tiles_m - group * group_m, group_m)
     return group * group_m + within % rows, within // rows

@@ -37,7 +37,7 @@ from .conv_device import (
 from .depthwise_device import depthwise_grad_input_kernel, depthwise_kernel
 from .geometry import POINTWISE, Geometry, is_large, three
 from .launch import Plan, accumulator_dtype, input_precision, launch
-from .linear import NO_EPILOGUE, Epilogue, ProductPlan, constants_of, matmul, multiply, split, with_addition
+from .matmul import NO_EPILOGUE, Epilogue, ProductPlan, constants_of, matmul, multiply, split, with_addition
 from .onednn import convolution_backward
 
 _FEW_POSITIONS = 256  # of a convolution, in all samples, for which its weight is not brought to channels last

@@ -28,7 +28,7 @@ from torch import Tensor
 from .chunked_logits import Statistics, Target, accumulated_gradients
 from .configs import MatmulConfig, architecture, class_splits, matmul_config, narrow_config, planned, register_limit
 from .launch import Plan, accumulator_dtype, input_precision, launch, units_of
-from .linear import matmul, product_tile, tile_of_program
+from .matmul import matmul, product_tile, tile_of_program
 from .tiles import tile_positions
 
 _MATRICES = ("input", "row", "k"), ("weight", "class", "k"), ("target", "row", "class"), ("grad_target", "row", "class")

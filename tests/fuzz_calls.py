@@ -28,7 +28,7 @@ import fastops.functional as FF
 from fastops.accuracy import error_share
 from fastops.cli.examples import torch_function
 from fastops.guard import checked_addresses, same_bits
-from fastops.kernels import batch_norm, configs, conv, cross_entropy, depthwise, elementwise, linear, max_pool
+from fastops.kernels import batch_norm, configs, conv, cross_entropy, depthwise, elementwise, matmul, max_pool
 from fastops.ops import OPS
 from fastops.ops.op import failed
 
@@ -190,12 +190,12 @@ def small_tiles() -> Iterator[None]:
     def pool(_: Any, *sizes: Any) -> tuple[int, ...]:
         return tuple(min(n, 16) for n in gpus_pool(torch.device("meta"), *sizes))
 
-    gpus_norm, gpus_pool, power_of_2 = batch_norm.tiling, max_pool.tile_shape, linear.triton.next_power_of_2
+    gpus_norm, gpus_pool, power_of_2 = batch_norm.tiling, max_pool.tile_shape, matmul.triton.next_power_of_2
     patches = [
         (elementwise, "elementwise_config", lambda size, *_: (small(size)[0], 1)),
         (configs, "_INTERPRETED", (configs.MatmulConfig(16, 16, 16, 1, 1),)),
         (configs, "_INTERPRETED_POSITIONS", 16),
-        (linear, "inner_splits", lambda *_: 2),
+        (matmul, "inner_splits", lambda *_: 2),
         (conv, "inner_splits", lambda *_: 2),
         (batch_norm, "tiling", norm),
         (batch_norm, "register_limit", lambda *_, **__: {}),

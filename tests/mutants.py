@@ -179,7 +179,7 @@ FAMILIES = {
     ("batch_norm", "batch_norm_device"): "batch_norm",
     ("max_pool",): "pool",
     ("add_relu",): "add_relu",
-    ("linear", "linear_act"): "linear",
+    ("linear", "linear_act", "matmul"): "linear",
 }
 
 

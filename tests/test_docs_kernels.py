@@ -23,7 +23,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from fastops.kernels.linear import tile_of_program
+from fastops.kernels.matmul import tile_of_program
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "kernels").glob("*.md"))}

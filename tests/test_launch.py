@@ -22,7 +22,7 @@ import fastops
 import fastops.functional as FF
 from fastops.kernels import (
     configs,
-    linear,
+    matmul,
     private,
 )
 from fastops.kernels import launch as launcher
@@ -139,7 +139,7 @@ from triton import knobs
 
 import fastops
 from fastops import dispatch
-from fastops.kernels import configs, linear
+from fastops.kernels import configs, matmul
 
 dispatch._INTERPRETER = True  # tensors of the CPU go to kernels
 configs.architecture = lambda _: "sm90"
@@ -171,7 +171,7 @@ def fails(*_, **__):
     raise RuntimeError("no code for this GPU")
 
 
-linear.matmul_kernel.compile = fails
+matmul.matmul_kernel.compile = fails
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model.float(), compiled.clear()
@@ -310,9 +310,9 @@ def test_plan_of_tiles_that_changed_meanwhile(monkeypatch: pytest.MonkeyPatch) -
 def test_products_are_met_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is planned already, also by another thread just now: `fastops.tune` looks for all of them."""
     a = torch.randn(8, 8)
-    linear.matmul(a, a)
+    matmul.matmul(a, a)
     monkeypatch.setattr(configs, "met", set())
-    linear.matmul(a, a)
+    matmul.matmul(a, a)
     assert configs.met == {(a.device, a.dtype, "ieee", 8, 8)}
 
 
@@ -328,7 +328,7 @@ def test_products_are_met_while_tuning_ends(monkeypatch: pytest.MonkeyPatch) -> 
     before = sys.gettrace()
     sys.settrace(lambda frame, *rest: trace(frame, *rest) if frame.f_code is configs._measured.__code__ else None)
     try:
-        linear.matmul(torch.randn(8, 8), torch.randn(8, 8))
+        matmul.matmul(torch.randn(8, 8), torch.randn(8, 8))
     finally:
         sys.settrace(before)
     assert configs.met is None and len(met) == 1

@@ -179,7 +179,7 @@ def timed(rows: int, features: int, outputs: int, bias: bool = True) -> Example:
 def _audit(audit: Audit) -> Iterator[Any]:
     """Every tile of the tables and what is taken for odd sizes; of one 16-bit dtype also all backward, rows that are
     multiples of 8, 4 and 2 elements alone, few tiles with a long sum, and float32 results."""
-    from ..kernels import linear
+    from ..kernels import linear, matmul
 
     aligned, odd, deep = (512, 784, 512), (509, 783, 511), (64, 8192, 128)
     eighths, narrow = (512, 1000, 1000), ((512, 1004, 1000), (512, 1002, 1000))
@@ -203,7 +203,7 @@ def _audit(audit: Audit) -> Iterator[Any]:
                 found += launches(linear.linear_backward, y, x, w, y, True, (longest,))[1]
             if dtype is half and tile in persistent[:1]:
                 exact = audit.empty(M, N, dtype=torch.float32)
-                found += launches(linear.matmul, x, w.t(), None, NONE, None, exact)[1]
+                found += launches(matmul.matmul, x, w.t(), None, NONE, None, exact)[1]
             for launch in found:
                 leading = tile in first and shape == aligned and dtype.itemsize == 2
                 yield launch._replace(wide=shape not in (odd, *narrow), leading=leading)

@@ -23,7 +23,7 @@ from convolutions import (
 from guard import call_plainly, run_guarded, same_bits
 from torch import Tensor
 
-from fastops.kernels import configs, conv, linear
+from fastops.kernels import configs, conv, matmul
 from fastops.kernels.activation import NONE, RELU
 
 NAMES = (
@@ -35,7 +35,7 @@ NAMES = (
 def use_parts(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """Small tiles, and so many parts of every sum that has as many steps."""
     use_small_tiles(monkeypatch)
-    for module in (conv, linear):
+    for module in (conv, matmul):
         monkeypatch.setattr(module, "inner_splits", lambda *_: parts)
     configs.forget_plans()
 

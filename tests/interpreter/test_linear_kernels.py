@@ -17,7 +17,7 @@ from launches import replace_launch
 from torch import Tensor
 from triton.runtime import _allocation
 
-from fastops.kernels import configs, linear, private
+from fastops.kernels import configs, linear, matmul, private
 from fastops.kernels.activation import RELU, Activation
 from fastops.kernels.activation_backward import activation_backward
 from fastops.kernels.configs import MatmulConfig, PersistentConfig
@@ -58,7 +58,7 @@ def torch_linear_relu(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor]:
 def test_matmul_sizes(dtype: torch.dtype, sizes: str) -> None:
     M, K, N = SIZES[sizes]
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
-    result = run_guarded(linear.matmul, *tensors, RELU, SMALL)
+    result = run_guarded(matmul.matmul, *tensors, RELU, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
@@ -69,15 +69,15 @@ def test_matmul_in_parts(dtype: torch.dtype, M: int, K: int, N: int, monkeypatch
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((M, K), (K, N), (N,)))
     results = {}
     for splits in (1, 3, 100):
-        monkeypatch.setattr(linear, "inner_splits", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(matmul, "inner_splits", lambda *_, splits=splits: splits)
         configs.forget_plans()
         call = run_guarded if splits == 3 else call_plainly
-        results[splits] = call(linear.matmul, *tensors, RELU, SMALL)
+        results[splits] = call(matmul.matmul, *tensors, RELU, SMALL)
         assert_as_accurate_as_torch(torch_linear_relu, ((results[splits],), tensors))
-    monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
+    monkeypatch.setattr(matmul, "inner_splits", lambda *_: 3)
     configs.forget_plans()
-    assert same_bits(results[3], linear.matmul(*tensors, RELU, SMALL)), "not deterministic"
-    plain = linear.matmul(*tensors[:2], config=SMALL)
+    assert same_bits(results[3], matmul.matmul(*tensors, RELU, SMALL)), "not deterministic"
+    plain = matmul.matmul(*tensors[:2], config=SMALL)
     assert_as_accurate_as_torch(lambda a, b: (a @ b,), ((plain,), tensors[:2]))
 
 
@@ -91,7 +91,7 @@ def test_few_tiles_and_a_long_sum_go_in_parts(
     """Nothing is rounded between the parts and their sum."""
     launched: list[tuple[str, Tensor]] = []
     replace_launch(monkeypatch, lambda plan, *tensors: launched.append((plan.kernel.__name__, tensors[-2])))
-    c = linear.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
+    c = matmul.matmul(torch.empty(M, K, dtype=dtype), torch.empty(K, N, dtype=dtype))
     (name, result), *rest = launched
     assert name == "matmul_kernel"
     if parts == 1:
@@ -121,7 +121,7 @@ def test_number_of_parts_on_a_gpu(tiles: int, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("a_layout", LAYOUTS)
 def test_matmul_layouts(a_layout: str, b_layout: str) -> None:
     tensors = LAYOUTS[a_layout](40, 24), LAYOUTS[b_layout](24, 20), torch.randn(20, 1)[:, 0]
-    result = run_guarded(linear.matmul, *tensors, RELU, SMALL)
+    result = run_guarded(matmul.matmul, *tensors, RELU, SMALL)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
     assert result.is_contiguous()
 
@@ -135,9 +135,9 @@ def test_persistent_matmul_has_the_bits_of_the_other(a_layout: str, b_layout: st
     config = PersistentConfig(*SMALL, HALVES=halves, WARP_SPECIALIZE=True)
     for M, K, N in ((72, 48, 40), (40, 8, 24), (16, 16, 8)):
         tensors = LAYOUTS[a_layout](M, K), LAYOUTS[b_layout](K, N), torch.randn(N)
-        result = run_guarded(linear.matmul, *tensors, RELU, config)
-        assert same_bits(result, linear.matmul(*tensors, RELU, SMALL))
-    assert same_bits(linear.matmul(*tensors[:2], config=config), linear.matmul(*tensors[:2], config=SMALL))
+        result = run_guarded(matmul.matmul, *tensors, RELU, config)
+        assert same_bits(result, matmul.matmul(*tensors, RELU, SMALL))
+    assert same_bits(matmul.matmul(*tensors[:2], config=config), matmul.matmul(*tensors[:2], config=SMALL))
 
 
 @described
@@ -145,7 +145,7 @@ def test_persistent_matmul_has_the_bits_of_the_other(a_layout: str, b_layout: st
 def test_persistent_matmul_where_the_last_step_is_short(dtype: torch.dtype) -> None:
     config = PersistentConfig(*SMALL, HALVES=dtype.itemsize > 2, WARP_SPECIALIZE=False)
     tensors = tuple(torch.randn(shape).to(dtype) for shape in ((40, 40), (40, 24), (24,)))
-    result = run_guarded(linear.matmul, *tensors, RELU, config)
+    result = run_guarded(matmul.matmul, *tensors, RELU, config)
     assert_as_accurate_as_torch(torch_linear_relu, ((result,), tensors))
 
 
@@ -160,12 +160,12 @@ def test_a_product_is_added_to_what_is_there(
     dtype: torch.dtype, config: configs.Tile, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, to every element, and to nothing else: sums of whole numbers are exact."""
-    monkeypatch.setattr(linear, "inner_splits", lambda *_: parts)
+    monkeypatch.setattr(matmul, "inner_splits", lambda *_: parts)
     a, b, total = (torch.randint(-4, 5, shape).to(dtype) for shape in ((72, 48), (48, 40), (72, 40)))
     total = total.float()
 
     def added(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
-        return linear.matmul(a, b, config=config, out=total.clone(), add=True)
+        return matmul.matmul(a, b, config=config, out=total.clone(), add=True)
 
     assert torch.equal(run_guarded(added, a, b, total), total + a.float() @ b.float())
 
@@ -201,7 +201,7 @@ def test_choice_of_the_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(configs, "architecture", lambda _: architecture)
     monkeypatch.setattr(configs, "multiprocessors", lambda _: 4)
     monkeypatch.setattr(configs, "_INTERPRETED", configs.matmul_candidates(architecture, a.dtype, "ieee"))
-    linear.matmul(a, b)
+    matmul.matmul(a, b)
     assert names[0] == ("persistent_matmul_kernel" if persistent else "matmul_kernel")
 
 
@@ -215,18 +215,18 @@ def test_descriptors_leave_the_users_allocator_alone(monkeypatch: pytest.MonkeyP
     def users(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError
 
-    linear.matmul(*tensors, config=config)
+    matmul.matmul(*tensors, config=config)
     nobodys = allocator.get()
     triton.set_allocator(users)
     try:
-        linear.matmul(*tensors, config=config)
+        matmul.matmul(*tensors, config=config)
         assert allocator.get() is users
     finally:
         triton.set_allocator(nobodys)
-    thread = threading.Thread(target=linear.matmul, args=tensors, kwargs={"config": config})
+    thread = threading.Thread(target=matmul.matmul, args=tensors, kwargs={"config": config})
     thread.start()
     thread.join()
-    assert [own.__module__ for own in allocators] == [linear.__name__] * 3
+    assert [own.__module__ for own in allocators] == [matmul.__name__] * 3
 
 
 @pytest.mark.parametrize("need_sum", [True, False])
@@ -271,14 +271,14 @@ KINDS: dict[str, MatmulConfig | PersistentConfig | None] = {
 def test_activation(kind: str, dtype: torch.dtype, saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the product before it is rounded; what is saved is the product as it is without an activation."""
     if kind == "parts":
-        monkeypatch.setattr(linear, "inner_splits", lambda *_: 3)
+        monkeypatch.setattr(matmul, "inner_splits", lambda *_: 3)
         configs.forget_plans()
     a, b, bias = (torch.randn(shape).to(dtype) for shape in ((72, 48), (48, 40), (40,)))
     before = torch.full((72, 40), torch.nan, dtype=dtype) if saves else None
-    result = run_guarded(lambda *given: linear.matmul(*given[:3], ("silu",), KINDS[kind], None, before), a, b, bias)
+    result = run_guarded(lambda *given: matmul.matmul(*given[:3], ("silu",), KINDS[kind], None, before), a, b, bias)
     assert_as_accurate_as_torch(lambda a, b, bias: (F.silu(a @ b + bias),), ((result,), (a, b, bias)))
     if before is not None:
-        assert same_bits(before, linear.matmul(a, b, bias, config=KINDS[kind]))
+        assert same_bits(before, matmul.matmul(a, b, bias, config=KINDS[kind]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

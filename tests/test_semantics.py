@@ -110,10 +110,9 @@ def test_linear_kernels_touch_nothing_else(relu: bool, shape: tuple[int, int, in
 
 @every_case
 def test_bits_repeat(case: Case, backend: str) -> None:
-    """No atomics, no timing: the same call gives the same bits in every run."""
-    runs = [gradients(case.ours, *case.tensors(torch.float32)) for _ in range(3)]
-    for again in runs[1:]:
-        assert_exactly(again, runs[0])
+    """No atomics, no timing: the same call gives the same bits again."""
+    first, again = (gradients(case.ours, *case.tensors(torch.float32)) for _ in range(2))
+    assert_exactly(again, first)
 
 
 class NoHostSynchronisation(TorchDispatchMode):

@@ -315,12 +315,12 @@ CASES = [
     *_bce_cases(),
     *_linear_cross_entropy_cases(),
 ]
+BACKENDS = ("triton", "onednn", "torch")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 _ONE_OF_EACH = {"bias", "pair", "gelu", "overlapping", "mean", "mean_weight_smooth"}
 _ONE_OF_EACH |= {"probabilities_mean", "mean_pos_weight"}
-one_case_per_op = pytest.mark.parametrize(
-    "case", [case for case in CASES if case.options in _ONE_OF_EACH], ids=lambda case: case.name
-)
+ONE_CASE_PER_OP = [case for case in CASES if case.options in _ONE_OF_EACH]
+one_case_per_op = pytest.mark.parametrize("case", ONE_CASE_PER_OP, ids=lambda case: case.name)
 
 
 def onednn_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:

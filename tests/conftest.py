@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import BACKENDS
 from hypothesis import HealthCheck, Phase, settings
 from interpreter import bf16, overhead, product
 
@@ -68,7 +69,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_INTERPRETER", False)
 
 
-@pytest.fixture(params=["triton", "onednn", "torch"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each of the three ways down in turn."""
     with fastops.backend(request.param):

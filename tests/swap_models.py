@@ -397,10 +397,10 @@ def inputs_of(op: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]
         yield seen
 
 
-def resnet() -> nn.Module:
-    """Torchvision's, with statistics and affine parameters that matter."""
+def resnet(blocks: int = 2) -> nn.Module:
+    """Torchvision's ResNet-18, with statistics and affine parameters that matter; ResNet-10 has one block a layer."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18()
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [blocks] * 4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -410,9 +410,9 @@ def resnet() -> nn.Module:
     return model
 
 
-def image(rows: int = 1) -> tuple[Tensor, Tensor]:
+def image(rows: int = 1, size: int = 64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 3, 64, 64, generator=generator), torch.randn(rows, 1000, generator=generator)
+    return torch.randn(rows, 3, size, size, generator=generator), torch.randn(rows, 1000, generator=generator)
 
 
 def words(error: BaseException) -> str:

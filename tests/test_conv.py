@@ -237,6 +237,7 @@ def test_autocast(n: int, relu: bool, dtype: torch.dtype, backend: str) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("others_frozen")
 @RELU
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1)], ids=["3x3", "1x1"])
 @pytest.mark.parametrize("frozen", ["input", "weight"])
@@ -258,6 +259,7 @@ def test_what_no_gradient_needs_is_not_kept(relu: bool, frozen: str, shape: tupl
     assert watched() is None
 
 
+@pytest.mark.usefixtures("others_frozen")
 @RELU
 def test_only_the_bias_is_trained(relu: bool, backend: str) -> None:
     """Neither input nor weight is kept."""

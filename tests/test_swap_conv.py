@@ -57,17 +57,17 @@ def test_resnet18_on_the_torch_path_is_eager_to_the_last_bit(training: bool) -> 
 
 
 @pytest.mark.parametrize("backend", ["triton", "onednn"])
-def test_resnet18_through_the_kernels(backend: str) -> None:
+def test_resnet10_through_the_kernels(backend: str) -> None:
     """One step, output and gradients in evaluation mode: eager's error against float64 twice, no more.
 
-    One draw: each of the 63 results has 64 numbers or more to know the error of torch from.
+    One draw: each of the 39 results has 64 numbers or more to know the error of torch from.
     """
-    model = resnet().eval()
-    exact = step(copy.deepcopy(model).double(), *(t.double() for t in image()))
-    expected = step(model, *image())
+    model = resnet(blocks=1).eval()
+    exact = step(copy.deepcopy(model).double(), *(t.double() for t in image(size=32)))
+    expected = step(model, *image(size=32))
     fastops.swap(model)
     with fastops.backend(backend):
-        found = step(model, *image())
+        found = step(model, *image(size=32))
     shares = [error_share(*tensors) for tensors in zip(found, expected, exact, strict=True)]
     assert max(shares) <= 1
 

@@ -366,14 +366,14 @@ def test_folding_is_no_option() -> None:
         fastops.swap(Block(), fold_batchnorm=True)  # type: ignore[call-arg]
 
 
-def test_resnet18_with_batch_norms_folded(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resnet10_with_batch_norms_folded(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "SMALLER", 0)  # the image is too small for most of them
-    eager = resnet().eval()
+    eager = resnet(blocks=1).eval()
     swapped = fastops.swap(copy.deepcopy(eager))
-    x, _ = image()
+    x, _ = image(size=32)
     with torch.no_grad(), Norms() as norms:
         found = swapped(x)
-    assert norms.count == (20 if backend == "torch" else 0)
+    assert norms.count == (12 if backend == "torch" else 0)
     with torch.no_grad():
         expected = eager(x)
     if backend == "torch":

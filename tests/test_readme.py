@@ -41,7 +41,7 @@ EXTRAS = {
 }
 COMMANDS = list(
     dict.fromkeys(
-        " ".join(words)
+        shlex.join(words)
         for _, text in blocks("bash")
         for line in text.splitlines()
         if (words := shlex.split(line, comments=True))

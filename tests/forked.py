@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def run_python(
         outputs = [str(Path(folder, name)) for name in ("out", "err")]
         environment = dict(os.environ if env is None else env)
         request = {"words": rest, "cwd": str(cwd or os.getcwd()), "env": environment, "outputs": outputs}
-        server = _server(*options)
+        server = _server(os.getpid(), *options)
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -40,8 +41,21 @@ def run_python(
     return subprocess.CompletedProcess([sys.executable, *map(str, words)], status, printed, errors)
 
 
+def run_counting(script: Path) -> subprocess.CompletedProcess[str]:
+    """`run_python` of a script that counts what interpreted kernels do, with what `interpreter.overhead` spares it."""
+    code = f"""
+import runpy, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(script.parent)]}
+from interpreter import overhead
+overhead.install()
+runpy.run_path({str(script)!r}, run_name="__main__")
+"""
+    return run_python(["-c", code])
+
+
 @cache
-def _server(*options: str) -> subprocess.Popen[str]:
+def _server(user: int, *options: str) -> subprocess.Popen[str]:
+    """That of a process, which a fork of it does not share."""
     own = ("TRITON_INTERPRET", "PYTHONPATH")
     environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("FASTOPS_")}
     server = subprocess.Popen(
@@ -68,7 +82,8 @@ def _serve() -> None:
 
 
 def _run(words: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> NoReturn:
-    """Be the process: returns into the interpreter's own end."""
+    """Be the process: returns into the interpreter's own end. One that hangs is ended."""
+    signal.alarm(600)
     for number, path in enumerate((os.devnull, *outputs)):
         file = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(file, number)

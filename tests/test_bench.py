@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import fail
+from forked import run_python
 from torch import Tensor, nn
 
 import fastops
@@ -74,11 +75,9 @@ def test_command_needs_no_extra() -> None:
     extras = [name for name, extra in EXTRAS.items() if extra]
     blocked = f"for name in {[*extras, 'pytest', 'pytest_benchmark']}: sys.modules[name] = None"
     words = ["bench", "--pairs", "1", "--case", SMALLEST, *ALONE]
-    process = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{blocked}\nfrom fastops.cli import main\nsys.exit(main({words}))"],
+    process = run_python(
+        ["-c", f"import sys\n{blocked}\nfrom fastops.cli import main\nsys.exit(main({words}))"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     assert SMALLEST in process.stdout and process.stderr == ""

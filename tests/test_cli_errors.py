@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fail, run
+from forked import run_python
 
 import fastops
 from fastops.cli import main
@@ -104,12 +105,20 @@ def test_audit_finds_out_before_it_compiles(
     assert f"cannot write to {words[-1]}: " in fail(capsys, *words)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+INTO_A_FULL_DEVICE = """
+import io, os, sys
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+if sys.argv[1] == "unbuffered":  # as PYTHONUNBUFFERED has it
+    sys.stdout = io.TextIOWrapper(open(1, "wb", 0), write_through=True)
+from fastops.cli import main
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("buffered", ["buffered", "unbuffered"])
 @pytest.mark.parametrize("command", ["doctor", "--version"])
-def test_full_device(command: str, unbuffered: str) -> None:
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([FASTOPS, command], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+def test_full_device(command: str, buffered: str) -> None:
+    done = run_python(["-c", INTO_A_FULL_DEVICE, buffered, command])
     assert done.returncode == 2
     assert done.stderr == "fastops: error: cannot write the output: No space left on device\n"
 
@@ -152,28 +161,35 @@ def test_last_step_of_an_epoch_that_spoils_the_weights(
 # Before there is a command line
 
 
-@pytest.mark.parametrize("program", [[FASTOPS], [sys.executable, "-m", "fastops"]])
-@pytest.mark.parametrize(
-    ("lack", "line"),
-    [
-        ("FASTOPS_BACKEND", "environment variable FASTOPS_BACKEND: unknown backend 'foo': expected one of 'auto', "),
-        ("torch", 'this command needs torch: pip install "torch-fastops"\n'),
-        ("interrupt", "fastops: interrupted\n"),
-    ],
-)
-def test_package_that_cannot_be_imported(program: list[str], lack: str, line: str, tmp_path: Path) -> None:
-    """One line for who typed the command, and the exception for a program."""
+LACKS = {
+    "FASTOPS_BACKEND": "environment variable FASTOPS_BACKEND: unknown backend 'foo': expected one of 'auto', ",
+    "torch": 'this command needs torch: pip install "torch-fastops"\n',
+    "interrupt": "fastops: interrupted\n",
+}
+
+
+def without(lack: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where the package cannot be imported; from the very start of a process if torch cannot."""
     environment = {name: value for name, value in os.environ.items() if name != "FASTOPS_BACKEND"}
     if lack == "FASTOPS_BACKEND":
-        environment["FASTOPS_BACKEND"] = "foo"
-    else:
-        (tmp_path / "torch.py").write_text(
-            "raise ModuleNotFoundError(name='torch')" if lack == "torch" else "raise KeyboardInterrupt"
-        )
-        environment["PYTHONPATH"] = str(tmp_path)
-    done = subprocess.run([*program, "doctor"], env=environment, capture_output=True, text=True)
+        return run_python(words, env=environment | {"FASTOPS_BACKEND": "foo"})
+    (folder / "torch.py").write_text(
+        "raise ModuleNotFoundError(name='torch')" if lack == "torch" else "raise KeyboardInterrupt"
+    )
+    environment["PYTHONPATH"] = str(folder)
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", [[FASTOPS], ["-m", "fastops"]])
+@pytest.mark.parametrize("lack", LACKS)
+def test_package_that_cannot_be_imported(program: list[str], lack: str, tmp_path: Path) -> None:
+    """One line for who typed the command."""
+    done = without(lack, tmp_path, *program, "doctor")
     assert done.returncode == (130 if lack == "interrupt" else 2)
-    assert line in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
-    for code in ("import fastops", "import sys; sys.argv = ['fastops']; import fastops"):
-        done = subprocess.run([sys.executable, "-c", code, "fastops"], env=environment, capture_output=True, text=True)
-        assert "Traceback" in done.stderr
+    assert LACKS[lack] in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("code", ["import fastops", "import sys; sys.argv = ['fastops']; import fastops"])
+@pytest.mark.parametrize("lack", LACKS)
+def test_exception_of_a_program_that_cannot_import_it(code: str, lack: str, tmp_path: Path) -> None:
+    assert "Traceback" in without(lack, tmp_path, "-c", code, "fastops").stderr

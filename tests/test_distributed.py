@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import run_python
 from torch import Tensor
 
 import fastops
 import fastops.distributed
 
+ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -57,7 +60,8 @@ def rank_checks(rank: int, file: str) -> None:
 
 
 def test_classes_sharded_across_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_checks, (str(tmp_path / "rendezvous"),), nprocs=RANKS)
+    done = run_python([__file__, tmp_path / "rendezvous"], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -71,3 +75,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError):
             fastops.distributed.linear_cross_entropy(*arguments, **options)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(rank_checks, (sys.argv[1],), nprocs=RANKS, start_method="fork")

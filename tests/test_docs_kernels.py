@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
@@ -18,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from forked import run_counting
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
@@ -115,7 +114,7 @@ def test_order_of_tiles_on_the_page_is_the_kernels(figures: ModuleType) -> None:
 
 
 def test_tables_are_what_is_counted() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "kernel_traffic.py")], capture_output=True, text=True)
+    done = run_counting(ROOT / "bench" / "kernel_traffic.py")
     assert done.returncode == 0, done.stderr
     printed = re.findall(r"^(\w+)\n((?:\|.*\n)+)", done.stdout, re.MULTILINE)
     tables = re.compile(r"^\| forward and backward, float32 \|.*\n\|[-|]*\|\n((?:\|.*\n)+)", re.MULTILINE)

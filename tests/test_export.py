@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import no_fallback
+from forked import run_python
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,9 +50,8 @@ def test_exported_program_loads_where_only_fastops_is_imported(tmp_path: Path) -
     torch.export.save(program, tmp_path / "program.pt2")
     input, target = torch.randn(9, 3), torch.randint(4, (9,))
     torch.save((input, target, model(input, target).detach()), tmp_path / "data.pt")
-    arguments = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path / "program.pt2"), str(tmp_path / "data.pt")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    arguments = ["-W", "ignore", "-c", LOAD, tmp_path / "program.pt2", tmp_path / "data.pt"]
+    result = run_python(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
 
 

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_python
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,12 +43,12 @@ class Transformed(Dataset[Tensor]):
             return self.model(torch.full((3,), float(index)))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_of_a_loader_run_kernels(start: str) -> None:
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_of_a_loader_run_kernels(start: str, workers: int) -> None:
     """Kernels ran before in this process, whose locks and caches a fork inherits."""
     data = Transformed()
     expected = torch.stack([data[index] for index in range(len(data))])
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=start)
+    loader = DataLoader(data, batch_size=2, num_workers=workers, multiprocessing_context=start)
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
@@ -144,7 +143,7 @@ def test_what_is_no_checkpoint_is_one_line_and_runs_nothing(kind: str, tmp_path:
     else:
         path.mkdir()
     words = ["train", "two-layer-net", "--device", "cpu", "--resume", path, "--output", tmp_path]
-    done = subprocess.run([sys.executable, "-m", "fastops", *map(str, words)], capture_output=True, text=True)
+    done = run_python(["-m", "fastops", *words])
     assert done.returncode != 0 and not trace.exists()
     assert done.stderr.startswith("fastops: error: ") and len(done.stderr.splitlines()) == 1
 
@@ -217,9 +216,8 @@ def test_a_loss_that_is_nan_is_eagers(backend: str) -> None:
 
 def test_a_short_soak() -> None:
     """What `make soak` runs for half an hour."""
-    command = [sys.executable, str(Path(__file__).parent / "soak.py"), "--minutes", "0.02"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python([Path(__file__).parent / "soak.py", "--minutes", "0.02"], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("ResNet-18: ", "FashionMLP: ", "serve ", "tune ", "new_model ", "memory: ", "plans: "):
         assert words in done.stdout

@@ -3,7 +3,6 @@
 import operator
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, one_case_per_op
+from forked import run_python
 from interpreter.launches import replace_launch
 from torch import Tensor
 
@@ -183,9 +183,9 @@ assert warning.category is fastops.FallbackWarning and "do not compile; torch wi
 
 def run(*words: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, *words], cwd=BENCH, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    done = run_python(words, cwd=BENCH, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @over_a_stub

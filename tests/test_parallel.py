@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -9,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import run_python
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.join import Join
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastops
 
+ROOT = Path(__file__).resolve().parent.parent
 WORLD = 2
 Gradients = dict[str, Tensor]
 
@@ -165,8 +167,15 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     """All checks in one run of the two processes: starting them takes longer than the checks."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    mp.spawn(work, (str(tmp_path),), nprocs=WORLD)
+    own = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0", "PYTHONPATH": str(ROOT)}
+    done = run_python([__file__, tmp_path], env=os.environ | own)
+    assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(WORLD)] == [""] * WORLD
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # once for both
+
+    mp.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")

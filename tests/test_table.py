@@ -2,7 +2,6 @@
 
 import os
 import pty
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import pytest
 
 from fastops.cli import audit
 from fastops.cli.table import PIPED, Table
+from fastops.progress import tracked
 
 COLUMNS = {"group": 20, "name": 60, "one": -8, "two": -8, "words": 40}
 CELLS = ["the group", "a name " * 8, "12345.67", "9.876e-5", "what else there is to say"]
@@ -56,16 +56,18 @@ def test_audit_fits_a_piped_page() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_bar_is_on_stderr_and_only_for_a_terminal(terminal: bool) -> None:
-    code = "from fastops.progress import tracked\nfor word in tracked('ab', 2, str.upper): print(word)"
+def test_bar_is_on_stderr_and_only_for_a_terminal(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     controller, other = pty.openpty()
-    stderr = other if terminal else subprocess.PIPE
-    environment = os.environ | {"TERM": "xterm"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=stderr)
-    assert (done.returncode, done.stdout) == (0, b"a\nb\n")
-    os.close(other)
+    with os.fdopen(other, "w") as stderr:
+        if terminal:
+            monkeypatch.setattr(sys, "stderr", stderr)
+        for word in tracked("ab", 2, str.upper):
+            print(word)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a\nb\n", "")
     if terminal:
         assert b"B" in os.read(controller, 1 << 16)
-    else:
-        assert done.stderr == b""
     os.close(controller)

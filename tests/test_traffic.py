@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_counting
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "traffic.py")], capture_output=True, text=True)
+    done = run_counting(ROOT / "bench" / "traffic.py")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_python
 from torch import Tensor
 
 import fastops
@@ -67,7 +68,8 @@ def rows(printed: str, op: str) -> dict[str, list[str]]:
 # Nothing wrong --------------------------------------------------------------------------------------------------------
 
 
-SLOW = [f"conv{n}d" for n in (1, 2, 3)] + ["conv_relu1d", "conv_relu3d"]  # conv_relu2d does what they do
+# What they do conv_relu2d and conv_act2d do.
+SLOW = [f"conv{n}d" for n in (1, 2, 3)] + [f"conv_{kind}{n}d" for kind in ("relu", "act") for n in (1, 3)]
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.nightly if op in SLOW else ()) for op in OPS])
@@ -364,23 +366,52 @@ USERS = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "F
 }
 
 
+def test_the_interpreter_gets_the_same_command(tmp_path: Path) -> None:
+    """In a process of its own, whose status and output are the command's; and neither needs the extras."""
+    for package in ("matplotlib", "mlxtend", "pytest", "torchvision"):
+        (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    environment = USERS | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = run_python(["-m", "fastops", "verify", "--op", "mse_loss"], env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert done.stdout.startswith("no GPU here: the same kernels run in Triton's interpreter")
+    assert done.stdout.count("no GPU here") == 1
+    assert done.stdout.rstrip().endswith("of those that ran, 24 on triton, 19 on torch (14 of them by design)")
+
+
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("command", "line"),
     [
-        ("verify --op add_relu", "of those that ran, 4 on triton, 2 on torch (2 of them by design)"),
         (
-            "train linear-regression --epochs 1 --backend triton --device cpu",
+            "train linear-regression --epochs 1 --backend triton --output .",
             "linear (1x1 to 1) runs on triton: a Triton",
         ),
+        ("qualify --minutes 1e-9 --case peaks", "no time for"),
     ],
 )
-def test_the_interpreter_gets_the_same_command(words: str, line: str, tmp_path: Path) -> None:
-    """In a process of its own, whose status and output are the command's."""
-    command = [sys.executable, "-m", "fastops", *words.split()]
-    done = subprocess.run(command, env=USERS, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("no GPU here: the same kernels run in Triton's interpreter")
-    assert done.stdout.count("no GPU here") == 1 and line in done.stdout
+def test_other_commands_get_the_interpreter_too(
+    command: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What they start, run here."""
+    monkeypatch.chdir(tmp_path)
+    started = list[tuple[list[str], str]]()
+    code = [sys.executable, "-c", ""]
+    start = subprocess.Popen
+
+    def record(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        started.append((command, env["TRITON_INTERPRET"]))
+        return start(code)
+
+    words = [*command.split(), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", record)
+        assert main(words) == 0
+    assert started == [([sys.executable, "-m", "fastops", *words], "1")]
+    monkeypatch.setattr(dispatch, "_INTERPRETER", True)
+    assert "no GPU here" in capsys.readouterr().out
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert line in printed and "no GPU here" not in printed
 
 
 @pytest.mark.usefixtures("no_interpreter")
@@ -391,8 +422,8 @@ def test_its_status_is_handed_on(monkeypatch: pytest.MonkeyPatch, code: str, sta
     assert main(["verify", "--device", "cpu"]) == status
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["the first alone", "both, as a terminal does"])
-def test_an_interrupt_ends_it(both: bool) -> None:
+def test_an_interrupt_ends_it() -> None:
+    """Both processes get it, as from a terminal."""
     command = [sys.executable, "-m", "fastops", "verify", "--device", "cpu"]
     process = subprocess.Popen(
         command,
@@ -406,7 +437,7 @@ def test_an_interrupt_ends_it(both: bool) -> None:
     assert process.stdout is not None
     while "gradcheck  forward AD" not in process.stdout.readline():
         assert process.poll() is None
-    (os.killpg if both else os.kill)(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "fastops: interrupted\n"
@@ -414,32 +445,33 @@ def test_an_interrupt_ends_it(both: bool) -> None:
         os.killpg(process.pid, 0)
 
 
-WITHOUT_EXTRAS = """
-import sys
+@pytest.mark.usefixtures("no_interpreter")
+def test_an_interrupt_of_the_first_process_alone_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the time in which a terminal's would have ended the other."""
+    signals, waits = list[int](), list[float | None]()
 
-for package in ("matplotlib", "mlxtend", "pytest", "torchvision"):
-    sys.modules[package] = None
-from fastops.cli import main
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None: ...
 
-sys.exit(main(["verify", "--op", "mse_loss", *sys.argv[1:]]))
-"""
+        def __enter__(self) -> "Started":
+            return self
 
+        def __exit__(self, *_: object) -> None: ...
 
-@pytest.mark.parametrize(
-    ("words", "end"),
-    [
-        (["--backend", "torch"], verify.NOTHING_RAN),
-        ([], "of those that ran, 24 on triton, 19 on torch (14 of them by design)"),
-    ],
-)
-def test_works_without_extras_in_a_new_process(words: list[str], end: str) -> None:
-    """And without the setting of these tests: for Triton the command starts the interpreter by itself."""
-    command = [sys.executable, "-c", WITHOUT_EXTRAS, "--device", "cpu", *words]
-    process = subprocess.run(command, env=USERS, capture_output=True, text=True)
-    assert process.returncode == bool(words), process.stdout + process.stderr
-    assert process.stderr == ""
-    assert ("no GPU here" in process.stdout) == (not words)
-    assert process.stdout.rstrip().endswith(end)
+        def wait(self, timeout: float | None = None) -> int:
+            waits.append(timeout)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            if not signals:
+                raise subprocess.TimeoutExpired("", 0)
+            return 130
+
+        def send_signal(self, number: int) -> None:
+            signals.append(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert main(["verify", "--device", "cpu"]) == 130
+    assert signals == [signal.SIGINT] and waits == [None, 5, None]
 
 
 # The rule -------------------------------------------------------------------------------------------------------------

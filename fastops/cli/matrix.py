@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -321,15 +321,20 @@ def _same_error(property: Property, ours: Subject, expected: NotImplementedError
     return f"no error, but torch: {expected}"
 
 
+def expected_of(property: Property, torchs: Subject) -> Callable[[], Any]:
+    """Finds out what torch's function has to say, once."""
+    return cache(partial(property.expected or property.of, torchs))
+
+
 @float32_products("ieee")  # as in `check_accuracy`
-def failure_of(property: Property, ours: Subject, torchs: Subject) -> str | None:
+def failure_of(property: Property, ours: Subject, expect: Callable[[], Any]) -> str | None:
     """What is wrong, or `NOT_IN_TORCH` if torch lacks it and fastops says so in torch's words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", fastops.FallbackWarning)
             try:
-                expected = (property.expected or property.of)(torchs)
+                expected = expect()
             except NotImplementedError as error:
                 return _same_error(property, ours, error)
             found = property.of(ours)
@@ -366,10 +371,10 @@ def run(names: list[str], ways: Sequence[str], device: torch.device) -> int:
             row = [op]
             checked = [way for way in ways if taken[op, way] == way or way == "auto"]
             for name, property in properties.items():
-                bad, good = [], "yes"
+                bad, good, expect = [], "yes", expected_of(property, torchs)
                 for way in checked:
                     with fastops.backend(way):
-                        failure = failure_of(property, ours, torchs)
+                        failure = failure_of(property, ours, expect)
                     if failure == NOT_IN_TORCH:
                         good = NOT_IN_TORCH
                     elif failure is not None:

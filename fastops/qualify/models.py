@@ -134,7 +134,7 @@ def _transforms(op: Op, device: torch.device) -> Figures:
     with fastops.backend("triton"):
         if way() != "triton":
             raise NotRun("no kernel takes it")
-        found = {name: matrix.failure_of(property, ours, torchs) for name, property in properties.items()}
+        found = {name: matrix.failure_of(p, ours, matrix.expected_of(p, torchs)) for name, p in properties.items()}
     failures = [f"{name}: {failure}" for name, failure in found.items() if failure not in (None, matrix.NOT_IN_TORCH)]
     if failures:
         raise CheckError("; ".join(failures))

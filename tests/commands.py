@@ -1,8 +1,10 @@
-"""Runs commands of the command line in this process."""
+"""Runs commands of the command line in this process, and what they time."""
 
 import pytest
 
 import fastops
+from fastops.bench import counting
+from fastops.bench.cases import Contest
 from fastops.cli import main
 
 
@@ -26,3 +28,10 @@ def fail(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     lines = printed.err.splitlines()
     assert len([line for line in lines if not line.startswith(("usage:", " "))]) == 1
     return lines[-1]
+
+
+def seen(contest: Contest, name: str) -> counting.Traffic:
+    """The operations of a second call, on the torch expression."""
+    with fastops.backend("torch"):
+        contest.calls[name]()
+        return counting.operations(contest.calls[name])

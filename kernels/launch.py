@@ -46,7 +46,7 @@ def launch(plan: Plan, *tensors: Tensor) -> None:
     """
     kernel = plan.kernel
     if not hasattr(kernel, "device_caches"):  # interpreted
-        private.mend_interpreter()
+        private.prepare_interpreter()
         kernel[plan.grid](*tensors, *plan.numbers, **plan.constants)
         return
     driver, runtime, known = _triton()

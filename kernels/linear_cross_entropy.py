@@ -11,7 +11,7 @@ gradient g of each row's loss::
     gx = gz w,   gw = gz^T x,   gb = sum of gz over rows,   gq_c = g w_c (1 - s) (l - z_c)
 
 gz is computed from the recomputed logits, for a chunk of rows and classes within the memory budget at a time;
-``linear.py`` computes the products with it. Computed inside of these two products gz would take no memory, but the
+``matmul.py`` computes the products with it. Computed inside of these two products gz would take no memory, but the
 logits would be computed twice.
 """
 

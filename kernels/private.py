@@ -291,8 +291,8 @@ def binder(function: Any, backend: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def mend_interpreter() -> None:
-    """Make Triton's interpreter twice as fast, and let a number of it, an array of one element, be the bound of a loop.
+def prepare_interpreter() -> None:
+    """Make Triton's interpreter twice as fast, and let its numbers, arrays of one element, be the bounds of a loop.
 
     It computes in int64 whether integers overflow, for an assertion that only its option ``debug`` lets it make. And up
     to 3.6 it calls ``int`` on the bounds of a loop, which numpy refuses since 2.4.

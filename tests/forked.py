@@ -1,7 +1,9 @@
 """Runs Python programs in new processes that need not import torch again, which takes longer than most of them.
 
 They are forks of a process that has imported torch and nothing else: not this project, not Triton, and none of the
-settings that these tests run under. Arguments, environment, folder, output and exit are those of a process of its own.
+settings that these tests run under. Arguments, environment, folder, output and exit are those of a process of its own,
+but for what Python and torch read when they start: the numbers of threads, Python's own variables and the seed of its
+hashes are those of the tests' process.
 """
 
 from __future__ import annotations
@@ -28,15 +30,22 @@ def run_python(
     options, rest = [], [str(word) for word in words]
     while rest[0] == "-W":
         options, rest = [*options, *rest[:2]], rest[2:]
+    assert rest[0] in ("-c", "-m") or not rest[0].startswith("-"), "no other option of Python is known here"
     with tempfile.TemporaryDirectory() as folder:
         outputs = [str(Path(folder, name)) for name in ("out", "err")]
         environment = dict(os.environ if env is None else env)
+        assert _at_start(environment) == _at_start(_ENVIRONMENT), "a process of its own is needed"
         request = {"words": rest, "cwd": str(cwd or os.getcwd()), "env": environment, "outputs": outputs}
         server = _server(os.getpid(), *options)
         assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        try:
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+        except BaseException:  # what it answers to the next request would be the status of this one
+            os.killpg(server.pid, signal.SIGKILL)
+            _server.cache_clear()
+            raise
         printed, errors = (Path(path).read_text() for path in outputs)
     return subprocess.CompletedProcess([sys.executable, *map(str, words)], status, printed, errors)
 
@@ -53,17 +62,27 @@ runpy.run_path({str(script)!r}, run_name="__main__")
     return run_python(["-c", code])
 
 
+_ENVIRONMENT = dict(os.environ)
+
+
+def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    """What counts for nothing once torch is imported."""
+    early = ("OMP_", "MKL_", "TORCH_LOGS", "PYTHON")
+    return {k: v for k, v in environment.items() if k.startswith(early) and k != "PYTHONPATH"}
+
+
 @cache
 def _server(user: int, *options: str) -> subprocess.Popen[str]:
     """That of a process, which a fork of it does not share."""
     own = ("TRITON_INTERPRET", "PYTHONPATH")
-    environment = {k: v for k, v in os.environ.items() if k not in own and not k.startswith("FASTOPS_")}
+    environment = {k: v for k, v in _ENVIRONMENT.items() if k not in own and not k.startswith("FASTOPS_")}
     server = subprocess.Popen(
         [sys.executable, *options, __file__],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     atexit.register(server.communicate)  # which ends it
     return server
@@ -103,7 +122,7 @@ def _run(words: list[str], cwd: str, env: dict[str, str], outputs: list[str]) ->
         text, where = (name, "<string>") if kind else (Path(name).read_text(), str(Path(cwd, name)))
         if not kind:
             module.__file__ = where
-        exec(compile(text, where, "exec"), vars(module))
+        exec(compile(text, where, "exec", dont_inherit=True), vars(module))
     raise SystemExit
 
 

@@ -166,7 +166,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 GENERAL = {
     "kernels": ("functional", "autograd"),
-    "ops": ("functional", "autograd", "semantics", "func", "errors", "flops"),
+    "ops": ("functional", "autograd", "semantics", "tensor_kinds", "func", "errors", "flops"),
 }
 # Files of one family of ops: only tests with such words in their names are asked, beside the file's own.
 FAMILIES = {
@@ -179,7 +179,8 @@ FAMILIES = {
     ("batch_norm", "batch_norm_device"): "batch_norm",
     ("max_pool",): "pool",
     ("add_relu",): "add_relu",
-    ("linear", "linear_act", "matmul"): "linear",
+    ("linear", "linear_act"): "linear",
+    ("matmul",): "linear or conv",
 }
 
 

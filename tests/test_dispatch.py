@@ -423,7 +423,7 @@ def test_autocast_of_a_convolution_is_its_dtype(op: str) -> None:
                     assert fastops.explain(op, input.double(), weight.double()).backend == way
 
 
-def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_new_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTOPS_BACKEND")}
     environment = {**kept, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -431,12 +431,12 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_environment_variable() -> None:
     code = "import fastops; from fastops import dispatch; print(dispatch.selected_backend())"
-    result = run_python(code, FASTOPS_BACKEND="onednn")
+    result = run_new_python(code, FASTOPS_BACKEND="onednn")
     assert result.stdout.split() == ["onednn"], result.stderr
 
 
 def test_wrong_environment_variable() -> None:
-    result = run_python("import fastops", FASTOPS_BACKEND="gpu")
+    result = run_new_python("import fastops", FASTOPS_BACKEND="gpu")
     assert result.returncode == 1
     expected = "ValueError: environment variable FASTOPS_BACKEND: unknown backend 'gpu': expected one of 'auto', "
     assert result.stderr.splitlines()[-1].startswith(expected)
@@ -448,7 +448,7 @@ def test_no_triton_is_imported_before_a_kernel_is_needed() -> None:
         "FF.conv_relu1d(x.t(), x[:, :, None]); FF.mse_loss(x, x); FF.cross_entropy(x, x.argmax(1));"
         "print('triton' in sys.modules)"
     )
-    result = run_python(code)
+    result = run_new_python(code)
     assert result.stdout.split() == ["False"], result.stderr
 
 

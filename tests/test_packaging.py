@@ -202,7 +202,8 @@ def test_import_leaves_out_what_takes_seconds() -> None:
 @pytest.mark.parametrize("modules", [["triton"], ["filelock", "numpy", "platformdirs", "rich"]])
 def test_works_without(modules: list[str]) -> None:
     """Also without all dependencies but torch."""
-    run("-W", "ignore", "-c", f"import sys; sys.modules.update(dict.fromkeys({modules}))\n" + TRAIN_ONE_STEP)
+    program = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n" + TRAIN_ONE_STEP
+    run("-W", "ignore", "-c", program, start=without_torch)
 
 
 def test_cache_folder_without_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:

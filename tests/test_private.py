@@ -17,6 +17,7 @@ from cases import no_fallback
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime import interpreter
 
 import fastops
 import fastops.distributed
@@ -313,3 +314,12 @@ def test_triton_that_looks_at_arguments_in_another_way(monkeypatch: pytest.Monke
     monkeypatch.delattr("triton.runtime.jit.create_function_from_signature")
     with pytest.raises(RuntimeError, match=r"no way to ask Triton \d+\.\d+ what a launch compiles"):
         private.binder(SimpleNamespace(), None)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_interpreter_computes_overflow_only_where_it_is_an_error(debug: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", interpreter.InterpreterOptions(debug=debug))
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", interpreter._patch_lang_tensor)
+    private.prepare_interpreter.__wrapped__()
+    assert builder.options.sanitize_overflow is debug

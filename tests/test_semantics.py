@@ -385,16 +385,16 @@ def test_nan_is_never_lost(case: Case, backend: str) -> None:
 def test_accuracy_is_torchs(case: Case, dtype: torch.dtype) -> None:
     """On every backend the error against float64 is at most twice that of torch in the same dtype, plus one rounding.
 
-    Of a result that is one number, eight are judged.
+    Of a result that is one number, eight are judged on each.
     """
 
     def results(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
         return gradients(function, *(tensor.detach().requires_grad_() for tensor in tensors))
 
     numbers = case.torchs(*case.tensors()).numel()
-    drawn = [tuple(case.make(shape).to(dtype) for shape in case.shapes) for _ in range(8 if numbers == 1 else 2)]
     runs = []
     for backend in BACKENDS:
+        drawn = [tuple(case.make(shape).to(dtype) for shape in case.shapes) for _ in range(8 if numbers == 1 else 2)]
         with fastops.backend(backend):
             runs += [(results(case.ours, *tensors), tensors) for tensors in drawn]
     assert_as_accurate_as_torch(functools.partial(results, case.torchs), *runs)

@@ -322,7 +322,7 @@ def _same_error(property: Property, ours: Subject, expected: NotImplementedError
 
 
 def expected_of(property: Property, torchs: Subject) -> Callable[[], Any]:
-    """Finds out what torch's function has to say, once."""
+    """Finds out what torch's function has to say, once unless that is an error."""
     return cache(partial(property.expected or property.of, torchs))
 
 

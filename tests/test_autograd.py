@@ -73,7 +73,7 @@ def test_forward_over_reverse(case: Case, backend: str, monkeypatch: pytest.Monk
 
 @one_case_per_op
 def test_rows_of_the_jacobian(case: Case) -> None:
-    """A dozen, each the backward pass of a gradient that is zero but for one element. (All: `jacrev` in test_func.py.)"""
+    """A dozen, each the backward pass of a gradient that is zero but for one element. (All: `test_func.py`.)"""
 
     def jacobian(function: Callable[..., Tensor]) -> list[Tensor]:
         tensors = case.tensors()

@@ -33,7 +33,8 @@ def pytest_process(*words: str, cwd: Path = ROOT, **settings: str) -> subprocess
     # pytest-benchmark times nothing, and writes no file, where a variable of pytest-xdist is set.
     left_out = ("TRITON_INTERPRET", "FASTOPS_BACKEND", "PYTEST_XDIST_WORKER")
     environment = {k: v for k, v in os.environ.items() if k not in left_out}
-    return run_python(["-m", "pytest", "-p", "no:cacheprovider", "-q", *words], cwd=cwd, env=environment | settings)
+    options = ("-p", "no:cacheprovider", "-p", "no:randomly", "-q")  # rows are in the order of the suite
+    return run_python(["-m", "pytest", *options, *words], cwd=cwd, env=environment | settings)
 
 
 SHORT = ("--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-warmup=off")

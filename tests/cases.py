@@ -39,6 +39,17 @@ class Case(NamedTuple):
         return tuple(tensor.to(dtype).requires_grad_(requires_grad) for tensor in made)
 
 
+class Logged(Tensor):
+    """A subclass that logs which functions it meets."""
+
+    met: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.met.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def torch_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.relu(F.linear(input, weight, bias))
 

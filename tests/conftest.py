@@ -74,3 +74,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each of the three ways down in turn."""
     with fastops.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Every call takes the torch expression, whose bits are eager's."""
+    with fastops.backend("torch"):
+        yield

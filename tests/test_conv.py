@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, no_fallback
+from cases import Logged, gradients, no_fallback
 from torch import Tensor, nn
 
 import fastops
@@ -273,17 +273,6 @@ def test_only_the_bias_is_trained(relu: bool, backend: str) -> None:
     if backend != "torch":
         assert [reference() for reference in watched] == [None, None]
     torch.testing.assert_close(torch.autograd.grad(output, bias, torch.ones_like(output))[0], expected[1])
-
-
-class Logged(Tensor):
-    """A subclass that logs which functions it meets."""
-
-    met: list[Any] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.met.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @DIMENSIONS

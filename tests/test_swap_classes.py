@@ -8,7 +8,7 @@ import functools
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -22,10 +22,7 @@ import fastops
 T = TypeVar("T")
 
 
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    with fastops.backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 class Child(Net):

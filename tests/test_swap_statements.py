@@ -18,11 +18,7 @@ from torch import Tensor, nn
 
 import fastops
 
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    with fastops.backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 class Statements(Net):

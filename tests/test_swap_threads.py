@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ from torch import nn
 
 import fastops
 
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    with fastops.backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 def test_threads_serve_while_others_swap_and_report() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import (
     Case,
+    Logged,
     no_fallback,
     one_case_per_op,
     torch_linear_relu,
@@ -36,17 +37,6 @@ def test_views_of_complex_tensors(conjugate: bool, op: str, backend: str) -> Non
     other = {"mse_loss": torch.randn(4, 3), "cross_entropy": torch.tensor([0, 1, 2, 0])}.get(op, complex_view(True)[:2])
     torchs = torch_linear_relu if op == "linear_relu" else getattr(F, op)
     torch.testing.assert_close(getattr(FF, op)(input, other), torchs(input, other))
-
-
-class Logged(Tensor):
-    """A subclass that logs which functions it meets."""
-
-    met: list[Any] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.met.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @one_case_per_op

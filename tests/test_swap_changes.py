@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +21,7 @@ def activation(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    with fastops.backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 class Base(nn.Module):

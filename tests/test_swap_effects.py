@@ -7,7 +7,7 @@ import itertools
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,7 @@ OPTIONS = {"scale": 2.0}
 OUTSIDE = nn.Linear(6, 6)
 
 
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    with fastops.backend("torch"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 class Base(nn.Module):

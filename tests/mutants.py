@@ -3,9 +3,9 @@
     python tests/mutants.py --count 300 --seed 0 --jobs 2 --json mutants.json
 
 A mutant is one changed comparison, operator, constant, branch, mask or term in a file of ``kernels/`` or
-``fastops/ops/``. It lies in a copy of the tree, where the tests of that file run first and general ones next, until one
-fails, which has to pass without the mutant: then it is killed. Survivors are listed as differences, to be judged by a
-person: equivalent, or in want of a test.
+``fastops/ops/``. It lies in a copy of the tree, where tests run until one fails, which has to pass without the mutant:
+then it is killed. First come those that have killed mutants of the same file, then the file's own, then general ones.
+Survivors are listed as differences, to be judged by a person: equivalent, or in want of a test.
 
 Neither mutmut nor cosmic-ray does this here: the one rewrites functions whose source Triton reads, the other knows one
 test command for all files, which would take minutes for each mutant.
@@ -43,7 +43,11 @@ ROOT = Path(__file__).parent.parent
 HANGS = 120  # seconds in which no test ends
 # What only the speed depends on, tables of versions, and what commands draw, time and audit: no test can see these.
 LEFT_OUT = {"kernels/configs.py", "kernels/private.py", "fastops/ops/examples.py"}
-IDLE = {"_timed", "_make", "_example", "_examples", "_act_examples", "register_limit", "narrowed", "tile_of_program"}
+IDLE = {
+    *("_timed", "timed", "timed_pairs", "_make", "_example", "_examples", "_act_examples"),
+    *("register_limit", "narrowed", "tile_of_program", "elementwise_config", "cross_entropy_config", "_lanes"),
+    *("_vector", "patch_of", "parts_of", "results_per_warp", "_saved_bytes"),
+}
 FASTER = {"GROUP_M", "num_warps", "num_stages", "maxnreg", "BLOCK", "schema", "backward_schema", "timed", "examples"}
 COMPARISONS = {
     ast.Lt: "<=",
@@ -252,11 +256,13 @@ def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None: 
         ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "_build", "__pycache__")
         shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
         passing: set[str] = set()
+        killers: dict[str, dict[str, None]] = {}  # of the mutants of a file so far, the last one first
         while (mutant := jobs.get()) is not None:
             path, killer = folder / mutant.file, None
             source = path.read_text()
             path.write_text(mutant.applied(source))
-            for group in groups_of(mutant.file):
+            before = killers.setdefault(mutant.file, {})
+            for group in (tuple(before), *groups_of(mutant.file)) if before else groups_of(mutant.file):
                 if (killer := failing(folder, group)) is not None:
                     break
             path.write_text(source)
@@ -265,6 +271,8 @@ def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None: 
                     results.put((mutant, f"{killer}, which fails without any mutant"))
                     raise SystemExit(1)
                 passing.add(killer)
+            if killer in passing:
+                killers[mutant.file] = {killer: None} | before
             results.put((mutant, killer))
 
 

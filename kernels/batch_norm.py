@@ -29,6 +29,7 @@ from .launch import Plan, launch
 from .tiles import tile_alignment
 
 STRIPS: Final = 512  # programs of a sum, on every GPU
+MERGED: Final = 512  # of their results, how many are merged at a time
 ELEMENTS: Final = 2048  # of a tile
 WHOLE_ELEMENTS: Final = 4096  # of one where a program has all positions of its channels, and takes few tiles
 LEAST_UNITS: Final = 8  # of a program of a sum, if there are more: so partial results are small beside the input
@@ -95,7 +96,7 @@ class Tiling(NamedTuple):
     def merged(self, kernel: Any, *numbers: int, **constants: Any) -> Plan:
         """The launch of a kernel that merges those."""
         strips, channels = self.strips()[0], self.numbers[2] // self.fold
-        block = min(512, triton.next_power_of_2(strips * self.fold))
+        block = min(MERGED, triton.next_power_of_2(strips * self.fold))
         blocks = {"BLOCK_S": block, "BLOCK_C": 8, "num_warps": 8}
         return Plan(kernel, (triton.cdiv(channels, 8),), strips, *numbers, FOLD=self.fold, **constants, **blocks)
 

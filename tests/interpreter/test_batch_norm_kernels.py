@@ -49,7 +49,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=["the interpreter's tiles", "a GPU's", "a GPU's, three launches"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a GPU are smaller: a program has several, or several strips share a sum."""
+    """Those of a GPU are smaller: a program has several, several strips share a sum, and a loop merges their results."""
     if "three" in request.param:
         monkeypatch.setattr(geometry, "WHOLE", 0)
     if "GPU" in request.param:
@@ -62,6 +62,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kernels, "register_limit", lambda *_, **__: {})
         monkeypatch.setattr(kernels, "ELEMENTS", 256)
         monkeypatch.setattr(kernels, "WHOLE_ELEMENTS", 1024)
+        monkeypatch.setattr(kernels, "MERGED", 4)
 
 
 def draw(shape: tuple[int, ...], last: bool, dtype: torch.dtype, parameters: torch.dtype) -> list[Tensor]:

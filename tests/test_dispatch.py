@@ -25,6 +25,7 @@ import fastops
 import fastops.functional as FF
 from fastops import dispatch
 from fastops.kernels import onednn, private
+from fastops.nn import LinearCrossEntropyOptions
 from fastops.ops import OPS, Explanation, Op
 from fastops.ops import linear as linear_op
 
@@ -203,6 +204,22 @@ def test_auto_leaves_small_calls_and_exact_products_on_a_gpu_to_torch(machine: M
             assert reason in found.reason, op
             with fastops.backend("triton"):
                 assert fastops.explain(op, *arguments).backend == "triton", op
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (3, 5, 7)], ids=str)
+def test_a_head_is_torchs_up_to_a_budget_of_all_its_logits(machine: Machine, shape: tuple[int, ...]) -> None:
+    machine.has(triton=True, interpreter=False)
+    size = torch.empty(shape[:-1]).numel() * 11 * torch.float32.itemsize
+    with FakeTensorMode():
+        call = on_a_gpu(*shape, dtype=torch.float32), on_a_gpu(11, 7, dtype=torch.float32)
+        target = torch.empty(shape[:-1], dtype=torch.int64, device="cuda")
+        ways = {
+            budget: fastops.explain(
+                "linear_cross_entropy", *call, target, options=LinearCrossEntropyOptions(memory_budget=budget)
+            ).backend
+            for budget in (size - 1, size)
+        }
+    assert ways == {size - 1: "triton", size: "torch"}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=["the interpreter's tiles", "a GPU's", "a GPU's, three launches"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a GPU are smaller: a program has several, several strips share a sum, and a loop merges what they give."""
+    """Those of a GPU are smaller: a program has several, strips share a sum, and a loop merges those."""
     if "three" in request.param:
         monkeypatch.setattr(geometry, "WHOLE", 0)
     if "GPU" in request.param:

@@ -170,7 +170,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 GENERAL = {
     "kernels": ("functional", "autograd"),
-    "ops": ("functional", "autograd", "semantics", "tensor_kinds", "func", "errors", "flops", "failures"),
+    "ops": ("functional", "autograd", "semantics", "tensor_kinds", "func", "errors", "flops", "failures", "compile"),
 }
 # Files of one family of ops: only tests with such words in their names are asked, beside the file's own.
 FAMILIES = {

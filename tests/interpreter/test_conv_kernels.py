@@ -187,6 +187,16 @@ def test_kernels_touch_nothing_else(name: str, last: bool, tiles: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("relu", [True, False])
+def test_more_positions_than_a_program_brings_to_channels_last(relu: bool) -> None:
+    """On the way it applies the ReLU's mask and sums up the bias's gradient, which then has several parts a sample."""
+    shapes = (2, 3, 9000), (2, 3, 1), (2,), (2, 2, 9000)
+    tensors = [whole_numbers(shape) for shape in shapes]
+    found = forward_and_backward(run_guarded, tensors, {}, relu)
+    for ours, theirs in zip(found, torchs({}, relu, *tensors), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["3 to 8 channels", "pointwise", "depthwise"])

@@ -9,6 +9,10 @@ K ?= fp32 and not compile
 
 BIN := $(VENV)/bin
 
+# The environments are installed without bytecode: without it here as well, each of the processes that tests start would
+# compile torch's modules again, which took a fifth of all their time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-oldest test-versions fuzz soak mutants gpu bench lint docs clean
 .NOTPARALLEL:
 

@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=[], help="only of these files")
     parser.add_argument("--json", type=Path, help="write results there, and go on where that file ends")
     arguments = parser.parse_args()
+    sys.dont_write_bytecode = True  # which knows its source by size and second: mutants of one size may follow at once
 
     paths = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastops" / "ops").glob("*.py")]
     files = sorted({str(path.relative_to(ROOT)) for path in paths} - LEFT_OUT)

@@ -98,6 +98,30 @@ def test_64_bit_positions(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(ours(x, window, grad), torchs(x, window, grad))
 
 
+@pytest.mark.parametrize(("samples", "large"), [(2**29 - 2**10 - 1, False), (2**29 - 2**10, True)])
+@pytest.mark.parametrize("height", [1, 2])
+def test_positions_take_64_bits_where_they_must(height: int, samples: int, large: bool) -> None:
+    """Those of the larger one: of the output with padding, else of the input."""
+    window = (
+        Window((2, 2), (1, 1), (1, 1), (1, 1), False) if height == 1 else Window((2, 2), (2, 2), (0, 0), (1, 1), False)
+    )
+    call = kernels.Call(torch.device("cpu"), torch.float32, (samples, 1, height, height), False, window)
+    plans = kernels.forward_plan(call, True)[0], kernels.backward_plan(call)
+    assert [plan.constants["LARGE"] for plan in plans] == [large] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("unit", [1, 8])
+def test_tiles_of_a_gpu(unit: int, dtype: torch.dtype) -> None:
+    """Powers of two, of few elements, and as little behind the last column as any of three widths has."""
+    for columns in range(1, 1000):
+        rows, wide = kernels.tile_shape(torch.device("meta"), dtype, 1 << 20, columns, unit)
+        assert rows.bit_count() == wide.bit_count() == 1
+        assert rows * wide == (1024 if unit == 1 or dtype is torch.float64 else 2048)
+        least = min(-columns % block for block in (32, 64, 128))
+        assert -columns % wide == least if columns > 64 else wide // 2 < columns <= wide
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("window", ["2", "3, stride 2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -32,6 +32,26 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.parametrize(("channels", "groups", "common"), [((6, 4), 1, 2), ((12, 8), 1, 4), ((12, 8), 4, 2)])
+def test_channels_decide_on_the_precision(
+    channels: tuple[int, int], groups: int, common: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the weight, forward and backward."""
+    asked: list[int] = []
+
+    def input_precision(tensor: Tensor, op: str, number: int) -> str:
+        asked.append(number)
+        return "ieee"
+
+    monkeypatch.setattr(conv, "input_precision", input_precision)
+    outputs, inputs = channels
+    x, w, gy = torch.randn(1, inputs, 5, 5), torch.randn(outputs, inputs // groups, 3, 3), torch.randn(1, outputs, 3, 3)
+    options = (1, 1), (0, 0), (1, 1), groups
+    conv.conv(x, w, None, *options, RELU, torch.contiguous_format)
+    conv.conv_backward(gy, x, w, None, tuple(x.shape), tuple(w.shape), *options, False, torch.contiguous_format)
+    assert launched and asked == [common] * 2
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3)), ids=str)

@@ -81,3 +81,11 @@ def exact() -> Iterator[None]:
     """Every call takes the torch expression, whose bits are eager's."""
     with fastops.backend("torch"):
         yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled is there before, or left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

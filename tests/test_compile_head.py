@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,11 +20,8 @@ CLASSES = 13
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_budget(fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastops.kernels.chunked_logits.BUDGET", 100)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def as_transformers(logits: Tensor, labels: Tensor, items: int | None = None) -> Tensor:

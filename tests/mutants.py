@@ -184,7 +184,7 @@ FAMILIES = {
     ("max_pool",): "pool",
     ("add_relu",): "add_relu",
     ("linear", "linear_act"): "linear",
-    ("matmul",): "linear or conv",
+    ("matmul", "onednn"): "linear or conv",
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastops.kernels import max_pool as kernels
 from fastops.kernels.geometry import Window, memory_format_of
+from fastops.ops import OPS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
@@ -151,7 +152,13 @@ def test_sums_of_16_bits_are_rounded_once() -> None:
 
 
 def test_without_taps() -> None:
-    x = draw((3, 5, 7, 9), False, torch.float32)
-    output, taps = run_guarded(kernels.relu_max_pool, x, *WINDOWS["2"], False)
+    """Where no gradient was wanted none are kept; a gradient that is wanted all the same finds them again."""
+    x, window = draw((3, 5, 7, 9), False, torch.float32), WINDOWS["2"]
+    output, taps = run_guarded(kernels.relu_max_pool, x, *window, False)
     assert_same((output,), (F.max_pool2d(F.relu(x), 2),))
     assert taps.numel() == 0
+    grad = torch.randn_like(output)
+    expected = torchs(x, window, grad)[1]
+    record = OPS["relu_max_pool2d"]
+    for backward in (record.gradients, record.load()[1]):
+        assert torch.equal(backward(grad, x, taps, *window, False, False)[0], expected)

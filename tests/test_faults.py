@@ -32,7 +32,11 @@ class Transformed(Dataset[Tensor]):
     """Samples that a swapped model makes: in the workers of a loader."""
 
     def __init__(self) -> None:
-        self.model = fastops.swap(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+        layer = nn.Linear(3, 4)
+        with torch.no_grad():  # whole numbers: a worker that is no fork has numpy's products, rounded in any order
+            for parameter in layer.parameters():
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) - 5)
+        self.model = fastops.swap(nn.Sequential(layer, nn.ReLU()))
 
     def __len__(self) -> int:
         return 6

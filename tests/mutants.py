@@ -176,7 +176,7 @@ GENERAL = {
 FAMILIES = {
     ("pair_loss", "pair", "mse", "l1", "smooth_l1", "huber"): "mse or l1 or huber",
     ("bce",): "binary or bce",
-    ("cross_entropy",): "cross_entropy",
+    ("cross_entropy", "cross_entropy_device"): "cross_entropy",
     ("linear_cross_entropy", "chunked_logits"): "linear_cross_entropy",
     ("conv", "conv_act", "conv_device", "depthwise", "depthwise_device", "channels_last"): "conv",
     ("geometry",): "conv or batch_norm or pool",

@@ -13,6 +13,7 @@ os.environ["FASTOPS_CACHE_DIR"] = "/nowhere/fastops"
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 from interpreter import bf16, overhead, product
 
 import fastops
-from fastops import dispatch
+from fastops import dispatch, tuning_cache
 from fastops.kernels import configs
 from fastops.ops.op import failed
 
@@ -89,3 +90,13 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def tuning_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache folder of the test's own, and nothing tuned before and after."""
+    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "tuned", False)
+    tuning_cache._of.cache_clear()
+    yield tmp_path / "cache"
+    tuning_cache._of.cache_clear()

@@ -1,9 +1,6 @@
-"""`fastops.tune`: what it measures and leaves alone, what is obeyed, and the file that keeps it. Clocks are fakes."""
+"""`fastops.tune`: what it measures and leaves alone, and what is obeyed. Clocks are fakes."""
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch.nn.functional as F
 from interpreter.launches import replace_launch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tuned import again, clock, mlp
 
 import fastops
 import fastops.functional as FF
@@ -25,17 +23,6 @@ from fastops.models import CIFARNet, LeNet
 from fastops.ops import OPS
 
 CPU = torch.device("cpu")
-Timer = Callable[[Callable[[], object]], float]
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache folder of the test's own, and nothing tuned before and after."""
-    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "tuned", False)
-    tuning_cache._of.cache_clear()
-    yield tmp_path / "cache"
-    tuning_cache._of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -43,27 +30,7 @@ def on_a_cpu(no_interpreter: None) -> None:
     """oneDNN against ATen."""
 
 
-def clock(**seconds: float) -> Timer:
-    """Makes the call, and says how long its backend takes."""
-
-    def timer(call: Callable[[], object]) -> float:
-        call()
-        return seconds.get(dispatch.selected_backend(), 1.0)
-
-    return timer
-
-
-def again() -> None:
-    """As a new process would find it."""
-    tuning_cache._of.cache_clear()
-    dispatch.tuned = tuning_cache.anything()
-
-
-def mlp() -> nn.Module:
-    return fastops.swap(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 4)))
-
-
-def test_the_fastest_way_is_obeyed(folder: Path) -> None:
+def test_the_fastest_way_is_obeyed(tuning_folder: Path) -> None:
     """For the shapes that were met, with and without gradients as measured; here and in a later process."""
     model, x = mlp(), torch.randn(5, 8)
     tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
@@ -98,12 +65,12 @@ def test_the_fastest_way_is_obeyed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "way"), [(0.97, "onednn"), (0.99, "torch"), (1.5, "torch")])
-def test_the_rule_stays_without_a_clear_gain(folder: Path, seconds: float, way: str) -> None:
+def test_the_rule_stays_without_a_clear_gain(tuning_folder: Path, seconds: float, way: str) -> None:
     tuning = fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=seconds, torch=1.0))
     assert {choice.way for choice in tuning.choices} == {way}
 
 
-def test_nothing_is_kept_where_turns_disagree(folder: Path) -> None:
+def test_nothing_is_kept_where_turns_disagree(tuning_folder: Path) -> None:
     """On a busy machine the least time alone may be luck: the rule stays, and the table says why."""
     turns, slow = iter(range(1000)), [0]
 
@@ -134,7 +101,7 @@ def test_the_key_has_the_precision_of_its_own_products(op: str, own: str) -> Non
             setting.fp32_precision = usual
 
 
-def test_gradients_apart(folder: Path) -> None:
+def test_gradients_apart(tuning_folder: Path) -> None:
     """A way may win with its backward pass and lose without."""
 
     def timer(call: Callable[[], object]) -> float:
@@ -149,7 +116,7 @@ def test_gradients_apart(folder: Path) -> None:
     assert fastops.explain("linear_relu", *(word.detach() for word in words)).backend == "torch"
 
 
-def test_backward_is_measured_where_gradients_are_recorded(folder: Path) -> None:
+def test_backward_is_measured_where_gradients_are_recorded(tuning_folder: Path) -> None:
     made = []
 
     def timer(call: Callable[[], object]) -> float:
@@ -162,7 +129,7 @@ def test_backward_is_measured_where_gradients_are_recorded(folder: Path) -> None
     assert set(made) == {(True, True), (False, False)}
 
 
-def test_model_and_input_are_left_alone(folder: Path) -> None:
+def test_model_and_input_are_left_alone(tuning_folder: Path) -> None:
     model = fastops.swap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten()))
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -189,7 +156,7 @@ def test_model_and_input_are_left_alone(folder: Path) -> None:
     assert fails.norm.num_batches_tracked == 0
 
 
-def test_memory_format_of_the_whole_model(folder: Path) -> None:
+def test_memory_format_of_the_whole_model(tuning_folder: Path) -> None:
     """Both are timed, the calls of both are tuned, and `swap` takes the answer."""
     model, x = fastops.swap(CIFARNet()), torch.randn(2, 3, 32, 32)
 
@@ -206,13 +173,13 @@ def test_memory_format_of_the_whole_model(folder: Path) -> None:
     assert not model.conv2.weight.is_contiguous()
 
 
-def test_model_that_runs_in_its_own_memory_format_alone(folder: Path) -> None:
+def test_model_that_runs_in_its_own_memory_format_alone(tuning_folder: Path) -> None:
     with pytest.warns(UserWarning, match="memory formats are not compared: view size is not compatible"):
         tuning = fastops.tune(fastops.swap(LeNet()), torch.randn(2, 1, 32, 32), timer=clock(onednn=1.0, torch=2.0))
     assert tuning.memory_format is None and len(tuning.choices) == 2 * 5
 
 
-def test_report_says_which_way_ran(folder: Path) -> None:
+def test_report_says_which_way_ran(tuning_folder: Path) -> None:
     model, x = mlp(), torch.randn(5, 8)
     assert fastops.report(model).notes == ()
     fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
@@ -222,7 +189,7 @@ def test_report_says_which_way_ran(folder: Path) -> None:
     assert "measured" in str(fastops.report(model, (x,))) and "rule" not in str(fastops.report(model, x))
 
 
-def test_calls_that_nobody_tuned_go_by_the_rule(folder: Path) -> None:
+def test_calls_that_nobody_tuned_go_by_the_rule(tuning_folder: Path) -> None:
     """And those that no key describes: sparse, nested, other classes, meta, in transforms and under compilers."""
     model, x = mlp(), torch.randn(5, 8)
     fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
@@ -240,7 +207,7 @@ def test_calls_that_nobody_tuned_go_by_the_rule(folder: Path) -> None:
     assert FF.conv1d(x[None], torch.randn(2, 5, 3), stride=[2]).shape == (1, 2, 3)
 
 
-def test_convolutions_and_heads(folder: Path) -> None:
+def test_convolutions_and_heads(tuning_folder: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -261,7 +228,7 @@ def test_convolutions_and_heads(folder: Path) -> None:
     assert len(notes) == 2 and all("onednn: fastops.tune measured" in note for note in notes)
 
 
-def test_models_that_change_what_they_are_given(folder: Path) -> None:
+def test_models_that_change_what_they_are_given(tuning_folder: Path) -> None:
     """Inputs changed in place, buffers assigned anew, keyword arguments, and a backward pass that is still to come."""
 
     class Changes(nn.Module):
@@ -286,7 +253,7 @@ def test_models_that_change_what_they_are_given(folder: Path) -> None:
         fastops.tune(model, torch.ones(3, 4), example_kwargs={"scale": scale}, timer=clock())
 
 
-def test_contexts_inside_a_model(folder: Path) -> None:
+def test_contexts_inside_a_model(tuning_folder: Path) -> None:
     """Autocast and no_grad around a call count when it is made again, and transforms are not looked into."""
 
     class Contexts(nn.Module):
@@ -312,7 +279,7 @@ def test_contexts_inside_a_model(folder: Path) -> None:
     assert "measured" not in notes[0] and "measured" in notes[1] and len(notes) == 2
 
 
-def test_memory_budget_comes_first(folder: Path) -> None:
+def test_memory_budget_comes_first(tuning_folder: Path) -> None:
     """However fast all logits at once are, they are not what was asked for."""
     options = fastops.nn.LinearCrossEntropyOptions(memory_budget=100)
     model = fastops.nn.LinearCrossEntropyLoss(4, 50, options=options)
@@ -321,7 +288,7 @@ def test_memory_budget_comes_first(folder: Path) -> None:
     assert "budget" in fastops.report(model, words).notes[0]
 
 
-def test_way_without_memory_is_no_contestant(folder: Path) -> None:
+def test_way_without_memory_is_no_contestant(tuning_folder: Path) -> None:
     def timer(call: Callable[[], object]) -> float:
         if dispatch.selected_backend() == "torch":
             raise torch.OutOfMemoryError
@@ -331,7 +298,7 @@ def test_way_without_memory_is_no_contestant(folder: Path) -> None:
     assert all(choice.seconds.keys() == {"onednn"} and choice.way == "onednn" for choice in tuning.choices)
 
 
-def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_INTERPRETER", True)
     monkeypatch.setattr(configs, "measured", {})
 
@@ -342,11 +309,11 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fastops.tune(mlp(), torch.randn(5, 8), timer=timer)
-    assert configs.measured == {} and configs.met is None and not dispatch.tuned and not folder.exists()
+    assert configs.measured == {} and configs.met is None and not dispatch.tuned and not tuning_folder.exists()
     assert dispatch.selected_backend() == "auto"
 
 
-def test_another_number_of_threads(folder: Path) -> None:
+def test_another_number_of_threads(tuning_folder: Path) -> None:
     model, x = mlp(), torch.randn(5, 8)
     words = (x, model[0].weight, model[0].bias)
     fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
@@ -359,7 +326,7 @@ def test_another_number_of_threads(folder: Path) -> None:
     assert fastops.explain("linear_relu", *words).backend == "onednn"
 
 
-def test_model_that_cannot_be_copied(folder: Path) -> None:
+def test_model_that_cannot_be_copied(tuning_folder: Path) -> None:
     """Its calls are tuned; only the memory formats are not compared."""
     model = fastops.swap(nn.Conv2d(3, 4, 3))
     model.cached = model.weight * 2
@@ -368,7 +335,7 @@ def test_model_that_cannot_be_copied(folder: Path) -> None:
     assert len(tuning.choices) == 2 and tuning.memory_format is None
 
 
-def test_frozen_model(folder: Path) -> None:
+def test_frozen_model(tuning_folder: Path) -> None:
     model = fastops.swap(nn.Conv2d(3, 4, (3, 3), stride=(np.int64(1), np.int64(1)))).requires_grad_(False)
     assert len(fastops.tune(model, torch.randn(1, 3, 5, 5), timer=clock()).choices) == 2  # one for each format
     assert len(fastops.tune(model, torch.randn(1, 3, 5, 5, requires_grad=True), timer=clock()).choices) == 4
@@ -376,31 +343,19 @@ def test_frozen_model(folder: Path) -> None:
         FF.conv2d(torch.randn(1, 3, 5, 5), model.weight, stride={1: 2})  # type: ignore[arg-type]
 
 
-def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTOPS_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(dispatch, "tuned", False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user whom nobody knows
-    tuning_cache._of.cache_clear()
-    assert not tuning_cache.anything()
-    with pytest.warns(UserWarning, match="this process alone: could not determine the home"):
-        assert fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=1.0, torch=2.0)).path is None
-    tuning_cache._of.cache_clear()
-
-
-def test_nothing_to_tune(folder: Path) -> None:
+def test_nothing_to_tune(tuning_folder: Path) -> None:
     tuning = fastops.tune(nn.Linear(8, 4), torch.randn(5, 8))
-    assert tuning.choices == () and tuning.path is None and not folder.exists() and not dispatch.tuned
+    assert tuning.choices == () and tuning.path is None and not tuning_folder.exists() and not dispatch.tuned
 
 
-def test_wrong_arguments(folder: Path) -> None:
+def test_wrong_arguments(tuning_folder: Path) -> None:
     with pytest.raises(TypeError, match=r"tune expects a torch\.nn\.Module, not function"):
         fastops.tune(F.relu, torch.randn(1))  # type: ignore[arg-type]
     with fastops.backend("onednn"), pytest.raises(RuntimeError, match="backend 'onednn' is selected"):
         fastops.tune(mlp(), torch.randn(5, 8))
 
 
-def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_that_fails_is_no_contestant(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton would run: its kernels against the torch expression, without one that does not compile."""
     monkeypatch.setattr(dispatch, "_INTERPRETER", True)
     model, x = mlp(), torch.randn(5, 8)
@@ -417,7 +372,7 @@ def test_kernel_that_fails_is_no_contestant(folder: Path, monkeypatch: pytest.Mo
     assert {choice.way for choice in tuning.choices} == {"torch"}
 
 
-def test_a_tile_that_fails_spoils_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_that_fails_spoils_no_other(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_INTERPRETER", True)
     monkeypatch.setattr(configs, "measured", {})
     large, small = configs.matmul_candidates("interpreter", torch.float32, "ieee")
@@ -443,7 +398,7 @@ def test_a_tile_that_fails_spoils_no_other(folder: Path, monkeypatch: pytest.Mon
     assert large not in configs.measured.values()
 
 
-def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_kernels(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton runs, each matrix product of each call is timed with every tile of its table."""
     monkeypatch.setattr(dispatch, "_INTERPRETER", True)
     monkeypatch.setattr(configs, "measured", {})
@@ -487,63 +442,7 @@ def test_tiles_of_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert forward not in configs.measured  # nothing gained: the table
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "[]",
-        '{"winners": [{"call": 1}], "tiles": []}',
-        '{"winners": [], "tiles": [{"product": ["float1", "ieee", 1, 1], "tile": [1, 1, 1, 1, 1]}]}',
-    ],
-)
-def test_damaged_file_is_survived(folder: Path, text: str) -> None:
-    model, x = mlp(), torch.randn(5, 8)
-    file = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0)).path
-    assert file is not None
-    file.write_text(text)
-    again()
-    with pytest.warns(UserWarning, match="is damaged and counts for nothing until fastops.tune mends it"):
-        assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "torch"
-    with pytest.warns(UserWarning, match="is damaged"):
-        fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
-    again()
-    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "onednn"
-
-
-def test_folder_that_cannot_be_written(folder: Path) -> None:
-    folder.write_text("a file, and no folder")
-    model, x = mlp(), torch.randn(5, 8)
-    with pytest.warns(UserWarning, match="counts in this process alone"):
-        tuning = fastops.tune(model, x, timer=clock(onednn=1.0, torch=2.0))
-    assert tuning.path is None and "kept nowhere" in str(tuning)
-    assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "onednn"
-
-
-def test_writers_at_the_same_time_lose_nothing(folder: Path) -> None:
-    def write(writer: int) -> None:
-        for i in range(20):
-            tuning_cache.add(CPU, {("op", writer, i): "torch"}, {})
-
-    with ThreadPoolExecutor(4) as pool:  # as processes: each opens the lock for itself
-        list(pool.map(write, range(4)))
-    tuning_cache._of.cache_clear()
-    assert set(tuning_cache.of(CPU)) == {("op", writer, i) for writer in range(4) for i in range(20)}
-    assert not list(folder.glob(".*"))
-
-
-def test_other_versions_and_devices_have_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tuning_cache.add(CPU, {("op",): "torch"}, {})
-    assert file is not None and file.parent == folder and set(os.listdir(folder)) == {file.name, f"{file.name}.lock"}
-    saved = json.loads(file.read_text())
-    assert saved["versions"]["torch"] == torch.__version__ and "threads" in saved["device"]
-    for change in ("_versions", "_device"):
-        with monkeypatch.context() as patch:
-            patch.setattr(tuning_cache, change, lambda *_: "another")
-            assert tuning_cache.path(CPU) != file
-
-
-def test_the_clock(folder: Path) -> None:
+def test_the_clock(tuning_folder: Path) -> None:
     """The default timer, once: it makes the call and says seconds."""
     tuning = fastops.tune(mlp(), torch.randn(5, 8))
     assert all(0 < seconds < 10 for choice in tuning.choices for seconds in choice.seconds.values())

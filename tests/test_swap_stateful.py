@@ -6,7 +6,7 @@ import contextlib
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from swap_models import words
 from torch import Tensor, nn
 
 import fastops
-from fastops import dispatch, tuning_cache
+from fastops import dispatch
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -356,17 +356,7 @@ class Twins(RuleBasedStateMachine):
                     one.copy_(other)
 
 
-@pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What `fastops.tune` finds is kept here and forgotten."""
-    monkeypatch.setenv("FASTOPS_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "tuned", False)
-    tuning_cache._of.cache_clear()
-    yield
-    tuning_cache._of.cache_clear()
-
-
-def test_any_order(tuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_order(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onednn_in_float64(monkeypatch)
     run_state_machine_as_test(Twins, settings=settings(settings.default, stateful_step_count=12))
     torch._dynamo.reset()

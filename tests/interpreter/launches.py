@@ -1,4 +1,4 @@
-"""Another `launch` in the place of the one that every kernel file imports."""
+"""Another `launch` in the place of the one that every kernel file imports; where kernels store."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fastops import kernels
 
@@ -22,3 +25,16 @@ def replace_launch(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., object
     for module in kernel_modules():
         if hasattr(module, "launch") and module.__name__ != "fastops.kernels.launch":
             monkeypatch.setattr(module, "launch", launch)
+
+
+def record_stores(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray[Any, Any]]:
+    """Becomes the addresses of each store from here on, in which an element that two lanes write is twice."""
+    store, written = InterpreterBuilder.create_masked_store, []
+
+    def seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        written.append(addresses[active])
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", seen)
+    return written

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
+from launches import record_stores
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -341,14 +342,7 @@ def test_every_gradient_is_written_once(classes: int, monkeypatch: pytest.Monkey
     use_tiles(monkeypatch, 64, 8)
     input, target, _ = INDICES.tensors((129, classes, 1), torch.float32)
     saved = kernels.cross_entropy(input, target, None, "mean", -100, 0.0)[1:]
-    store, written = interpreter.InterpreterBuilder.create_masked_store, []
-
-    def seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
-        written.append(addresses[active])
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", seen)
+    written = record_stores(monkeypatch)
     options = (*saved, "mean", -100, 0.0, True, False)
     kernels.cross_entropy_backward(torch.ones(()), input, target, None, *options)
     addresses = np.concatenate(written)

@@ -7,13 +7,14 @@ import itertools
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 from accuracy import assert_as_accurate_as_torch
 from guard import call_plainly, run_guarded, same_bits
-from launches import replace_launch
+from launches import record_stores, replace_launch
 from torch import Tensor
 from triton.runtime import _allocation
 
@@ -168,6 +169,16 @@ def test_a_product_is_added_to_what_is_there(
         return matmul.matmul(a, b, config=config, out=total.clone(), add=True)
 
     assert torch.equal(run_guarded(added, a, b, total), total + a.float() @ b.float())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_added_to_is_written_once(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes behind the edge repeat the last element: on a GPU one could read what the other has written."""
+    monkeypatch.setattr(matmul, "inner_splits", lambda *_: parts)
+    written, total = record_stores(monkeypatch), torch.zeros(71, 37)
+    matmul.matmul(torch.randn(71, 48), torch.randn(48, 37), config=SMALL, out=total, add=True)
+    addresses = np.concatenate(written)
+    assert len(addresses) == len(np.unique(addresses)) == total.numel() * (1 if parts == 1 else parts + 1)
 
 
 HALF = {"dtype": torch.bfloat16}

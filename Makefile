@@ -32,9 +32,10 @@ test-oldest: $(VENV)/.dev-installed
 # What depends most on the versions of torch, Triton and Python, about a third of all tests: with each pair of versions
 # that is supported, or with that of TORCH alone.
 SOME ?= $(patsubst %,tests/%.py,interpreter/test_add_relu_kernels interpreter/test_bce_kernels \
-	interpreter/test_linear_kernels test_autograd test_compile test_compile_backend test_compile_neighbours \
-	test_dispatch test_errors test_export test_func test_functional test_launch test_linear_cross_entropy \
-	test_offline_compile test_private test_strict test_swap test_swap_classes test_swap_statements test_swap_threads)
+	interpreter/test_linear_kernels test_autograd test_backend_selection test_compile test_compile_backend \
+	test_compile_neighbours test_dispatch test_errors test_export test_func test_functional test_launch \
+	test_linear_cross_entropy test_offline_compile test_private test_strict test_swap test_swap_classes \
+	test_swap_statements test_swap_threads)
 
 test-versions:
 	WORKERS=$(WORKERS) .ci/versions "$(TORCH)" $(SOME)

@@ -333,6 +333,12 @@ def test_explain_tells_what_runs(case: Case, selected: str, autocast: bool, monk
             assert fastops.explain(case.op, *tensors).backend == ran
 
 
+def test_the_uneven_end_of_padding_counts() -> None:
+    with fastops.backend("triton"):
+        assert fastops.explain("conv1d", torch.randn(1, 2, 1), torch.randn(3, 2, 4), padding="same").backend == "triton"
+        assert fastops.explain("conv1d", torch.randn(1, 2, 1), torch.randn(3, 2, 4), padding=1).backend == "torch"
+
+
 def test_explain_takes_keywords_and_refuses_unknown_ops() -> None:
     with fastops.backend("triton"):
         assert fastops.explain("linear", input=x, weight=w).backend == "triton"

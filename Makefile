@@ -9,9 +9,9 @@ K ?= fp32 and not compile
 
 BIN := $(VENV)/bin
 
-# The environments are installed without bytecode: without it here as well, each of the processes that tests start would
-# compile torch's modules again, which took a fifth of all their time.
-unexport PYTHONDONTWRITEBYTECODE
+# Environments are installed without bytecode. Where none may be written either, each process that a test starts compiles
+# torch's modules again, which took a fifth of the tests' time.
+BYTECODE := env -u PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-oldest test-versions fuzz soak mutants gpu bench lint docs clean
 .NOTPARALLEL:
@@ -20,14 +20,14 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/fastops demo
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
+	$(BYTECODE) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
 # What numpy and torch multiply and sum up with on an older processor rounds otherwise than on a new one. Any x86-64
 # processor that they run on has the instructions of these; those of Haswell or Sandybridge would be too new for some.
 OLDEST := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 
 test-oldest: $(VENV)/.dev-installed
-	env $(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 tests/interpreter
+	$(BYTECODE) $(OLDEST) $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 tests/interpreter
 
 # What depends most on the versions of torch, Triton and Python, about a third of all tests: with each pair of versions
 # that is supported, or with that of TORCH alone.
@@ -38,14 +38,14 @@ SOME ?= $(patsubst %,tests/%.py,interpreter/test_add_relu_kernels interpreter/te
 	test_swap_statements test_swap_threads)
 
 test-versions:
-	WORKERS=$(WORKERS) .ci/versions "$(TORCH)" $(SOME)
+	$(BYTECODE) WORKERS=$(WORKERS) .ci/versions "$(TORCH)" $(SOME)
 
 # With the torch that $(PYTHON) has, and nothing installed: a machine with a GPU comes with its own, and may have no network.
 gpu:
 	$(PYTHON) -m fastops qualify --minutes $(MINUTES) --json qualify.json --html qualify.html --table kernels/measured
 
 fuzz: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --hypothesis-profile=deep \
+	$(BYTECODE) $(BIN)/python -m pytest --numprocesses $(WORKERS) --hypothesis-profile=deep \
 		tests/test_fuzz.py tests/test_swap_random.py tests/test_swap_stateful.py
 
 soak: $(VENV)/.dev-installed

@@ -2,7 +2,7 @@
 
 Of the logits ``z = x w^T + b`` [rows, classes], only one tile exists at a time. A range of classes contributes to a
 row's loss through its `Statistics` alone; those of several ranges (tiles, splits of a launch, shards of a weight) are
-merged. ``t_c`` is the target distribution of ``cross_entropy_device.py`` without its part at the true class::
+merged. ``t_c`` is the target distribution of ``kernels/cross_entropy_device.py`` without its part at the true class::
 
     m = max z_c,   e = sum exp(z_c - m),   d = sum t_c (z_c - m),   T = sum t_c,   y = z at the true class
     loss = T log e - d + w_y (1 - s) (log e - (y - m))

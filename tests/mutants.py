@@ -4,8 +4,8 @@
 
 A mutant is one changed comparison, operator, constant, branch, mask or term in a file of ``kernels/`` or
 ``fastops/ops/``. It lies in a copy of the tree, where tests run until one fails, which has to pass without the mutant:
-then it is killed. First come those that have killed mutants of the same file, then the file's own, then general ones.
-Survivors are listed as differences, to be judged by a person: equivalent, or in want of a test.
+then it is killed. First come those that have killed mutants of the same file, then fuzzing, the file's own, and general
+ones. Survivors are listed as differences, to be judged by a person: equivalent, or in want of a test.
 
 Neither mutmut nor cosmic-ray does this here: the one rewrites functions whose source Triton reads, the other knows one
 test command for all files, which would take minutes for each mutant.
@@ -41,14 +41,24 @@ import triton  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 HANGS = 120  # seconds in which no test ends
-# What only the speed depends on, tables of versions, and what commands draw, time and audit: no test can see these.
+# What only the speed depends on, tables of versions, and what commands draw, time and audit: no test is to see these.
 LEFT_OUT = {"kernels/configs.py", "kernels/private.py", "fastops/ops/examples.py"}
 IDLE = {
-    *("_timed", "timed", "timed_pairs", "_make", "_example", "_examples", "_act_examples"),
-    *("register_limit", "narrowed", "tile_of_program", "elementwise_config", "cross_entropy_config", "_lanes"),
-    *("_vector", "patch_of", "parts_of", "results_per_warp", "_saved_bytes"),
+    *("timed", "timed_pairs", "_make", "_example", "_examples", "register_limit", "narrowed", "tile_of_program"),
+    *("elementwise_config", "cross_entropy_config", "_lanes", "_vector", "parts_of", "results_per_warp"),
 }
-FASTER = {"GROUP_M", "num_warps", "num_stages", "maxnreg", "BLOCK", "schema", "backward_schema", "timed", "examples"}
+FASTER = {
+    "GROUP_M",
+    "num_warps",
+    "num_stages",
+    "maxnreg",
+    "BLOCK",
+    "schema",
+    "backward_schema",
+    "timed",
+    "examples",
+    "strict",
+}
 COMPARISONS = {
     ast.Lt: "<=",
     ast.LtE: "<",
@@ -200,7 +210,8 @@ def groups_of(file: str) -> tuple[tuple[str, ...], ...]:
     own = tuple(name for name, stem in stems.items() if any(subject in stem for subject in subjects))
     kernels = tuple(name for name in names if name.startswith("tests/interpreter") and name not in own)
     general = tuple(f"tests/test_{name}.py" for name in GENERAL[Path(file).parent.name])
-    groups = [("tests/test_fuzz.py", *chosen), own, () if words or own else kernels, (*general, *chosen)]
+    ways = ("tests/test_dispatch.py",) if "ops" in file else ()
+    groups = [("tests/test_fuzz.py", *chosen), own, () if words or own else kernels, (*general, *chosen), ways]
     return tuple(group for group in groups if group)
 
 
@@ -262,9 +273,10 @@ def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None: 
             source = path.read_text()
             path.write_text(mutant.applied(source))
             before = killers.setdefault(mutant.file, {})
-            for group in (tuple(before), *groups_of(mutant.file)) if before else groups_of(mutant.file):
-                if (killer := failing(folder, group)) is not None:
-                    break
+            if before and (killer := failing(folder, tuple(before))) == "the start of all":
+                killer = None  # a mutant may have changed the name of one of these
+            for group in groups_of(mutant.file):
+                killer = killer or failing(folder, group)
             path.write_text(source)
             if killer is not None and "::" in killer and killer not in passing:
                 if failing(folder, (killer,)) is not None:
@@ -284,7 +296,8 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=[], help="only of these files")
     parser.add_argument("--json", type=Path, help="write results there, and go on where that file ends")
     arguments = parser.parse_args()
-    sys.dont_write_bytecode = True  # which knows its source by size and second: mutants of one size may follow at once
+    # It knows its source by size and second: mutants of one size may follow at once.
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
 
     paths = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastops" / "ops").glob("*.py")]
     files = sorted({str(path.relative_to(ROOT)) for path in paths} - LEFT_OUT)

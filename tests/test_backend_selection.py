@@ -1,4 +1,4 @@
-"""`fastops.backend` and the environment's variable: what is selected, for which thread, and how long."""
+"""`fastops.backend` and the environment's variable: what is selected, where, how long, and what is imported."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_autograds_threads_have_the_selection_of_the_one_that_began(depth: int) 
     assert found == [(name, here) for own in outer for name in (own, "torch", own)]
 
 
-def test_compiling_in_a_thread_that_python_did_not_start() -> None:
+def test_compiling_in_a_thread_that_python_did_not_start(fresh_dynamo: None) -> None:
     """Such as autograd's for a GPU: which backend is selected is looked for in a way that Dynamo does not know."""
     found: list[Any] = []
 
@@ -149,7 +149,6 @@ def test_compiling_in_a_thread_that_python_did_not_start() -> None:
         finally:
             done.release()
 
-    torch._dynamo.reset()
     done = threading.Semaphore(0)
     _thread.start_new_thread(run, ())
     done.acquire()

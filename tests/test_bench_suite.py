@@ -49,8 +49,8 @@ def saved_rows(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return groups
 
 
-def on_a_cpu(way: str) -> bool:
-    """Whether it is one of the ways there: on some processors large products gain from oneDNN."""
+def is_a_cpus(way: str) -> bool:
+    """Whether a call can have gone this way on a CPU: on some processors large products gain from oneDNN."""
     return set(way.split("+")) <= {"onednn", "torch"}
 
 
@@ -70,7 +70,7 @@ def test_suite_runs(tmp_path: Path) -> None:
         case, _, dtype = group.rpartition("-")
         assert rows[OURS]["params"] == {"case": case, "dtype": dtype, "contestant": OURS}
         info = rows[OURS]["extra_info"]
-        assert on_a_cpu(info["way"]) and info["bytes"] > 0 and info["launches"] > 0 and info["peak_bytes"] > 0
+        assert is_a_cpus(info["way"]) and info["bytes"] > 0 and info["launches"] > 0 and info["peak_bytes"] > 0
     assert json.loads(file.read_text())["machine_info"]["torch"] == torch.__version__
     assert len(list(tmp_path.rglob("*.svg"))) == len(groups) * len(plot)
 
@@ -114,7 +114,7 @@ def test_fixture_for_models_of_ones_own(tmp_path: Path) -> None:
         "test_step-64": [EAGER, OURS],
         "test_inference": [EAGER, OURS],
     }
-    assert all(on_a_cpu(rows[OURS]["extra_info"]["way"]) for rows in groups.values())
+    assert all(is_a_cpus(rows[OURS]["extra_info"]["way"]) for rows in groups.values())
 
 
 def test_fixture_skips_what_cannot_run(tmp_path: Path) -> None:

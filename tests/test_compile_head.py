@@ -115,6 +115,7 @@ def draw(rows: int = 7) -> tuple[Tensor, Tensor]:
     return torch.randn(2, rows, 6), torch.randint(CLASSES, (2, rows))
 
 
+# Each compiler and each way once: they know nothing of each other.
 @pytest.mark.parametrize(("compiler", "way"), [("aot_eager", "triton"), ("eager", "onednn")])
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_fused_and_why_not(name: str, compiler: str, way: str) -> None:

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 import fastops
 from fastops.compile import compile_graph
 
-pytestmark = [no_fallback, pytest.mark.usefixtures("fresh_dynamo")]
+pytestmark = [
+    no_fallback,
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 # A head and its loss --------------------------------------------------------------------------------------------------

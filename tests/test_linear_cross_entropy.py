@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import fastops.functional as FF
 from fastops import backport
 from fastops.kernels import onednn
 from fastops.nn import LinearCrossEntropyOptions
+from fastops.ops import linear_cross_entropy as head
 
 pytestmark = no_fallback
 
@@ -119,6 +121,14 @@ def test_of_one_class_nothing_is_left(backend: str) -> None:
         loss = FF.linear_cross_entropy(x, w, target)
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("needs", itertools.product([False, True], repeat=3))
+def test_gradients_that_the_forward_pass_made_must_be_all_that_are_needed(needs: tuple[bool, ...]) -> None:
+    """In a graph that was captured where fewer were wanted they are not."""
+    one, none = torch.ones(2), torch.empty(0)
+    made = head._made((torch.ones(()), *[None] * 9, one, none, none, *needs, False))
+    assert made is None if any(needs[1:]) else made == (one if needs[0] else None, None, None)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -132,7 +132,7 @@ def test_reentrant_checkpoint(case: Case, backend: str) -> None:
 
 @one_case_per_op
 def test_compiled_autograd(case: Case) -> None:
-    """The whole backward as one graph, of Functions that ran in eager: one raw op, whose way is an argument."""
+    """The whole backward as one graph, after a forward in eager: of raw ops, whose way is but an argument."""
     tensors = case.tensors(torch.float32)
     torch._dynamo.reset()
     with fastops.backend("triton"), torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):

@@ -21,8 +21,8 @@ GROUPS = {
     "losses": (LOSSES, (True, False)),
     "head": (HEAD, (True, False)),
 }
-# Of NVIDIA's, what has no product is compiled for sm80 and sm100 as it is for sm90; sm100's linear layers are, but for
-# the matrix instruction, which convolutions and heads have too.
+# Around convolutions and in losses sm80 and sm100 hardly differ from sm90, but for sm100's limit of registers. In
+# linear layers sm100 differs in the matrix instruction, which convolutions and heads have too.
 LATER = {("sm100", "linear"), *((target, name) for target in ("sm80", "sm100") for name in ("around conv", "losses"))}
 EVERY = [
     pytest.param(target, *group, id=f"{target}-{name}", marks=pytest.mark.nightly if (target, name) in LATER else ())

@@ -393,12 +393,10 @@ def test_the_report_names_what_it_does_not_know() -> None:
 
 
 @pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
+def quiet_dynamo(fresh_dynamo: None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch._dynamo.reset()
 
 
 def graph_of(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Any]]:
@@ -423,7 +421,7 @@ def call_of(activation: tuple[Any, ...] | None) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_in_graphs(name: str, fresh_dynamo: None) -> None:
+def test_modules_in_graphs(name: str, quiet_dynamo: None) -> None:
     make, activation = MODULES[name]
     model, x = model_of(make()), torch.randn(4, 6, dtype=torch.float64)
     with fastops.backend("triton"):
@@ -435,7 +433,7 @@ def test_modules_in_graphs(name: str, fresh_dynamo: None) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CALLS if kind not in (IntoOut, SlopeOfTensor, NegativeInPlace)])
-def test_functions_in_graphs(kind: type[Calls], fresh_dynamo: None) -> None:
+def test_functions_in_graphs(kind: type[Calls], quiet_dynamo: None) -> None:
     model, x = kind().double(), torch.randn(4, 6, dtype=torch.float64)
     with fastops.backend("triton"):
         output, calls = graph_of(model, x)
@@ -445,7 +443,7 @@ def test_functions_in_graphs(kind: type[Calls], fresh_dynamo: None) -> None:
 
 
 @pytest.mark.parametrize("kind", [Gelu, LeakyPositional, MethodTanh])
-def test_swapped_models_compile(kind: type[Calls], fresh_dynamo: None) -> None:
+def test_swapped_models_compile(kind: type[Calls], quiet_dynamo: None) -> None:
     model, x = kind().double(), torch.randn(4, 6, dtype=torch.float64)
     expected = model(x)
     with fastops.backend("triton"):

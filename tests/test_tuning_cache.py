@@ -12,7 +12,7 @@ import torch
 from tuned import again, clock, mlp
 
 import fastops
-from fastops import dispatch, tuning_cache
+from fastops import tuning_cache
 
 CPU = torch.device("cpu")
 
@@ -55,16 +55,13 @@ def test_folder_that_cannot_be_written(tuning_folder: Path) -> None:
     assert fastops.explain("linear_relu", x, model[0].weight, model[0].bias).backend == "onednn"
 
 
-def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home(tuning_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTOPS_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(dispatch, "tuned", False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user whom nobody knows
-    tuning_cache._of.cache_clear()
     assert not tuning_cache.anything()
     with pytest.warns(UserWarning, match="this process alone: could not determine the home"):
         assert fastops.tune(mlp(), torch.randn(5, 8), timer=clock(onednn=1.0, torch=2.0)).path is None
-    tuning_cache._of.cache_clear()
 
 
 def test_writers_at_the_same_time_lose_nothing(tuning_folder: Path) -> None:

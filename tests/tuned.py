@@ -1,4 +1,4 @@
-"""A model that is tuned by a clock that is none, for several files of tests."""
+"""A model to be tuned, and a fake clock, for several files of tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy with class indices or class probabilities: ``kernels/cross_entropy.py``.
+"""Cross-entropy with class indices or class probabilities: ``kernels/cross_entropy_device.py``.
 
 Per row, with logits x, p = softmax(x), l = log-sum-exp(x), the weighted target distribution t (`_distribution` builds
 it), T = sum of t, and the row's scale r (its loss's gradient, over the denominator for 'mean')::

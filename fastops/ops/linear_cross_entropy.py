@@ -1,6 +1,6 @@
 """Linear + cross-entropy: `cross_entropy` of the logits z = x w^T + b, which are never kept.
 
-With gz the gradient of the logits by the formulas of ``cross_entropy.py``::
+With gz the gradient of the logits by the formulas of ``kernels/cross_entropy_device.py``::
 
     gx = gz w,   gw = gz^T x,   gb = sum of gz over rows
 

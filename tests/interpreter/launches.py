@@ -28,7 +28,7 @@ def replace_launch(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., object
 
 
 def record_stores(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray[Any, Any]]:
-    """Becomes the addresses of each store from here on, in which an element that two lanes write is twice."""
+    """The addresses of each store from here on; an element that two lanes write is there twice."""
     store, written = InterpreterBuilder.create_masked_store, []
 
     def seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:

@@ -34,6 +34,7 @@ import fastops
 import fastops.functional as FF
 from fastops.kernels import configs, conv
 from fastops.kernels.activation import NONE, RELU
+from fastops.kernels.channels_last import channels_last_plan
 
 
 @pytest.fixture
@@ -191,6 +192,8 @@ def test_kernels_touch_nothing_else(name: str, last: bool, tiles: str) -> None:
 def test_more_positions_than_a_program_brings_to_channels_last(relu: bool) -> None:
     """On the way it applies the ReLU's mask and sums up the bias's gradient, which then has several parts a sample."""
     shapes = (2, 3, 9000), (2, 3, 1), (2,), (2, 2, 9000)
+    plan = channels_last_plan((torch.device("cpu"), torch.float32), shapes[3], (18000, 9000, 1), 2, need_sum=True)
+    assert plan[1] > shapes[3][0]
     tensors = [whole_numbers(shape) for shape in shapes]
     found = forward_and_backward(run_guarded, tensors, {}, relu)
     for ours, theirs in zip(found, torchs({}, relu, *tensors), strict=True):

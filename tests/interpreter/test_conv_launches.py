@@ -36,7 +36,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_channels_decide_on_the_precision(
     channels: tuple[int, int], groups: int, common: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the weight, forward and backward."""
+    """What the weight's numbers of channels have in common, forward and backward."""
     asked: list[int] = []
 
     def input_precision(tensor: Tensor, op: str, number: int) -> str:

@@ -70,6 +70,7 @@ CASES = {
     "twice as many outputs": Case(2, 8, 2, (5, 6), (3, 3), 1, 1),
     "three times as many outputs": Case(1, 3, 3, (6, 5), (3, 2), 2, 1),
     "three times as many, stride beyond a patch": Case(1, 2, 3, (19, 20), (2, 3), 9, 1),
+    "more channels than stand side by side": Case(1, 48, 1, (3, 4), (3, 2), 1, 1),
     "two channels": Case(1, 2, 1, (4, 4), (3, 3), 1, 1),
     "1d": Case(2, 13, 1, (19,), (5,), 2, 2),
     "3d": Case(1, 8, 1, (3, 4, 5), (3, 3, 3), 1, 1),

@@ -114,13 +114,15 @@ def test_positions_take_64_bits_where_they_must(height: int, samples: int, large
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("unit", [1, 8])
 def test_tiles_of_a_gpu(unit: int, dtype: torch.dtype) -> None:
-    """Powers of two, of few elements, and as little behind the last column as any of three widths has."""
+    """Powers of two, and of three widths the largest with as little behind the last column as any of them has."""
     for columns in range(1, 1000):
         rows, wide = kernels.tile_shape(torch.device("meta"), dtype, 1 << 20, columns, unit)
         assert rows.bit_count() == wide.bit_count() == 1
         assert rows * wide == (1024 if unit == 1 or dtype is torch.float64 else 2048)
-        least = min(-columns % block for block in (32, 64, 128))
-        assert -columns % wide == least if columns > 64 else wide // 2 < columns <= wide
+        if columns > 64:
+            assert wide == min((128, 64, 32), key=lambda block: (-columns % block, -block))
+        else:
+            assert wide // 2 < columns <= wide
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -152,7 +154,7 @@ def test_sums_of_16_bits_are_rounded_once() -> None:
 
 
 def test_without_taps() -> None:
-    """Where no gradient was wanted none are kept; a gradient that is wanted all the same finds them again."""
+    """Where no gradient was wanted no taps are kept; a gradient that is wanted all the same finds them again."""
     x, window = draw((3, 5, 7, 9), False, torch.float32), WINDOWS["2"]
     output, taps = run_guarded(kernels.relu_max_pool, x, *window, False)
     assert_same((output,), (F.max_pool2d(F.relu(x), 2),))

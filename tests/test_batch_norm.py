@@ -211,6 +211,14 @@ def test_nothing_else_is_modified_and_a_backward_pass_repeats(backend: str) -> N
     assert torch.equal(variables[0], x) and torch.equal(variables[1], other) and torch.equal(output, kept)
 
 
+def test_a_sum_of_two_dtypes_has_torchs() -> None:
+    """No kernel takes them: what is added in place to the norm's output would keep its dtype."""
+    input, other = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16), torch.randn(4, 3, 2, 2)
+    output = FF.batch_norm_add_relu(input, other, None, None, training=True)
+    expected = torch.relu(F.batch_norm(input, None, None, training=True) + other)
+    assert output.dtype is torch.float32 and torch.equal(output, expected)
+
+
 def test_what_has_no_kernel_takes_the_torch_expression() -> None:
     x, c = torch.randn(4, 3, 2), torch.ones(3)
     with fastops.backend("triton"):

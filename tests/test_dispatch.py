@@ -149,6 +149,7 @@ def test_auto_takes_kernels_on_a_gpu_where_they_fuse(machine: Machine) -> None:
             ("conv2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "convolution alone"),
             ("conv_relu2d", (image, on_a_gpu(32, 64, 3, 3)), {}, "torch", "torch", "to channels-last"),
             ("conv_relu2d", (last, on_a_gpu(32, 64, 3, 3)), {}, "triton", "vendor", "epilogue"),
+            ("conv_act2d", (last, on_a_gpu(32, 64, 3, 3)), {"activation": "silu"}, "triton", "vendor", "epilogue"),
             ("conv_relu2d", (image, on_a_gpu(64, 1, 3, 3)), {"groups": 64}, "torch", "torch", "to channels-last"),
             ("conv_relu2d", (last, on_a_gpu(64, 1, 5, 5)), {"groups": 64}, "triton", "vendor", "depthwise"),
             ("conv_relu2d", (last, on_a_gpu(64, 1, 7, 7)), {"groups": 64}, "torch", "torch", "so many taps"),

@@ -35,7 +35,7 @@ SOME ?= $(patsubst %,tests/%.py,interpreter/test_add_relu_kernels interpreter/te
 	interpreter/test_linear_kernels test_autograd test_backend_selection test_compile test_compile_backend \
 	test_compile_neighbours test_dispatch test_errors test_export test_func test_functional test_launch \
 	test_linear_cross_entropy test_offline_compile test_private test_strict test_swap test_swap_classes \
-	test_swap_statements test_swap_threads)
+	test_swap_statements test_swap_threads test_swap_transforms)
 
 test-versions:
 	$(BYTECODE) WORKERS=$(WORKERS) .ci/versions "$(TORCH)" $(SOME)

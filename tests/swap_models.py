@@ -420,3 +420,9 @@ def words(error: BaseException) -> str:
     saved for the gradients."""
     pattern = r"version [0-9]+|output [0-9]+ of [A-Za-z0-9]+|torch[.][A-Za-z]+Tensor \[[0-9, ]+]"
     return f"{type(error).__name__}: {re.sub(pattern, '...', str(error))}"
+
+
+def pair(case: Case) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = case.make().double()
+    return model, copy.deepcopy(model)

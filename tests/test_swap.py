@@ -6,27 +6,21 @@ import copy
 import inspect
 import io
 import pickle
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import CASES, Case, Functional, count_fused
+from swap_models import CASES, Case, Functional, count_fused, pair
 from torch import Tensor, nn
 
 import fastops
 from fastops import backport
 from fastops.ops import OPS
 
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    """On the torch expression a swapped model computes bit for bit what eager computes."""
-    with fastops.backend("torch"):
-        yield
+# On the torch expression a swapped model computes bit for bit what eager computes.
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 @pytest.fixture
@@ -60,12 +54,6 @@ def assert_same(model: nn.Module, reference: nn.Module, case: Case) -> None:
             assert len(found) == len(expected)
             for index, (one, other) in enumerate(zip(found, expected, strict=True)):
                 assert torch.equal(one, other), f"{kind} {index}, training={mode}"
-
-
-def pair(case: Case) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    model = case.make().double()
-    return model, copy.deepcopy(model)
 
 
 def classes(model: nn.Module) -> list[type]:
@@ -393,98 +381,6 @@ def test_sequential_behaves_as_sequential() -> None:
         assert type(fastops.unswap(copy.deepcopy(part))) is nn.Sequential
     assert len(model) == 5 and [*model] == [*model.children()]
     assert torch.equal((model[:2] + model[2:])(x), reference(x))
-
-
-def test_functional_call_and_transforms() -> None:
-    model, reference = pair(CASES["functional relu"])
-    fastops.swap(model)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    state = {name: value.detach() * 2 for name, value in model.state_dict().items()}
-
-    def loss(candidate: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda state: torch.func.functional_call(candidate, state, (x,)).square().sum()
-
-    found, expected = torch.func.grad(loss(model))(state), torch.func.grad(loss(reference))(state)
-    assert all(torch.equal(found[name], expected[name]) for name in state)
-    rows = torch.func.vmap(lambda row: torch.func.functional_call(model, state, (row,)))(x)
-    torch.testing.assert_close(rows, torch.func.functional_call(reference, state, (x,)))
-
-
-@pytest.mark.parametrize("name", ["Sequential", "functional relu", "nested Sequentials", "dropout(self.training)"])
-def test_compile_in_one_graph(name: str) -> None:
-    case = CASES[name]
-    model, reference = pair(case)
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(fastops.swap(model).eval(), fullgraph=True, backend=backend)
-    (x,) = case.inputs()
-    assert torch.equal(compiled(x), reference.eval()(x))
-    assert torch.equal(compiled(x), reference(x)) and len(graphs) == 1
-    assert any(node.target == "relu" for node in graphs[0].graph.nodes)  # fused: the method, not the model's function
-
-
-def test_compile_many_classes() -> None:
-    """torch.compile keeps a limited number of results for one function: fused classes must not share theirs."""
-    torch._dynamo.reset()
-    for width in range(1, torch._dynamo.config.recompile_limit + 3):
-        layers = [nn.Linear(6, 6) for _ in range(width)]
-        model = fastops.swap(nn.Sequential(*layers, nn.ReLU()))
-        x = torch.randn(2, 6)
-        with torch.no_grad():
-            compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
-            assert torch.equal(compiled, model(x))
-
-
-def test_swap_after_compile() -> None:
-    model, reference = pair(CASES["functional relu"])
-    torch._dynamo.reset()
-    model.compile(backend="eager")
-    x = torch.randn(5, 6, dtype=torch.float64)
-    for change in (lambda m: m, fastops.swap, fastops.unswap):
-        change(model)
-        assert torch.equal(model(x), reference(x))
-
-
-def test_export() -> None:
-    model, reference = pair(CASES["functional relu"])
-    x = torch.randn(5, 6, dtype=torch.float64)
-    program = torch.export.export(fastops.swap(model), (x,))
-    assert torch.equal(program.module()(x), reference(x))
-
-
-def test_threads_may_run_while_another_copies() -> None:
-    model, reference = pair(CASES["functional relu"])
-    fastops.swap(model)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    expected = reference(x)
-
-    def run() -> Tensor:
-        with fastops.backend("torch"):  # in each thread anew
-            return model(x)
-
-    with ThreadPoolExecutor(4) as pool:
-        copies = [pool.submit(copy.deepcopy, model) for _ in range(20)]
-        results = [pool.submit(run) for _ in range(20)]
-        assert all(torch.equal(result.result(), expected) for result in results)
-        assert all(torch.equal(twin.result()(x), expected) for twin in copies)
-    assert fastops.report(model).fused == 2
-
-
-def test_a_profiler_goes_on() -> None:
-    seen = []
-    sys.setprofile(lambda frame, event, argument: seen.append(event))
-    try:
-        model = fastops.swap(Functional())
-        seen.clear()
-        model(torch.randn(2, 6))
-    finally:
-        sys.setprofile(None)
-    assert seen and fastops.report(model).fused == 2
 
 
 def test_kernels_compute_the_same() -> None:

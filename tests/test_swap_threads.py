@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from swap_models import Net, X
-from torch import nn
+from swap_models import CASES, Net, X, pair
+from torch import Tensor, nn
 
 import fastops
 
@@ -49,3 +50,21 @@ def test_two_threads_that_copy_leave_the_model_swapped() -> None:
     for thread in threads:
         thread.join()
     assert type(model) is kind
+
+
+def test_threads_may_run_while_another_copies() -> None:
+    model, reference = pair(CASES["functional relu"])
+    fastops.swap(model)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = reference(x)
+
+    def run() -> Tensor:
+        with fastops.backend("torch"):  # in each thread anew
+            return model(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        copies = [pool.submit(copy.deepcopy, model) for _ in range(20)]
+        results = [pool.submit(run) for _ in range(20)]
+        assert all(torch.equal(result.result(), expected) for result in results)
+        assert all(torch.equal(twin.result()(x), expected) for twin in copies)
+    assert fastops.report(model).fused == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, one_case_per_op
+from compiling import Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,23 +214,43 @@ def test_a_head_is_torchs_up_to_a_budget_of_all_its_logits(machine: Machine, sha
     assert ways == {size - 1: "triton", size: "torch"}
 
 
+PRODUCT = 4 * 3 * 2  # multiply-adds of the linear layer
+
+
 @pytest.mark.parametrize(
-    ("gain", "way"),
+    ("gain", "threads", "way"),
     [
-        (None, "torch"),
-        (onednn.Gain(4 * 3 * 2 + 1), "torch"),
-        (onednn.Gain(4 * 3 * 2), "onednn"),
-        (onednn.Gain(1), "onednn"),
-        (onednn.Gain(1, 3 * 2), "onednn"),
-        (onednn.Gain(1, 3 * 2 + 1), "torch"),
+        (None, 1, "torch"),
+        (onednn.Gain(PRODUCT + 1), 1, "torch"),
+        (onednn.Gain(PRODUCT), 1, "onednn"),
+        (onednn.Gain(PRODUCT), 2, "torch"),
+        (onednn.Gain(PRODUCT // 2), 2, "onednn"),
+        (onednn.Gain(1, 3 * 2), 1, "onednn"),
+        (onednn.Gain(1, 3 * 2 + 1), 1, "torch"),
     ],
 )
-def test_auto_takes_onednn_from_the_table_on(machine: Machine, gain: onednn.Gain | None, way: str) -> None:
+def test_auto_takes_onednn_from_the_table_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, gain: onednn.Gain | None, threads: int, way: str
+) -> None:
     machine.has(triton=True, interpreter=False, onednn_from=gain)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert fastops.explain("linear", x, w, b).backend == way
     assert fastops.explain("linear", x.double(), w.double()).backend == "torch"
     assert fastops.explain("mse_loss", x, x).backend == "torch"
     assert fastops.explain("conv2d", images, kernels).backend == "torch"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("threads", "way"), [(1, "onednn"), (2, "torch")])
+def test_compiled_code_takes_onednn_from_twice_as_much_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, threads: int, way: str
+) -> None:
+    """By the threads that there were at the import."""
+    machine.has(triton=True, interpreter=False, onednn_from=onednn.Gain(PRODUCT // 2))
+    monkeypatch.setattr(linear_op, "_THREADS", threads)
+    recorder = Recorder()
+    torch.compile(FF.linear_relu, backend=recorder, fullgraph=True)(x, w, b)
+    assert ("linear_relu.default" in recorder.calls) is (way == "onednn")
 
 
 UNFIT: dict[str, tuple[str, tuple[Any, ...], str]] = {

@@ -38,6 +38,10 @@ def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
+# By name: a lookup through modules at each call adds up.
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_tracing_state: Final = private.tracing_state
+
 _ONEDNN_PAYS: Final = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
 _BARE: Final = Explanation("torch", "a product alone fuses nothing: the vendor's library computes it")
 _EPILOGUE: Final = Explanation(
@@ -47,6 +51,7 @@ _EPILOGUE: Final = Explanation(
     "one kernel masks and sums the gradient; two products alone fuse nothing, and the vendor's library computes them",
 )
 onednn_from = onednn.FASTER_FROM
+_THREADS: Final = torch.get_num_threads()
 
 
 def _gpu(relu: bool, input: Tensor, *_: Any) -> Explanation:
@@ -65,13 +70,10 @@ def _saved_bytes(input: Any, weight: Any, *_: Any) -> float:
 def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
     if onednn_from is None or not isinstance(weight, Tensor) or weight.numel() < onednn_from.weight:
         return ATEN_IS_FASTER
-    pays = input.numel() * weight.shape[:1].numel() >= onednn_from.multiply_adds
+    # Dynamo cannot ask for the threads of now; and in what it compiles an op of ours costs twice as much.
+    threads = 2 * _THREADS if _is_dynamo_compiling() else torch.get_num_threads()
+    pays = input.numel() * weight.shape[:1].numel() >= onednn_from.multiply_adds * threads
     return _ONEDNN_PAYS if private.surely(pays) else ATEN_IS_FASTER
-
-
-# By name: a lookup through modules at each call adds up.
-_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
-_tracing_state: Final = private.tracing_state
 
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -26,7 +26,8 @@ def table(found: dict[str, Any]) -> str:
         model, changed = row["case"].count("/") == 1, abs(row["ratio"] - 1) >= LEAST
         if row["contestant"] == "fastops" and (model or (changed and row["verdict"] not in ("unclear", "same code"))):
             turns.add(row["turns"])
-            times = f"{eager[row['case']]['milliseconds']:.3g}", f"{row['ratio']:.2f}"
+            time = eager[row["case"]]["milliseconds"]
+            times = f"{time:.3g}" if time < 1000 else f"{time:.0f}", f"{row['ratio']:.2f}"
             cells.append((row["case"], row["way"], *times, "{:.2f} - {:.2f}".format(*row["quartiles"]), row["verdict"]))
     machine = f"{facts['processor']} ({facts['cpu_capability']}), {facts['threads']} threads, torch {facts['torch']}"
     lines = [f"| {' | '.join(row)} |" for row in cells]

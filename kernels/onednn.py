@@ -30,24 +30,30 @@ def _cpu_field(name: str) -> str:
 
 
 class Gain(NamedTuple):
-    """From how many multiply-adds of each thread and elements of the weight on a product gains from oneDNN.
+    """From how many multiply-adds and elements of the weight on a product gains from oneDNN.
 
+    ``each_thread``: as many for each thread, and in compiled code twice as many. The bound is then where a product
+    saves what a Python Function costs: with more threads it saves less, and compiled code costs less where there is
+    none.
     ``products``: whether products of any shape do, so that a head's go there too.
     """
 
     multiply_adds: int
     weight: int = 0
+    each_thread: bool = False
     products: bool = True
 
 
 # By vendor, family and vector instructions. On AMD MKL uses vectors of 256 bits: the full rate of Zen 4 (family 25),
 # where oneDNN is ahead with large weights alone, and half the rate of Zen 5 (26), where it is behind only for small
-# products, for which a Python Function costs more than it saves: more threads save less of the time, and the Function
-# costs the same. Intel and AMD with AVX2: MKL is about as fast.
-FASTER_FROM: Final = {
-    ("AuthenticAMD", "25", "AVX512"): Gain(4_000_000, 2_000_000, products=False),
-    ("AuthenticAMD", "26", "AVX512"): Gain(5_000_000),
-}.get((_cpu_field("vendor_id"), _cpu_field("cpu family"), torch.backends.cpu.get_cpu_capability()))
+# products, for which a Python Function costs more than it saves. Intel and AMD with AVX2: MKL is about as fast.
+GAINS: Final = {
+    ("AuthenticAMD", "25", "AVX512"): Gain(8_000_000, 2_000_000, products=False),
+    ("AuthenticAMD", "26", "AVX512"): Gain(5_000_000, each_thread=True),
+}
+FASTER_FROM: Final = GAINS.get(
+    (_cpu_field("vendor_id"), _cpu_field("cpu family"), torch.backends.cpu.get_cpu_capability())
+)
 
 
 _LEAST_PART: Final = 1024  # rows or columns of a product: fewer are not worth one of their own

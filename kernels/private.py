@@ -176,6 +176,15 @@ def compiler(name: str, mode: str, options: dict[str, Any]) -> Callable[..., Cal
     return functools.partial(lookup_backend(name), **words)
 
 
+def threads() -> int:
+    """Of a CPU, for a product; in compiled code those that there were when it was compiled."""
+    return torch.get_num_threads()
+
+
+# As `torch.compiler.assume_constant_result` does, which imports Dynamo for that: a second.
+threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def surely(condition: Any) -> bool:
     """Whether it holds; of sizes that are symbols to a compiler, whether it does for all of them. No guard is made."""
     if isinstance(condition, (bool, Tensor)) and not torch.compiler.is_dynamo_compiling():

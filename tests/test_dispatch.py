@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case, one_case_per_op
 from compiling import Recorder
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastops
 import fastops.functional as FF
 from fastops import dispatch
+from fastops.compile import compile_graph
 from fastops.kernels import onednn, private
 from fastops.nn import LinearCrossEntropyOptions
 from fastops.ops import OPS, Explanation, Op
@@ -222,9 +225,10 @@ PRODUCT = 4 * 3 * 2  # multiply-adds of the linear layer
     [
         (None, 1, "torch"),
         (onednn.Gain(PRODUCT + 1), 1, "torch"),
-        (onednn.Gain(PRODUCT), 1, "onednn"),
-        (onednn.Gain(PRODUCT), 2, "torch"),
-        (onednn.Gain(PRODUCT // 2), 2, "onednn"),
+        (onednn.Gain(PRODUCT), 2, "onednn"),
+        (onednn.Gain(PRODUCT, each_thread=True), 1, "onednn"),
+        (onednn.Gain(PRODUCT, each_thread=True), 2, "torch"),
+        (onednn.Gain(PRODUCT // 2, each_thread=True), 2, "onednn"),
         (onednn.Gain(1, 3 * 2), 1, "onednn"),
         (onednn.Gain(1, 3 * 2 + 1), 1, "torch"),
     ],
@@ -240,16 +244,44 @@ def test_auto_takes_onednn_from_the_table_on(
     assert fastops.explain("conv2d", images, kernels).backend == "torch"
 
 
+@pytest.mark.parametrize(
+    ("family", "threads", "size", "way"),
+    [  # a layer of each model that was measured: FashionMLP, WideMLP and TwoLayerNet
+        ("25", 2, (64, 784, 512), "torch"),
+        ("25", 64, (256, 1024, 4096), "onednn"),
+        ("26", 2, (64, 784, 512), "onednn"),
+        ("26", 2, (64, 1000, 100), "torch"),
+        ("26", 1, (64, 1000, 100), "onednn"),
+    ],
+)
+def test_processors(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, family: str, threads: int, size: tuple[int, int, int], way: str
+) -> None:
+    gain = onednn.GAINS["AuthenticAMD", family, "AVX512"]
+    machine.has(triton=True, interpreter=False, onednn_from=gain)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows, features, outputs = size
+    assert fastops.explain("linear_relu", torch.ones(rows, features), torch.ones(outputs, features)).backend == way
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiler", ["dynamo", "fastops", "export"])
 @pytest.mark.parametrize(("threads", "way"), [(1, "onednn"), (2, "torch")])
 def test_compiled_code_takes_onednn_from_twice_as_much_on(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, threads: int, way: str
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, threads: int, way: str, compiler: str
 ) -> None:
-    """By the threads that there were at the import."""
-    machine.has(triton=True, interpreter=False, onednn_from=onednn.Gain(PRODUCT // 2))
-    monkeypatch.setattr(linear_op, "_THREADS", threads)
+    """By the threads that there are when it is compiled."""
+    machine.has(triton=True, interpreter=False, onednn_from=onednn.Gain(PRODUCT // 2, each_thread=True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     recorder = Recorder()
-    torch.compile(FF.linear_relu, backend=recorder, fullgraph=True)(x, w, b)
+    if compiler == "dynamo":
+        torch.compile(FF.linear_relu, backend=recorder, fullgraph=True)(x, w, b)
+    elif compiler == "fastops":
+        options = {"compiler": aot_autograd(fw_compiler=recorder)}
+        torch.compile(lambda *words: F.relu(F.linear(*words)), backend=compile_graph, options=options)(x, w, b)
+    else:
+        layer = fastops.nn.LinearReLU(3, 2)
+        recorder.graphs.append(torch.export.export(layer, (x,), strict=False).graph_module)
     assert ("linear_relu.default" in recorder.calls) is (way == "onednn")
 
 

@@ -38,10 +38,6 @@ def _accepts(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-# By name: a lookup through modules at each call adds up.
-_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
-_tracing_state: Final = private.tracing_state
-
 _ONEDNN_PAYS: Final = Explanation("onednn", "oneDNN's product is faster than MKL's on this processor at this size")
 _BARE: Final = Explanation("torch", "a product alone fuses nothing: the vendor's library computes it")
 _EPILOGUE: Final = Explanation(
@@ -51,7 +47,6 @@ _EPILOGUE: Final = Explanation(
     "one kernel masks and sums the gradient; two products alone fuse nothing, and the vendor's library computes them",
 )
 onednn_from = onednn.FASTER_FROM
-_THREADS: Final = torch.get_num_threads()
 
 
 def _gpu(relu: bool, input: Tensor, *_: Any) -> Explanation:
@@ -67,13 +62,21 @@ def _saved_bytes(input: Any, weight: Any, *_: Any) -> float:
     return 2 * input.numel() * input.element_size() * weight.shape[0] / weight.shape[1]
 
 
+# By name: a lookup through modules at each call adds up.
+_is_dynamo_compiling: Final = torch.compiler.is_dynamo_compiling
+_tracing_state: Final = private.tracing_state
+
+
 def _cpu(input: Tensor, weight: Tensor, *_: Any) -> Explanation:
     if onednn_from is None or not isinstance(weight, Tensor) or weight.numel() < onednn_from.weight:
         return ATEN_IS_FASTER
-    # Dynamo cannot ask for the threads of now; and in what it compiles an op of ours costs twice as much.
-    threads = 2 * _THREADS if _is_dynamo_compiling() else torch.get_num_threads()
-    pays = input.numel() * weight.shape[:1].numel() >= onednn_from.multiply_adds * threads
-    return _ONEDNN_PAYS if private.surely(pays) else ATEN_IS_FASTER
+    product, least = input.numel() * weight.shape[:1].numel(), onednn_from.multiply_adds
+    pays = private.surely(product >= least)
+    if pays and onednn_from.each_thread:
+        # What AOT and export trace with is of a class of its own.
+        compiling = _is_dynamo_compiling() or type(input) is not Tensor
+        pays = private.surely(product >= least * (2 if compiling else 1) * private.threads())
+    return _ONEDNN_PAYS if pays else ATEN_IS_FASTER
 
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
